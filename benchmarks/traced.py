@@ -26,8 +26,10 @@ from ddpm_fast.testing import Case
 from ddpm_fast.training.data import Checked, read_batch
 from ddpm_fast.training.options import TrainOptions
 from ddpm_fast.training.rng import TrainingRng
-from ddpm_fast.training.state import State, Task
+from ddpm_fast.training.run import RunFolder
+from ddpm_fast.training.state import State
 from ddpm_fast.training.step import take_step
+from ddpm_fast.training.task import Task
 
 BATCHES = (1, 16, 128)
 KINDS = {  # the op's name decides; what is not here is "rest"
@@ -190,8 +192,20 @@ def trainer_step(config: dict[str, Any], batch: int, device: str, **options: Any
     images = torch.zeros(batch, 3, config["sample_size"], config["sample_size"], dtype=torch.uint8)
     dataset = Checked(images, 3, None)
     settings = TrainOptions(**{"batch_size": batch, "micro_batch_size": batch, "precision": "bf16"} | options)
-    parts = (None, TrainingRng(0, batch), torch.device(device), Processes())
-    task = Task(settings, {}, idioms.random_unet(config), False, dataset, ddpm_fast.Objective(idioms.SCHEDULE), *parts)
+    task = Task(
+        folder=RunFolder("none"),
+        options=settings,
+        described={},
+        objective=ddpm_fast.Objective(idioms.SCHEDULE),
+        loss_weights=None,
+        processes=Processes(),
+        device=torch.device(device),
+        rng=TrainingRng(0, batch),
+        stored=None,
+        model=idioms.random_unet(config),
+        labelled=False,
+        dataset=dataset,
+    )
     return partial(take_step, task, State.initial(task), read_batch(dataset, range(batch)))
 
 

@@ -33,6 +33,7 @@ _NAMES_BY_MODULE = {
     "sampling.sampler": ("Sampler", "sample"),
     "schedule": ("NoiseSchedule", "Objective"),
     "training.export": ("export_checkpoint",),
+    "training.log": ("Logger",),
     "training.loop": ("TrainResult",),
     "training.options": ("DataOptions", "ModelOptions", "TrainOptions"),
     "training.trainer": ("Trainer", "train"),

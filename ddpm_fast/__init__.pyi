@@ -58,6 +58,7 @@ from .sampling.sampler import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
 from .schedule import Objective as Objective
 from .training.export import export_checkpoint as export_checkpoint
+from .training.log import Logger as Logger
 from .training.loop import TrainResult as TrainResult
 from .training.options import DataOptions as DataOptions
 from .training.options import ModelOptions as ModelOptions

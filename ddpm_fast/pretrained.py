@@ -25,9 +25,8 @@ from .samplers import DEFAULT_SAMPLER, PlanOptions
 from .sampling.sampler import Sampler
 from .schedule import NoiseSchedule, Objective
 from .schedule.objective import checked_columns
-from .training.checkpoint import read_state
+from .training.checkpoint import Checkpoints, read_state
 from .training.export import check_is_unet
-from .training.folder import RunFolder
 
 if TYPE_CHECKING:
     from .schemas import Scheduler
@@ -201,11 +200,11 @@ def load_folder(
     def read_checkpoint(checkpoint: Path) -> tuple[int, tuple[UNet, Objective, Scheduler]]:
         return read_state("load_folder", checkpoint).step, read(checkpoint, checkpoint / "unet_ema")
 
-    run = RunFolder(folder)
-    if run.checkpoints.is_dir():
-        found = run.read_latest("unet_ema/", read_checkpoint)
+    checkpoints = Checkpoints(folder)
+    if checkpoints.path.is_dir():
+        found = checkpoints.read_newest("unet_ema/", read_checkpoint)
         if found is None:
-            raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(run.checkpoints)!r}, got none")
+            raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(checkpoints.path)!r}, got none")
         step, (model, objective, scheduler) = found
     else:
         step, (model, objective, scheduler) = None, read(folder, folder)

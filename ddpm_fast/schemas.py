@@ -70,7 +70,7 @@ class Dataset(Struct, frozen=True):
         expect(len(set(self.classes)) == len(self.classes), "", "classes", "to be without repetitions", self.classes)
 
 
-class Run(Struct, frozen=True):
+class RunConfig(Struct, frozen=True):
     """The config.json of a training run."""
 
     options: dict[str, Any]

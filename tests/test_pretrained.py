@@ -23,8 +23,8 @@ from ddpm_fast.inference import Interface
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
 from ddpm_fast.samplers import PlanOptions
+from ddpm_fast.training.checkpoint import Checkpoints
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES
-from ddpm_fast.training.folder import RunFolder
 
 
 def tiny_unet(seed: int = 0, **config: Any) -> UNet:
@@ -85,9 +85,9 @@ def test_what_a_folder_leaves_out_has_diffusers_defaults(tmp_path: Path) -> None
 
 
 def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
-    run.path.mkdir()
-    run.record.write_text("{}")
+    checkpoints = Checkpoints(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"^load_folder: expected path to be a folder .* did you mean '.*run'\?$"):
         load_folder(tmp_path / "rum")
     with pytest.raises(FileNotFoundError, match=r"^load_folder: expected path to be a folder .* hf download google/ddpm "):
@@ -100,7 +100,7 @@ def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) 
             tiny_unet(seed=10 * step + 1).save_pretrained(folder / "unet_ema")
             write_scheduler(folder / "scheduler", ddpm_fast=NoiseSchedule.linear(7).to_config())
 
-        run.save_checkpoint(step, {}, write, keep=2)
+        checkpoints.add(step, {}, write, keep=2)
     loaded = load_folder(tmp_path / "run")
     assert_same_weights(loaded.model, tiny_unet(seed=21))
     assert loaded.objective.schedule == NoiseSchedule.linear(7)

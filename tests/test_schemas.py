@@ -14,12 +14,12 @@ from ddpm_fast.schedule import NoiseSchedule, Objective
 
 msgspec = pytest.importorskip("msgspec")
 
-from ddpm_fast.schemas import Checkpoint, Run, SampleManifest, Scheduler  # noqa: E402
+from ddpm_fast.schemas import Checkpoint, RunConfig, SampleManifest, Scheduler  # noqa: E402
 
 SHA256 = "0123456789abcdef" * 4
 FILES: dict[type, dict[str, Any]] = {
     Scheduler: {"num_train_timesteps": 5, "beta_start": 1e-4, "trained_betas": [0.1, 0.2], "ddpm_fast": {"name": "linear"}},
-    Run: {
+    RunConfig: {
         "format": 3,
         "options": {"prediction": "epsilon"},
         "unet": UNetConfig().to_dict(),
@@ -110,40 +110,45 @@ def changed(kind: type, field: str, value: object) -> dict[str, Any]:
         ),
         (Scheduler, "thresholding", True, "thresholding to be false, got true"),
         (Scheduler, "ddpm_fast", ["linear"], "Expected `object | null`, got `array` - at `$.ddpm_fast`"),
-        (Run, "options", None, "Expected `object`, got `null` - at `$.options`"),
-        (Run, "unet.freq_shift", None, "freq_shift to be an integer of at least 0, got None"),
-        (Run, "unet.colour", "red", "keys among sample_size, in_channels, "),
-        (Run, "objective", MISSING, "Object missing required field `objective`"),
-        (Run, "objective.gamma", MISSING, "the keys schedule, prediction, variance, loss_weight, gamma, got schedule, "),
+        (RunConfig, "options", None, "Expected `object`, got `null` - at `$.options`"),
+        (RunConfig, "unet.freq_shift", None, "freq_shift to be an integer of at least 0, got None"),
+        (RunConfig, "unet.colour", "red", "keys among sample_size, in_channels, "),
+        (RunConfig, "objective", MISSING, "Object missing required field `objective`"),
+        (RunConfig, "objective.gamma", MISSING, "the keys schedule, prediction, variance, loss_weight, gamma, got schedule, "),
         (
-            Run,
+            RunConfig,
             "objective.prediction",
             "noise",
             "objective.prediction to be one of epsilon, sample, v_prediction, flow, got 'noise'",
         ),
-        (Run, "objective.prediction", [[0, 1], 2], "objective.prediction to be a name, or T pairs of numbers, got: "),
+        (RunConfig, "objective.prediction", [[0, 1], 2], "objective.prediction to be a name, or T pairs of numbers, got: "),
         (
-            Run,
+            RunConfig,
             "objective.prediction",
             [[0, 1]],
             "objective.prediction to be a name, or two columns of shape [5, 2], got [1, 2]",
         ),
-        (Run, "objective.schedule.name", "x", "name to be one of linear, "),
-        (Run, "objective.schedule.num_timesteps", "x", "num_timesteps to be an integer in 1..100000, got 'x'"),
-        (Run, "objective.schedule.beta", 1, "the arguments of linear to be among num_timesteps, beta_start, beta_end, scale"),
-        (Run, "dataset", [], "Expected `object`, got `array` - at `$.dataset`"),
-        (Run, "dataset.images", 0, "Expected `int` >= 1 - at `$.dataset.images`"),
-        (Run, "dataset.shape", [1], "Expected `array` of length >= 2 - at `$.dataset.shape`"),
-        (Run, "dataset.shape", [1, 8, 0], "Expected `int` >= 1 - at `$.dataset.shape[2]`"),
-        (Run, "dataset.classes", [], "Expected `array` of length >= 1 - at `$.dataset.classes`"),
-        (Run, "dataset.fingerprint", "x", "Expected `object`, got `str` - at `$.dataset.fingerprint`"),
+        (RunConfig, "objective.schedule.name", "x", "name to be one of linear, "),
+        (RunConfig, "objective.schedule.num_timesteps", "x", "num_timesteps to be an integer in 1..100000, got 'x'"),
         (
-            Run,
+            RunConfig,
+            "objective.schedule.beta",
+            1,
+            "the arguments of linear to be among num_timesteps, beta_start, beta_end, scale",
+        ),
+        (RunConfig, "dataset", [], "Expected `object`, got `array` - at `$.dataset`"),
+        (RunConfig, "dataset.images", 0, "Expected `int` >= 1 - at `$.dataset.images`"),
+        (RunConfig, "dataset.shape", [1], "Expected `array` of length >= 2 - at `$.dataset.shape`"),
+        (RunConfig, "dataset.shape", [1, 8, 0], "Expected `int` >= 1 - at `$.dataset.shape[2]`"),
+        (RunConfig, "dataset.classes", [], "Expected `array` of length >= 1 - at `$.dataset.classes`"),
+        (RunConfig, "dataset.fingerprint", "x", "Expected `object`, got `str` - at `$.dataset.fingerprint`"),
+        (
+            RunConfig,
             "dataset.fingerprint.sample",
             "x",
             "Expected `str` matching regex",
         ),
-        (Run, "versions.torch", 2, "Expected `str`, got `int` - at `$.versions[...]`"),
+        (RunConfig, "versions.torch", 2, "Expected `str`, got `int` - at `$.versions[...]`"),
         (Checkpoint, "step", -1, "Expected `int` >= 0 - at `$.step`"),
         (Checkpoint, "step", True, "Expected `int`, got `bool` - at `$.step`"),
         (Checkpoint, "files", [], "Expected `object`, got `array` - at `$.files`"),

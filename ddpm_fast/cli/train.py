@@ -95,15 +95,16 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
     """
     from ..checks import computing_device
     from ..distributed import FirstFailed, ProcessLost, ranks
-    from ..training.folder import RunFolder, check_by_options
+    from ..training.run import RunFolder
+    from ..training.trainer import train_in
 
-    run = RunFolder(run_dir)
+    folder, stored = RunFolder(run_dir), None
     try:
         with refusing(), renaming("train"):
             is_first = ranks("train", os.environ)[0] == 0
-            if options["resume"] or (options["auto_resume"] and run.record.is_file()):
-                check_by_options(run)
-                values = run.read_config()["options"]
+            if options["resume"] or (options["auto_resume"] and folder.record.is_file()):
+                stored = folder.read_config()
+                values = dict(stored["options"])
                 if network is not None:  # it must be the run's
                     fixed = {name for _, settings in NETWORKS.values() for name in settings} - CHANGEABLE
                     defaults = {each.name: each.default for struct in STRUCTS for each in options_of(struct)}
@@ -117,13 +118,13 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
             default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)  # options that are given now stay
             options |= {name: values[name] for name in values if ctx.get_parameter_source(name) in default}
             data, model = DataOptions.from_values(options), ModelOptions.from_values(options)
-            result = ddpm_fast.train(run_dir, TrainOptions.from_values(options), data, model)
+            result = train_in(folder, TrainOptions.from_values(options), data, model, stored)
     except FirstFailed:
         ctx.exit(1)
     except (FloatingPointError, ProcessLost) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:  # before the first step, or for the second time
-        checkpoint = run.latest_checkpoint()
+        checkpoint = folder.checkpoints.newest()
         raise Stopped(f"Stopped by Ctrl-C. The last checkpoint of {run_dir}: {checkpoint or 'none'}.") from None
     if result.stopped_by in ("SIGINT", "SIGTERM", "SIGHUP"):
         ctx.exit(128 + signal.Signals[result.stopped_by])  # as a shell reports a process that the signal ended

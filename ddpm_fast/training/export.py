@@ -16,9 +16,8 @@ from ..nn import UNet
 from ..predictions import DIFFUSERS_PREDICTIONS
 from ..resources import check_writable
 from ..schedule import Objective
-from .checkpoint import read_state
-from .folder import RunFolder
-from .state import WEIGHTS
+from .checkpoint import WEIGHTS, read_state
+from .run import RunFolder
 
 if TYPE_CHECKING:
     from ..schemas import Checkpoint
@@ -49,10 +48,11 @@ def export_checkpoint(
     check_path("export_checkpoint", "out_dir", out_dir)
     check_dtype("export_checkpoint", "dtype", dtype)
     run, out = RunFolder(run_dir), Path(out_dir)
+    checkpoints = run.checkpoints.path
     for holds, wanted in (
         (out.resolve() != run.path.resolve(), "to be another folder than run_dir"),
-        (run.checkpoints.resolve() not in (out.resolve(), *out.resolve().parents), "to be apart from the run's checkpoints"),
-        (not RunFolder(out).checkpoints.is_dir(), "to be no training run"),
+        (checkpoints.resolve() not in (out.resolve(), *out.resolve().parents), "to be apart from the run's checkpoints"),
+        (not RunFolder(out).checkpoints.path.is_dir(), "to be no training run"),
     ):
         expect(holds, "export_checkpoint", "out_dir", wanted, out)
     check_writable("export_checkpoint", "out_dir", out, out)
@@ -62,11 +62,11 @@ def export_checkpoint(
         check_is_unet("export_checkpoint", "run_dir", checkpoint)
         return UNet.from_pretrained(checkpoint / "unet_ema").to(dtype), read_state("export_checkpoint", checkpoint)
 
-    found = run.read_latest("unet_ema/", read)
+    found = run.checkpoints.read_newest("unet_ema/", read)
     if found is None:
-        raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
+        raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {checkpoints}, got none")
     model, state = found
-    log = run.log_until(state.step, "export_checkpoint")
+    log = run.log.until(state.step, "export_checkpoint")
     objective = Objective.from_config(config["objective"])
     options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
     options |= {name: Path(options[name]).name for name in ("data", "condition", "init") if options.get(name) is not None}

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final
 
@@ -29,12 +28,10 @@ from ..allocator import kept_memory
 from ..distributed import Processes, ProcessLost
 from ..errors import ArgumentError
 from ..files.writing import write_json
-from .export import write_scheduler
-from .folder import RunFolder
-from .opening import Start, open_run
-from .records import CallbackError, Records, call_back
-from .state import State, Task
+from .report import CallbackError, Report, call_back
+from .state import State, begin
 from .step import batches_from, take_step
+from .task import Task
 
 
 @dataclass(frozen=True)
@@ -54,42 +51,37 @@ class TrainResult:
     stopped_by: str | None
 
 
-def run_steps(start: Start, task: Task, state: State) -> TrainResult:
+def run_steps(task: Task, state: State) -> TrainResult:
     """Run the task's steps from the beginning, or from the newest checkpoint.
 
     Args:
-        start: The run.
         task: The task.
         state: The state before the first step. It becomes the state after the last one.
     """
     options, processes, stopped_by = task.options, task.processes, None
+    processes.on_first(lambda: state.load_initial_weights(task))  # before a folder is made
     with ExitStack() as stack:
         if processes.is_first:
-            stack.enter_context(start.run.locked())
+            stack.enter_context(task.folder.locked())
         if task.device.type == "cpu":
             stack.enter_context(kept_memory())
         processes.check_same("train", task.identity() if processes.size > 1 else {})
-        config = processes.on_first(lambda: open_run(start, task, state))
+        config = processes.on_first(lambda: begin(task, state))
         state.copy_from_first(processes)
         stack.enter_context(torch.random.fork_rng([task.device] if task.device.type == "cuda" else []))  # the caller's stay
-        records = stack.enter_context(Records(start.run, task, state))
-        checkpoints = Checkpoints(start.run, task, state, config)
-
+        saving = Saving(task, state, config)
+        stack.enter_context(saving.if_it_fails())
+        report = stack.enter_context(closing(Report(task, state)))
         state.counted_until = time.perf_counter()
-        with (
-            Stops(processes, options.max_minutes) as stops,
-            checkpoints.saved_if_it_fails(),
-            closing(batches_from(task, state.step)) as batches,
-        ):
+        with Stops(processes, options.max_minutes) as stops, closing(batches_from(task, state.step)) as batches:
             while state.step < options.steps and stopped_by is None:
                 grad_norm, rate = take_step(task, state, next(batches))
-                records.after_step(grad_norm, rate)
+                report.after_step(grad_norm, rate)
                 stopped_by = stops.agreed()
-                checkpoints.after_step(grad_norm, stops=stopped_by is not None)
-
-        records.at_end(stopped_by)
+                saving.after_step(grad_norm, stops=stopped_by is not None)
+        report.at_end(stopped_by)
         processes.largest(0)()  # a launcher ends the others soon after the first process ends, so all wait for the checkpoint
-    return TrainResult(state.step, state.mean_loss() if state.losses else records.loss, state.seconds, stopped_by)
+    return TrainResult(state.step, state.mean_loss() if state.losses else report.loss, state.seconds, stopped_by)
 
 
 class Stops:
@@ -142,18 +134,17 @@ class Stops:
             self._largest()
 
 
-class Checkpoints:
-    """The checkpoints of a run. Rank 0 writes them.
+class Saving:
+    """The saving of checkpoints: when one is due, and when the run stops or fails. Rank 0 writes them.
 
     Args:
-        run: The run.
         task: The task.
         state: Its state.
         config: The content of config.json in rank 0.
     """
 
-    def __init__(self, run: RunFolder, task: Task, state: State, config: Mapping[str, Any] | None) -> None:
-        self._run, self._task, self._state, self._config = run, task, state, config
+    def __init__(self, task: Task, state: State, config: Mapping[str, Any] | None) -> None:
+        self._task, self._state, self._config = task, state, config
         self._last = time.monotonic()
 
     def after_step(self, grad_norm: Tensor, *, stops: bool) -> None:
@@ -170,64 +161,58 @@ class Checkpoints:
         state.finite_loss(grad_norm)
         if not state.is_finite():  # a spoilt state must not replace a good one
             raise FloatingPointError(
-                f"train: the weights are no longer finite after step {state.step}, so they are not saved; "
-                f"the last good checkpoint is {self._run.latest_checkpoint() or 'none'}"
+                f"train: the weights are no longer finite after step {state.step}, so they are not saved; {self._last_good()}"
             )
         with state.uncounted():
             if self._task.processes.is_first:
-                folder = self._save()
-                call_back(self._task.on_checkpoint, folder)
+                call_back(self._task.on_checkpoint, state.write(self._task))
         self._last = time.monotonic()
 
     @contextmanager
-    def saved_if_it_fails(self) -> Iterator[None]:
-        """Save a checkpoint if a file cannot be read or written, an image is wrong, a callback fails, or another process ends.
+    def if_it_fails(self) -> Iterator[None]:
+        """Save the steps that are done if the body fails: a callback, another process, an image, a file, or for want of memory.
 
         Raise the error with the name of the last good checkpoint. A callback's error stays as it is.
         """
         try:
             yield
         except CallbackError as failed:
-            with suppress(OSError):
-                self._save_if_finite()
-            raise failed.error from None
-        except (ProcessLost, ValueError, OSError) as error:
-            if not self._task.processes.is_first:
+            self._try_to_save()
+            raise failed.args[0] from None
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            is_lost, out_of_memory = isinstance(error, ProcessLost), _is_out_of_memory(error)
+            is_known = is_lost or out_of_memory or not isinstance(error, RuntimeError)
+            if not (is_known and self._task.processes.is_first):
                 raise
-            raise self._saved_after(error) from error
+            # A GPU may still wait for the lost process, or have used half of a sum.
+            if not is_lost or self._task.device.type == "cpu":
+                self._try_to_save()
+            path, step, hint = self._task.folder.path, self._state.step, f"{self._last_good()}, from which --resume continues"
+            if isinstance(error, OSError):
+                raise OSError(f"train: expected to write to {path} at step {step}, got: {error}; {hint}") from error
+            if isinstance(error, ArgumentError):  # an image is damaged that was not decoded before
+                raise error.renamed(caller="train", got=f"{error.got}; {hint}") from error
+            if out_of_memory:
+                raise MemoryError(f"train: expected memory for step {step + 1}, got: {error}; {hint}") from error
+            raise (ProcessLost if is_lost else ValueError)(f"train: {error}; {hint}") from error
 
-    def _saved_after(self, error: Exception) -> Exception:
-        """Save a checkpoint if possible. Return the error with the name of the last good one."""
-        run, state, is_lost = self._run, self._state, isinstance(error, ProcessLost)
-        if isinstance(error, OSError):
-            run.remove_leftovers()  # they take space
-            with suppress(OSError):
-                if not run.record.exists():  # the folder was removed
-                    run.path.mkdir(parents=True, exist_ok=True)
-                    write_json(run.record, self._config or {})
-                self._save_if_finite()
-            run.remove_leftovers()
-        # A GPU may still wait for the lost process, or have used half of a sum.
-        elif self._task.device.type == "cpu" or not is_lost:
-            self._save_if_finite()
-        hint = f"the last good checkpoint is {run.latest_checkpoint() or 'none'}, from which --resume continues"
-        if isinstance(error, OSError):
-            return OSError(f"train: expected to write to {run.path} at step {state.step}, got: {error}; {hint}")
-        if isinstance(error, ArgumentError):  # an image is damaged that was not decoded before
-            return error.renamed(caller="train", got=f"{error.got}; {hint}")
-        return (ProcessLost if is_lost else ValueError)(f"train: {error}; {hint}")
-
-    def _save_if_finite(self) -> None:
-        if self._task.processes.is_first and self._state.is_finite():
-            self._save()
-
-    def _save(self) -> Path:
-        """Write a checkpoint, and return its folder."""
+    def _try_to_save(self) -> None:
+        """Save the steps that are done, if the weights are finite. The folder may be full, or gone."""
         task, state = self._task, self._state
+        if not (task.processes.is_first and state.is_finite()):
+            return
+        folder = task.folder
+        with suppress(OSError, MemoryError):
+            if not folder.record.exists():
+                folder.path.mkdir(parents=True, exist_ok=True)
+                write_json(folder.record, self._config or {})
+            state.write(task)
+        folder.checkpoints.remove_leftovers()
 
-        def write(folder: Path) -> None:
-            state.write(folder)
-            write_scheduler(folder / "scheduler", task.objective)
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self._task.folder.checkpoints.newest() or 'none'}"
 
-        entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses], "row": state.row}
-        return self._run.save_checkpoint(state.step, entries, write, task.options.keep)
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory is exhausted. PyTorch has no type of error for the memory of the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,11 +1,12 @@
-"""The task of a training run, which stays, and its state, which is the content of a checkpoint."""
+"""The state of a training run, which changes from step to step: the content of a checkpoint."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,109 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Processes
-from ..errors import InvalidValue, UnusablePath
-from ..files.writing import write_tensors
+from ..errors import InvalidValue, UnusablePath, expect
+from ..files.writing import remove_leftovers, write_json, write_tensors
 from ..nn import UNet, UNetConfig
 from ..nn.checkpoint import check_finite, check_weights, load_safetensors
 from ..resources import no_folder
-from ..schedule import Objective
-from ..version import __version__
-from .checkpoint import read_state
-from .data import ItemDataset
-from .folder import FORMAT, RunFolder
-from .options import LOCAL, TrainOptions
-from .rng import TrainingRng
+from .checkpoint import WEIGHTS, Checkpoints, read_state
+from .export import write_scheduler
+from .log import COLUMNS
+from .task import Task, check_same
 
-WEIGHTS: Final = {"unet": "model.safetensors", "unet_ema": "ema.safetensors"}
-"""Files of a checkpoint for the weights and the moving average of a network that is no `UNet`."""
 # Keys of a network's configuration that its weights do not depend on.
 _NOT_IN_WEIGHTS: Final = frozenset(
     {"sample_size", "dropout", "num_train_timesteps", "class_names", "condition", "condition_range", "data_range"}
 )
 
 
-@dataclass(frozen=True)
-class Task:
-    """The parts of a run that do not change from step to step."""
-
-    options: TrainOptions  # with the size of micro-batches
-    data_and_model: Mapping[str, Any]  # the options of data and network, if `train` made them
-    model: nn.Module
-    labelled: bool  # the network is given the class
-    dataset: ItemDataset
-    objective: Objective
-    loss_weights: Tensor | None  # float32 [T], on the device; None: 1
-    rng: TrainingRng
-    device: torch.device
-    processes: Processes
-    on_step: Callable[[int, Tensor], object] | None = None
-    on_checkpoint: Callable[[Path], object] | None = None
-
-    @property
-    def recorded(self) -> dict[str, Any]:
-        """The options that config.json has."""
-        return {**self.data_and_model, **self.options.recorded()}
-
-    def identity(self) -> dict[str, Any]:
-        """Return what must be the same in all processes, by name."""
-        options = {name: value for name, value in self.recorded.items() if name not in LOCAL}
-        described = {"number of images": len(self.dataset), "classes": self.dataset.info.classes}
-        images = {"dataset": (self.dataset.info.shape, self.dataset.fingerprint())}
-        return {**options, "model": self.network, "objective": self.objective.to_config(), **described, **images}
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Number of images whose gradients are computed at a time."""
-        assert self.options.micro_batch_size is not None
-        return self.options.micro_batch_size
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Number of micro-batches of a step, all processes together."""
-        return self.options.batch_size // self.micro_batch_size
-
-    @property
-    def micro_batches(self) -> range:
-        """Numbers of this process's micro-batches within a step."""
-        each = self.num_micro_batches // self.processes.size
-        return range(self.processes.rank * each, (self.processes.rank + 1) * each)
-
-    @property
-    def sums_in_tree(self) -> bool:
-        """True if gradients are the same bits for any number of processes that is a power of two."""
-        return all(count & (count - 1) == 0 for count in (self.processes.size, len(self.micro_batches)))
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Memory format of images and weights. Signals and volumes are contiguous."""
-        is_image = len(self.dataset.info.shape) == 3
-        return torch.channels_last if self.options.channels_last and is_image else torch.contiguous_format
-
-    @property
-    def network(self) -> dict[str, Any]:
-        """The description of the network in config.json."""
-        if isinstance(self.model, UNet):
-            return {"unet": self.model.config}
-        return {"network": f"{type(self.model).__module__}.{type(self.model).__qualname__}"}
-
-    def config(self) -> dict[str, Any]:
-        """Return the content of config.json."""
-        info = self.dataset.info
-        return {
-            "format": FORMAT,
-            "options": self.recorded,
-            **self.network,
-            "objective": self.objective.to_config(),
-            "dataset": {
-                "images": len(self.dataset),
-                "shape": list(info.shape),
-                "preparation": info.preparation,
-                "classes": list(info.classes),
-                **info.described,
-            },
-            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
-            "versions": {"ddpm_fast": __version__, "torch": torch.__version__},
-        }
+_log = logging.getLogger("ddpm_fast")
 
 
 @dataclass
@@ -141,6 +56,9 @@ class State:
         lr, weight_decay = task.options.lr, task.options.weight_decay
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
+        for parameter in trained:  # as the first step makes them, so that a checkpoint always has them
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=task.device), **moments}
         return cls(model, copy.deepcopy(model).requires_grad_(False).eval(), optimizer)
 
     @property
@@ -148,14 +66,20 @@ class State:
         """The parameters that are trained."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state as a checkpoint names it, `<key>.<parameter>`."""
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return {f"{key}.{name}": value for name, each in named for key, value in self.optimizer.state[each].items()}
+
     def mean_loss(self) -> float:
         """Return the mean loss since the last row of the log, or NaN if there was no step."""
         return float(torch.stack(self.losses).mean()) if self.losses else math.nan
 
     def is_finite(self) -> bool:
         """Return whether all weights, their average and the optimizer's moments are finite."""
-        moments = [value for values in self.optimizer.state.values() for key, value in values.items() if key != "step"]
-        norms = torch._foreach_norm([*self.model.parameters(), *self.ema.parameters(), *moments], math.inf)
+        tensors = [*self.model.parameters(), *self.ema.parameters(), *self.moments.values()]
+        norms = torch._foreach_norm(tensors, math.inf)
         return bool(torch.stack(norms).isfinite().all())
 
     def finite_loss(self, grad_norm: Tensor) -> float:
@@ -188,36 +112,28 @@ class State:
         device = next(self.model.parameters()).device
         losses = processes.from_first([float(loss) for loss in self.losses] if processes.is_first else [0.0] * int(num_losses))
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in losses]
-        tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
-        for parameter in self.trained if self.step else ():
-            moments = self.optimizer.state[parameter]
-            if not moments:
-                moments["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                moments |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            tensors += moments.values()
-        processes.copy_from_first(tensors)
+        tensors = [self.model.state_dict(), self.ema.state_dict(), self.moments]
+        processes.copy_from_first([tensor for named in tensors for tensor in named.values()])
 
-    def write(self, folder: Path) -> None:
-        """Write the networks and the optimizer's state into a checkpoint's folder."""
-        for model, name in ((self.model, "unet"), (self.ema, "unet_ema")):
-            if isinstance(model, UNet):
-                model.save_pretrained(folder / name)
-            else:
-                write_tensors(
-                    folder / WEIGHTS[name], {key: value.clone() for key, value in model.state_dict().items()}
-                )  # some may be one
-        tensors = {
-            f"{key}.{name}": value
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-            for key, value in self.optimizer.state[parameter].items()
-        }
-        write_tensors(folder / "optimizer.safetensors", tensors)
+    def write(self, task: Task) -> Path:
+        """Write a checkpoint, and return its folder."""
+
+        def write(folder: Path) -> None:
+            for model, name in ((self.model, "unet"), (self.ema, "unet_ema")):
+                if isinstance(model, UNet):
+                    model.save_pretrained(folder / name)
+                else:  # some weights may be one
+                    write_tensors(folder / WEIGHTS[name], {key: value.clone() for key, value in model.state_dict().items()})
+            write_tensors(folder / "optimizer.safetensors", self.moments)
+            write_scheduler(folder / "scheduler", task.objective)
+
+        entries = {"seconds": self.seconds, "losses": [float(loss) for loss in self.losses], "row": self.row}
+        return task.folder.checkpoints.add(self.step, entries, write, task.options.keep)
 
     def load_initial_weights(self, task: Task) -> None:
-        """Load the weights and their moving average from the folder that the option `init` names, if it names one."""
-        init = task.data_and_model.get("init")
-        if init is None:
+        """Load the weights and their average that the option `init` names, unless it names none or the run has checkpoints."""
+        init = task.described.get("init")
+        if init is None or task.folder.checkpoints.folders():
             return
         assert isinstance(self.model, UNet)  # `train` has made it
         wanted = UNetConfig.from_dict(self.model.config).to_dict()
@@ -241,21 +157,43 @@ class State:
             check_weights("train", folder / name, "the options", model.state_dict(), weights)
             model.load_state_dict(weights)
         file = folder / "optimizer.safetensors"
-        tensors = load_safetensors("train", file)
-        parameters = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
-        moments = {f"{key}.{name}": value for name, value in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
-        check_weights("train", file, "the network", moments | {f"step.{name}": torch.zeros(()) for name in parameters}, tensors)
+        tensors, moments = load_safetensors("train", file), self.moments
+        check_weights("train", file, "the network", moments, tensors)
         check_finite("train", file, tensors)
-        for name, parameter in parameters.items():
-            self.optimizer.state[parameter] = {
-                "step": tensors[f"step.{name}"].to(parameter.device),
-                # The parameter's memory format: fused optimizers walk through the storage.
-                **{key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")},
-            }
+        for name, moment in moments.items():
+            moment.copy_(tensors[name])  # in the parameter's memory format: fused optimizers walk through the storage
         state = read_state("train", folder)
         self.step, self.seconds, self.row = state.step, state.seconds, state.row
         device = next(self.model.parameters()).device
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in state.losses]
+
+
+def begin(task: Task, state: State) -> dict[str, Any]:
+    """Begin or continue the run in its folder. Return the content of config.json, and let the state be the run's."""
+    folder, checkpoints, config = task.folder, task.folder.checkpoints, task.config()
+    checkpoint = checkpoints.newest()
+    if task.stored is None:
+        folder.check_new()  # it was before the images were read
+    else:
+        check_same(task, task.stored, config, warn=checkpoint is not None)
+    if checkpoint is not None:
+        state.load(checkpoint)
+    elif task.stored is not None:
+        # A disk may have failed, so nothing is replaced.
+        expect(not checkpoints.folders(), "train", "", f"a whole checkpoint in {checkpoints.path}", "none that can be read")
+        if folder.log.last_step():
+            _log.warning("%s has no checkpoint yet: the run starts again from step 0, and its log too", folder.path)
+    write_json(folder.record, config)  # with the options that a resumed run changes
+    checkpoints.path.mkdir(exist_ok=True)  # a run without this folder has lost it
+    checkpoints.remove_leftovers()
+    remove_leftovers(folder.path)
+    folder.log.cut(state.step)
+    if state.row is not None and folder.log.last_step() < state.step:  # a full disk has ended the run before this row
+        folder.log.row(dict(zip(COLUMNS, state.row[1:], strict=True)), int(state.row[0]))
+    if folder.log.last_step() == state.step:  # a full disk can end a run between the row and the end of the losses that it has
+        state.losses.clear()
+    state.row = None
+    return config
 
 
 def _read_networks(init: Path) -> tuple[UNet, UNet]:
@@ -267,13 +205,9 @@ def _read_networks(init: Path) -> tuple[UNet, UNet]:
         network = UNet.from_pretrained(folder)
         return network, network
 
-    run = RunFolder(init)
-    found = None
-    if run.checkpoints.is_dir():
-        found = run.read_latest("", read)
-    elif init.is_dir():
-        with suppress(FileNotFoundError):
-            found = read(init)
+    checkpoints, found = Checkpoints(init), None
+    with suppress(FileNotFoundError):
+        found = checkpoints.read_newest("", read) if checkpoints.path.is_dir() else read(init)
     if found is None:
         wanted = "to be the folder of a model, of a run with a checkpoint, or of a checkpoint"
         raise UnusablePath("train", "init", wanted, repr(str(init)) if init.is_dir() else no_folder(init))

@@ -20,7 +20,8 @@ from ..ops import denoising_loss, q_sample
 from ..variational import variational_loss
 from .data import Batch, Degradation, batches, to_unit_range
 from .options import TrainOptions
-from .state import State, Task
+from .state import State
+from .task import Task
 
 _OF_BOUND: Final = 0.001  # weight of the variational bound beside the denoising loss (Nichol and Dhariwal 2021)
 _DRAWN: Final = 4096  # indices that are drawn together, as a call takes longer than an index

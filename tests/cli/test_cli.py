@@ -146,10 +146,10 @@ def test_a_network_sets_options_that_others_override(
 ) -> None:
     caplog.set_level("INFO", "ddpm_fast")
     seen: list[Any] = []
-    monkeypatch.setattr(ddpm_fast, "train", lambda *a: (seen.append(a), TrainResult(9, 0.0, 0.0, None))[1])
+    monkeypatch.setattr("ddpm_fast.training.trainer.train_in", lambda *a: (seen.append(a), TrainResult(9, 0.0, 0.0, None))[1])
     monkeypatch.setattr("ddpm_fast.checks.computing_device", lambda *_: torch.device(device))
     run("train", tmp_path / "run", *arguments, "--steps", 9, "--lr", TrainOptions().lr)
-    (_, options, data, model), (about, values) = seen[0], NETWORKS[name]
+    (_, options, data, model, _), (about, values) = seen[0], NETWORKS[name]
     made, defaults = (
         vars(a) | vars(b) | vars(c) for a, b, c in ((options, data, model), (TrainOptions(), DataOptions(), ModelOptions()))
     )
@@ -459,7 +459,7 @@ def test_memory_of_the_host_that_runs_out_is_an_error_of_one_line(
 
     monkeypatch.setattr(Sampler, "__call__", fail)
     monkeypatch.setattr(ddpm_fast, "vary", fail)
-    monkeypatch.setattr("ddpm_fast.training.trainer.UNet", fail)
+    monkeypatch.setattr("ddpm_fast.training.parts.UNet", fail)
     reason = r"needs less: (can't allocate|not enough) memory: you tried to allocate \d+ bytes\..*"
     for arguments, options in (
         (["sample", "--model", small, "--out", tmp_path / "a.png"], "--num or --batch-size"),
@@ -752,12 +752,12 @@ def test_a_second_ctrl_c_names_the_last_checkpoint(tmp_path: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     folder = tmp_path / "run"
-    monkeypatch.setattr("ddpm_fast.training.records.summary", interrupt)
+    monkeypatch.setattr("ddpm_fast.training.report.summary", interrupt)
     assert run("train", folder, *TINY, code=130).endswith(f"Stopped by Ctrl-C. The last checkpoint of {folder}: none.\n")
     monkeypatch.undo()
     shutil.rmtree(folder)
     run("train", folder, *TINY, "--steps", 1)
-    monkeypatch.setattr("ddpm_fast.training.loop.Checkpoints._save", interrupt)
+    monkeypatch.setattr("ddpm_fast.training.checkpoint.Checkpoints.add", interrupt)
     last = run("train", folder, "--resume", "--steps", 2, code=130).splitlines()[-1]
     assert last.endswith(f"The last checkpoint of {folder}: {folder}/checkpoints/step-00000001.")
 

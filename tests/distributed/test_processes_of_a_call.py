@@ -16,7 +16,7 @@ from refusals import refused
 
 from ddpm_fast.distributed import Processes, joined, joining, ranks
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training import opening
+from ddpm_fast.training import run
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
@@ -304,15 +304,15 @@ def test_a_group_without_a_backend_for_gpus_is_refused(backends: str, got: str |
     chosen: list[torch.device] = []
     monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
     monkeypatch.setattr(dist, "get_backend", lambda: got)
-    monkeypatch.setattr(opening, "computing_device", lambda caller, name: torch.device(name))
+    monkeypatch.setattr(run, "computing_device", lambda caller, name: torch.device(name))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     team = Processes(1, 2, 1)
-    assert opening._device("cpu", team) == torch.device("cpu")
+    assert run._device("cpu", team) == torch.device("cpu")
     if got is None:
-        assert opening._device("cuda", team) == torch.device("cuda:1") == chosen[0]
+        assert run._device("cuda", team) == torch.device("cuda:1") == chosen[0]
         return
     expected = 'to have a backend for CUDA tensors ("cpu:gloo,cuda:nccl")'
     with refused(InvalidValue("train", "the default group of torch.distributed", expected, f'"{got}"')):
-        opening._device("cuda", team)
+        run._device("cuda", team)
     assert not chosen

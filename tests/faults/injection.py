@@ -27,15 +27,15 @@ import click
 import safetensors.torch
 import torch
 from PIL import Image
-from runs import train
+from runs import newest_checkpoint, train
 
 from ddpm_fast import save_grid
 from ddpm_fast.cli import main as main_command
 from ddpm_fast.files.writing import PREFIX
 from ddpm_fast.nn import UNet
+from ddpm_fast.training.checkpoint import Checkpoints
 from ddpm_fast.training.data import load_dataset
 from ddpm_fast.training.export import export_checkpoint
-from ddpm_fast.training.folder import RunFolder
 
 KINDS = {"KILL": -1, "SHORT": -2}
 FINISHED, REFUSED, BROKEN = 0, 3, 4  # exit statuses of a child; REFUSED: it raised an OSError
@@ -138,12 +138,12 @@ def rows_by_step(run: Path) -> dict[int, dict[str, str]]:
 def check_run(run: Path, finished: bool) -> None:
     """Every checkpoint with a checkpoint's name is whole, and the run goes on to the undisturbed one's weights."""
     steps = [int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")]
-    latest = RunFolder(run).latest_checkpoint()
+    latest = Checkpoints(run).newest()
     assert (latest is None) == (not steps)
     assert latest is None or latest.name == f"step-{max(steps):08d}"
     assert not finished or max(steps) == OPTIONS["steps"]
     assert run_in_child(lambda: train_or_resume(run)) == FINISHED
-    latest, expected = RunFolder(run).latest_checkpoint(), RunFolder(reference(run)).latest_checkpoint()
+    latest, expected = Checkpoints(run).newest(), Checkpoints(reference(run)).newest()
     assert latest is not None
     assert expected is not None
     assert_same(tensors(latest), tensors(expected))
@@ -175,8 +175,7 @@ def check_model(folder: Path, finished: bool) -> None:
 
 
 def latest_ema(run: Path) -> Path:
-    latest = RunFolder(run).latest_checkpoint()
-    assert latest is not None
+    latest = newest_checkpoint(run)
     return latest / "unet_ema"
 
 

@@ -47,7 +47,7 @@ def test_nothing_that_was_saved_is_lost(library: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["KILL", "ENOSPC", "EIO", "EINTR", "SHORT"])
 def test_nothing_that_was_saved_is_lost_by_any_fault(kind: str, library: Path, tmp_path: Path) -> None:
-    tasks = (f"train,{kind},50", f"resume,{kind},30", f"export,{kind},4", f"picture,{kind},1")
+    tasks = (f"train,{kind},40", f"resume,{kind},25", f"export,{kind},4", f"picture,{kind},1")
     if kind != "EINTR":  # Pillow does not go on with an interrupted write, so the pictures get other names
         tasks += (f"sample,{kind},3",)
     for counts in inject(library, tmp_path / "f", *tasks):

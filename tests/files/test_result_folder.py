@@ -30,7 +30,7 @@ class Cakes(ResultFolder):
 HOLD = """
 import sys, time
 from pathlib import Path
-from ddpm_fast.training.folder import RunFolder
+from ddpm_fast.training.run import RunFolder
 
 with RunFolder(Path(sys.argv[1])).locked():
     print("held", flush=True)

@@ -33,11 +33,11 @@ from ddpm_fast import NoiseSchedule, Objective
 from ddpm_fast.files.writing import write_json
 from ddpm_fast.nn import UNet, UNetConfig
 from ddpm_fast.pretrained import _read_scheduler
-from ddpm_fast.training.checkpoint import read_state, why_damaged
+from ddpm_fast.training.checkpoint import Checkpoints, read_state, why_damaged
 from ddpm_fast.training.data import load_dataset, published
 from ddpm_fast.training.export import write_scheduler
-from ddpm_fast.training.folder import FORMAT, RunFolder
 from ddpm_fast.training.options import STRUCTS
+from ddpm_fast.training.run import FORMAT, RunFolder
 
 TINY: dict[str, Any] = {
     "sample_size": [4, 4],
@@ -139,7 +139,7 @@ def state(folder: Path) -> list[Path]:
         (checkpoint / "unet" / "a").write_bytes(b"a" * 10)
         (checkpoint / "b").write_bytes(b"b" * 20)
 
-    checkpoint = RunFolder(folder).save_checkpoint(7, {"seconds": 1.5, "losses": [0.5, 0.25]}, write, keep=1)
+    checkpoint = Checkpoints(folder).add(7, {"seconds": 1.5, "losses": [0.5, 0.25]}, write, keep=1)
     return [checkpoint / STATE]
 
 

@@ -11,7 +11,7 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import DataOptions, ModelOptions, TrainOptions, TrainResult
-from ddpm_fast.training.folder import RunFolder
+from ddpm_fast.training.checkpoint import Checkpoints
 from ddpm_fast.training.options import STRUCTS, options_of
 
 # A network of two levels on 8x8 digits: milliseconds a step.
@@ -41,11 +41,16 @@ def train(run_dir: str | Path, **options: Any) -> TrainResult:
     return ddpm_fast.train(run_dir, *structs)  # type: ignore[arg-type]
 
 
+def newest_checkpoint(run_dir: Path) -> Path:
+    """Return the newest whole checkpoint of a run that has one."""
+    checkpoint = Checkpoints(run_dir).newest()
+    assert checkpoint is not None
+    return checkpoint
+
+
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     """Everything that the newest checkpoint holds, under unique names."""
-    checkpoint = RunFolder(run_dir).latest_checkpoint()
-    assert checkpoint is not None
-    files = checkpoint.rglob("*.safetensors")
+    files = newest_checkpoint(run_dir).rglob("*.safetensors")
     return {f"{f.parent.name}.{name}": value for f in files for name, value in safetensors.torch.load_file(f).items()}
 
 

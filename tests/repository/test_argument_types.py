@@ -30,8 +30,8 @@ theirs = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_py
 
 from ddpm_fast.integrations import diffusers as schedulers  # noqa: E402
 
-# Objects that functions of the package return. Users do not make them.
-RESULTS = {"BackendUnavailable", "FuseReport", "Pretrained", "TrainResult", "VariationalBound"}
+# Objects that functions of the package return, which users do not make, and a class to derive from.
+RESULTS = {"BackendUnavailable", "FuseReport", "Logger", "Pretrained", "TrainResult", "VariationalBound"}
 # Types of keyword arguments, which other entries check.
 KEYWORDS = {"BatchOptions", "DrawOptions", "EditOptions", "PlanOptions"}
 
@@ -244,7 +244,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "DataOptions": lambda: Entry(d.DataOptions, {}, {"data_memory": "zero huge", "colors": "None"}),
     "ModelOptions": lambda: Entry(d.ModelOptions, {}, {"attention": "empty", "dropout": "zero", "schedule": "None"}),
     "TrainOptions": lambda: Entry(d.TrainOptions, {"steps": 1}, TRAIN_ACCEPTS),
-    "Trainer": lambda: Entry(d.Trainer, trainer_arguments()),
+    "Trainer": lambda: Entry(d.Trainer, trainer_arguments(), {"loggers": "empty"}),
     "Trainer.run": lambda: Entry(trainer().run, {}),
     "UNet": lambda: Entry(unet().forward, {"x": torch.zeros(2, 2, 16, 16), "t": STEP}, {"x": "meta", "t": "fraction zero"}),
     "UNet.from_pretrained": lambda: Entry(d.UNet.from_pretrained, {"path": "no such"}, caller="from_pretrained"),

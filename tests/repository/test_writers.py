@@ -28,14 +28,13 @@ ALLOWED = {
     ("sampling/sample_formats.py", "_png", "picture.save"): "into memory",
     ("sampling/sample_formats.py", "add", "archive.open"): "a member of an archive that `replacing` writes",
     ("sampling/sample_formats.py", "finish", "whole.replace"): "an archive that is whole",
-    ("training/records.py", "__init__", "SummaryWriter"): "TensorBoard writes its own event files",
-    ("training/folder.py", "_point_to", "link.replace"): "a link",
-    ("training/folder.py", "_point_to", "link.symlink_to"): "a link",
-    ("training/folder.py", "append_log", "open"): "a row is appended",
-    ("training/folder.py", "append_log", "os.open"): "a row is appended",
-    ("training/folder.py", "open_itself", "os.open"): "a row is appended",
-    ("training/folder.py", "_remove", "checkpoint.rename"): "a folder that is removed",
-    ("training/folder.py", "save_checkpoint", "temporary.rename"): "a folder that is whole",
+    ("training/log.py", "__init__", "SummaryWriter"): "TensorBoard writes its own event files",
+    ("training/checkpoint.py", "_point_to", "link.replace"): "a link",
+    ("training/checkpoint.py", "_point_to", "link.symlink_to"): "a link",
+    ("training/log.py", "row", "open"): "a row is appended",
+    ("training/log.py", "_open_itself", "os.open"): "a row is appended",
+    ("training/checkpoint.py", "_remove", "checkpoint.rename"): "a folder that is removed",
+    ("training/checkpoint.py", "add", "temporary.rename"): "a folder that is whole",
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from launching import run_ranks
 from refusals import refused
-from runs import assert_same_weights
+from runs import assert_same_weights, newest_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,7 +21,6 @@ from ddpm_fast import NoiseSchedule, Sampler, Trainer, TrainOptions, ddim_plan, 
 from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.training.data import load_dataset
-from ddpm_fast.training.folder import RunFolder
 
 SCHEDULE = NoiseSchedule.linear()
 SIDES = {1: (12,), 2: (6, 4), 3: (4, 2, 6)}
@@ -113,8 +112,7 @@ def test_networks_train_resume_and_sample(dims: int, classes: int | None, reads:
     again = trainer(tmp_path / "parts", dims, classes, reads, flip=True, resume=True)
     again.run()
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
-    checkpoint = RunFolder(tmp_path / "parts").latest_checkpoint()
-    assert checkpoint is not None
+    checkpoint = newest_checkpoint(tmp_path / "parts")
     for name, model in (("model", again.model), ("ema", again.ema)):
         stored = load_file(checkpoint / f"{name}.safetensors")
         assert stored.keys() == model.state_dict().keys()

@@ -13,22 +13,26 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 from refusals import refused
-from runs import QUIET, train
+from runs import QUIET, newest_checkpoint, train
 from torch import Tensor
 
+from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.files.images import save_grid
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import load_folder
 from ddpm_fast.schedule import NoiseSchedule, Objective
-from ddpm_fast.training import folder as run_folder
+from ddpm_fast.training import checkpoint, state
+from ddpm_fast.training import run as run_module
 from ddpm_fast.training.checkpoint import why_damaged
 from ddpm_fast.training.data import Batch
 from ddpm_fast.training.export import export_checkpoint
-from ddpm_fast.training.folder import RunFolder
 from ddpm_fast.training.options import TrainOptions
-from ddpm_fast.training.state import State, Task
+from ddpm_fast.training.run import RunFolder
+from ddpm_fast.training.state import State
+from ddpm_fast.training.task import Task
 
 
 def start(folder: Path, step: int = 4) -> RunFolder:
@@ -37,7 +41,7 @@ def start(folder: Path, step: int = 4) -> RunFolder:
 
 
 def checkpoints(run: RunFolder) -> list[str]:
-    return sorted(entry.name for entry in run.checkpoints.iterdir())
+    return sorted(entry.name for entry in run.checkpoints.path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------------------------- log
@@ -45,8 +49,8 @@ def checkpoints(run: RunFolder) -> list[str]:
 
 def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
     run = start(tmp_path / "run", step=2)
-    run.log_file.unlink()
-    run.log_file.symlink_to(tmp_path / "elsewhere")
+    run.log.path.unlink()
+    run.log.path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match=r"train: expected '.*log\.csv' to be a file, got a link"):
         train(run.path, **QUIET | {"log_every": 1}, steps=4, resume=True)
     assert not (tmp_path / "elsewhere").exists()
@@ -56,15 +60,15 @@ def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
 def test_a_pipe_in_place_of_the_log_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     run = start(tmp_path / "run", step=2)
     before = run.record.read_text()
-    run.log_file.unlink()
-    os.mkfifo(run.log_file)
+    run.log.path.unlink()
+    os.mkfifo(run.log.path)
     wanted = r"expected '.*log\.csv' to be a file, got a folder, a pipe or a device"
     with pytest.raises(OSError, match=f"^train: {wanted}"):
         train(run.path, **QUIET, steps=4, resume=True)
     with pytest.raises(OSError, match=f"^export_checkpoint: {wanted}"):
         export_checkpoint(run.path, tmp_path / "out")
     with pytest.raises(OSError, match=wanted):
-        run.append_log((1, 2.0))
+        run.log.row({"loss": 2.0}, 1)
     assert run.record.read_text() == before
     assert not (tmp_path / "out").exists()
 
@@ -111,18 +115,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(
     damage: str, started: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunFolder(Path(shutil.copytree(started, tmp_path / "run", symlinks=True)))
-    newest = run.latest_checkpoint()
-    assert newest is not None
+    newest = newest_checkpoint(run.path)
     assert newest.name == "step-00000004"
     DAMAGES[damage](newest)
     with caplog.at_level(logging.WARNING):
-        found = run.latest_checkpoint()
-    assert found is not None
+        found = newest_checkpoint(run.path)
     assert found.name == "step-00000002"
     assert "is damaged and left out" in caplog.text
     assert train(run.path, **QUIET, steps=6, resume=True, checkpoint_every=2).step == 6
-    again = run.latest_checkpoint()
-    assert again is not None
+    again = newest_checkpoint(run.path)
     assert why_damaged(again) is None
 
 
@@ -130,8 +131,8 @@ def test_a_checkpoint_of_another_network_is_named(tmp_path: Path) -> None:
     run = start(tmp_path / "run", step=2)
     other = train(tmp_path / "other", **QUIET | {"channels": [16, 16]}, steps=2)
     assert other.step == 2
-    shutil.rmtree(run.checkpoints)
-    shutil.copytree(tmp_path / "other" / "checkpoints", run.checkpoints, symlinks=True)
+    shutil.rmtree(run.checkpoints.path)
+    shutil.copytree(tmp_path / "other" / "checkpoints", run.checkpoints.path, symlinks=True)
     with pytest.raises(ValueError, match=r"^train: expected the weights in '.*unet' to fit the options, got missing "):
         train(run.path, **QUIET, steps=4, resume=True)
 
@@ -156,7 +157,7 @@ def _spoil(tensors: dict[str, Tensor], kind: str) -> None:
 )
 def test_an_optimizer_that_does_not_fit_is_named(kind: str, wanted: str, tmp_path: Path) -> None:
     run = start(tmp_path / "run", step=2)
-    folder = run.checkpoints / "step-00000002"
+    folder = run.checkpoints.path / "step-00000002"
     file = folder / "optimizer.safetensors"
     tensors = safetensors.torch.load_file(file)
     if kind == "header":
@@ -167,7 +168,7 @@ def test_an_optimizer_that_does_not_fit_is_named(kind: str, wanted: str, tmp_pat
     copied = tmp_path / "copied"
     shutil.move(folder, copied)
     (copied / "state.json").unlink()
-    run.save_checkpoint(2, {}, lambda new: shutil.copytree(copied, new, dirs_exist_ok=True), keep=1)  # with its checksums
+    run.checkpoints.add(2, {}, lambda new: shutil.copytree(copied, new, dirs_exist_ok=True), keep=1)  # with its checksums
     with pytest.raises(ValueError, match=wanted):
         train(run.path, **QUIET, steps=4, resume=True)
 
@@ -201,18 +202,35 @@ def test_a_wrong_configuration_is_named(field: str, value: object, wanted: str, 
         export_checkpoint(run.path, tmp_path / "out")
 
 
+def test_a_call_reads_and_writes_the_configuration_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = start(tmp_path / "run", step=2)
+    calls: list[str] = []
+    for module, name in ((run_module, "read_json"), (state, "write_json")):
+        function = getattr(module, name)
+
+        def counted(*arguments: Any, function: Any = function, name: str = name) -> Any:
+            calls.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, counted)
+    arguments = ["train", str(folder.path), "--resume", "--steps=3", "--no-progress"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert calls == ["read_json", "write_json"]
+
+
 def test_bytes_that_are_no_text_in_the_log_are_left_out(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    run.log_file.write_bytes(b"step,loss\n1,0.5\n\xff\xfe,3\n" + b"9" * 5000 + b",3\n2,0.25\n")
-    assert run.log_until(2) == "step,loss\n1,0.5\n2,0.25\n"
+    run.log.path.write_bytes(b"step,loss\n1,0.5\n\xff\xfe,3\n" + b"9" * 5000 + b",3\n2,0.25\n")
+    assert run.log.until(2) == "step,loss\n1,0.5\n2,0.25\n"
 
 
 def test_the_result_after_damage_is_that_of_a_run_without(tmp_path: Path) -> None:
     whole, damaged = start(tmp_path / "whole"), start(tmp_path / "damaged")
-    _flip_a_byte(damaged.checkpoints / "step-00000004" / "optimizer.safetensors")
+    _flip_a_byte(damaged.checkpoints.path / "step-00000004" / "optimizer.safetensors")
     for run in (whole, damaged):
         train(run.path, **QUIET, steps=6, resume=True)
-    files = [run.checkpoints / "step-00000006" / "optimizer.safetensors" for run in (whole, damaged)]
+    files = [run.checkpoints.path / "step-00000006" / "optimizer.safetensors" for run in (whole, damaged)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -221,22 +239,21 @@ def test_foreign_files_and_links_are_left_alone(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "mine").write_text("mine")
-    foreign = [run.checkpoints / name for name in ("step-00000006", "step-00000008", "step-x", ".step-1.tmp", ".a.tmp")]
+    foreign = [run.checkpoints.path / name for name in ("step-00000006", "step-00000008", "step-x", ".step-1.tmp", ".a.tmp")]
     foreign[0].write_text("mine")
     foreign[1].symlink_to(elsewhere, target_is_directory=True)
     foreign[2].mkdir()
     foreign[3].symlink_to(elsewhere, target_is_directory=True)
     foreign[4].write_text("mine")
-    (run.checkpoints / "latest").unlink()
-    (run.checkpoints / "latest").mkdir()
+    (run.checkpoints.path / "latest").unlink()
+    (run.checkpoints.path / "latest").mkdir()
     assert train(run.path, **QUIET, steps=8, resume=True, checkpoint_every=2).step == 8
     assert foreign[0].read_text() == foreign[4].read_text() == "mine"
     assert foreign[1].is_symlink()
     assert foreign[3].is_symlink()
     assert (elsewhere / "mine").read_text() == "mine"
     assert {"step-00000006-1", "step-00000008-1", "step-x", "latest"} <= set(checkpoints(run))
-    latest = run.latest_checkpoint()
-    assert latest is not None
+    latest = newest_checkpoint(run.path)
     assert latest.name == "step-00000008-1"
 
 
@@ -257,7 +274,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_followed_by_the_newest(
 
     monkeypatch.setattr(UNet, "from_pretrained", read)
     load_folder(run.path)
-    assert not (run.checkpoints / "step-00000002").exists()
+    assert not (run.checkpoints.path / "step-00000002").exists()
     waiting.append(1)
     assert export_checkpoint(run.path, tmp_path / "out").is_dir()
     assert json.loads((tmp_path / "out" / "training.json").read_text())["step"] == 6
@@ -270,9 +287,8 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_followed_by_the_newest(
         return why_damaged(folder, part)
 
     waiting.append(3)
-    monkeypatch.setattr(run_folder, "why_damaged", why)
-    latest = run.latest_checkpoint()
-    assert latest is not None
+    monkeypatch.setattr(checkpoint, "why_damaged", why)
+    latest = newest_checkpoint(run.path)
     assert latest.name == "step-00000010"
     assert "damaged" not in caplog.text
 
@@ -282,14 +298,14 @@ def test_a_checkpoint_that_stays_is_read_once(tmp_path: Path) -> None:
         raise ValueError(f"{checkpoint.name} is wrong")
 
     with pytest.raises(ValueError, match="step-00000002 is wrong"):
-        start(tmp_path / "run", step=2).read_latest("", read)
+        start(tmp_path / "run", step=2).checkpoints.read_newest("", read)
 
 
 def test_fewer_steps_than_are_done_are_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(tmp_path / "run")
     before = run.record.read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm_fast.training.trainer.load_dataset", lambda *_, **__: pytest.fail("the images were read"))
+        patch.setattr("ddpm_fast.training.parts.load_dataset", lambda *_, **__: pytest.fail("the images were read"))
         with pytest.raises(ValueError, match=r"train: expected steps to be at least 4, the step of the run in .*, got 3"):
             train(run.path, **QUIET, steps=3, resume=True)
     assert run.record.read_text() == before
@@ -298,24 +314,24 @@ def test_fewer_steps_than_are_done_are_refused_before_work(tmp_path: Path, monke
 
 def test_a_run_whose_checkpoints_are_lost_does_not_start_again(tmp_path: Path) -> None:
     run = start(tmp_path / "run")
-    before = run.log_file.read_text()
-    run.checkpoints.rename(tmp_path / "unmounted")
+    before = run.log.path.read_text()
+    run.checkpoints.path.rename(tmp_path / "unmounted")
     wanted = r"train: expected .*checkpoints to have the .* 4 steps, got none; .* remove log\.csv to start again from step 0"
     with pytest.raises(FileNotFoundError, match=wanted):
         train(run.path, **QUIET, steps=4, resume=True)
-    assert run.log_file.read_text() == before
-    run.log_file.unlink()
+    assert run.log.path.read_text() == before
+    run.log.path.unlink()
     assert train(run.path, **QUIET, steps=2, resume=True).step == 2
 
 
 def test_a_link_to_a_checkpoint_that_is_gone_does_not_start_again(tmp_path: Path) -> None:
     run = start(tmp_path / "run")
-    before = run.log_file.read_text()
-    for folder in run.checkpoint_folders():
+    before = run.log.path.read_text()
+    for folder in run.checkpoints.folders():
         shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match=r"to have the checkpoints of the run, whose log\.csv has 4 steps, got none"):
         train(run.path, **QUIET, steps=4, resume=True)
-    assert run.log_file.read_text() == before
+    assert run.log.path.read_text() == before
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
@@ -325,10 +341,10 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm_fast.training.loop.Checkpoints._save", interrupt)
+        patch.setattr("ddpm_fast.training.checkpoint.Checkpoints.add", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", **QUIET, steps=4)
-    assert RunFolder(tmp_path / "run").last_row() == 4
+    assert RunFolder(tmp_path / "run").log.last_step() == 4
     assert train(tmp_path / "run", **QUIET, steps=4, resume=True).step == 4
     assert f"{tmp_path / 'run'} has no checkpoint yet: the run starts again from step 0, and its log too" in caplog.text
 

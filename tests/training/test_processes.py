@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from launching import run_ranks
 from refusals import refused
-from runs import QUIET, assert_same_weights, log_rows, train
+from runs import QUIET, assert_same_weights, log_rows, newest_checkpoint, train
 
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training.folder import RunFolder
+from ddpm_fast.training.run import RunFolder
 
 HELPERS = str(Path(__file__).parents[1] / "helpers")
 RUN: dict[str, Any] = {
@@ -179,7 +179,7 @@ def test_a_killed_rank_loses_nothing_that_was_saved(tmp_path: Path) -> None:
     )
     run = RunFolder(tmp_path / "run")
     deadline = time.monotonic() + 100
-    while not run.checkpoint_folders() and time.monotonic() < deadline:
+    while not run.checkpoints.folders() and time.monotonic() < deadline:
         time.sleep(0.01)
     ranks = children_of(process.pid)
     assert len(ranks) == 2
@@ -197,7 +197,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
     )
     run = RunFolder(tmp_path / "run")
     deadline = time.monotonic() + 100
-    while not run.checkpoint_folders() and time.monotonic() < deadline:
+    while not run.checkpoints.folders() and time.monotonic() < deadline:
         time.sleep(0.01)
     for number in (*children_of(process.pid), process.pid):  # as Slurm does. torchrun then sends it to the ranks again
         os.kill(number, signal.SIGTERM)
@@ -205,8 +205,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
     stopped = re.search(rb"stopped by SIGTERM at step (\d+) of 100000; checkpoint saved", output)
     assert stopped, output.decode()
     step = int(stopped[1])
-    checkpoint = run.latest_checkpoint()
-    assert checkpoint is not None
+    checkpoint = newest_checkpoint(run.path)
     assert checkpoint.name == f"step-{step:08d}"
     subprocess.run(command(tmp_path / "run", step + 20), check=True, capture_output=True, cwd=tmp_path)
-    assert run.last_row() == step + 20
+    assert run.log.last_step() == step + 20

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,20 @@ from click.testing import CliRunner
 from launching import run_ranks
 from PIL import Image
 from refusals import refused
-from runs import NAMES, QUIET, assert_same_weights, log_rows, train
+from runs import NAMES, QUIET, assert_same_weights, log_rows, newest_checkpoint, train
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import ddpm_fast
-from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, export_checkpoint, load_folder
+from ddpm_fast import Logger, NoiseSchedule, Trainer, TrainOptions, UNet, export_checkpoint, load_folder
 from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidType, InvalidValue, UnusablePath
+from ddpm_fast.training import loop
 from ddpm_fast.training.data import Checked, batches, load_dataset, read_batch, to_unit_range
-from ddpm_fast.training.folder import RunFolder
 from ddpm_fast.training.rng import TrainingRng
+from ddpm_fast.training.run import RunFolder
+from ddpm_fast.training.state import State
+from ddpm_fast.training.task import Task
 
 SHARED = {name: value for name, value in QUIET.items() if name in NAMES[TrainOptions]}
 
@@ -63,7 +68,8 @@ def trainer(run_dir: Path, dataset: Any = None, model: UNet | None = None, **opt
     """Return a trainer of three steps on digits, unless the options say otherwise."""
     dataset = Digits() if dataset is None else dataset
     model = network() if model is None else model
-    arguments = {name: options.pop(name) for name in ("on_step", "on_checkpoint") if name in options}
+    names = ("on_step", "on_checkpoint", "loggers")
+    arguments = {name: options.pop(name) for name in names if name in options}
     return Trainer(
         model, NoiseSchedule.linear(), dataset, TrainOptions(**SHARED | {"steps": 3} | options), run_dir, **arguments
     )
@@ -100,8 +106,7 @@ def test_weights_are_those_of_train(tmp_path: Path) -> None:
     assert_same_parameters(loaded.model, trained.ema)
     assert loaded.model.config["class_names"] == list("0123456789")
     assert loaded.model.config["sample_size"] == 8
-    checkpoint = RunFolder(tmp_path / "plain").latest_checkpoint()
-    assert checkpoint is not None
+    checkpoint = newest_checkpoint(tmp_path / "plain")
     assert_same_parameters(UNet.from_pretrained(checkpoint / "unet"), trained.model)
 
 
@@ -246,8 +251,7 @@ def test_train_refuses_a_trainers_run(tmp_path: Path) -> None:
 
 def test_trained_weights_keep_their_average(tmp_path: Path) -> None:
     train(tmp_path / "first", **QUIET | {"steps": 3})
-    checkpoint = RunFolder(tmp_path / "first").latest_checkpoint()
-    assert checkpoint is not None
+    checkpoint = newest_checkpoint(tmp_path / "first")
     train(tmp_path / "init", **QUIET | {"steps": 3}, init=checkpoint / "unet")
     trainer(tmp_path / "trainer", model=UNet.from_pretrained(checkpoint / "unet"), ema_warmup=False).run()
     assert_same_weights(tmp_path / "init", tmp_path / "trainer")
@@ -289,13 +293,124 @@ def test_an_error_of_a_callback_is_raised_as_it_is(callback: str, kind: type[Exc
     with pytest.raises(kind, match=r"^'?mine'?$"):
         trainer(tmp_path / "run", **options, **{callback: fail}).run()
     run = RunFolder(tmp_path / "run")
-    checkpoint = run.latest_checkpoint()
-    assert checkpoint is not None
+    checkpoint = newest_checkpoint(run.path)
     assert checkpoint.name == "step-00000004"
     trainer(tmp_path / "run", **options, resume=True).run()
     trainer(tmp_path / "whole", **options).run()
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
     assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------------- loggers
+
+
+class Recorder(Logger):
+    """A logger that keeps what it receives, and raises an error in one of its methods."""
+
+    def __init__(self, fails_in: str = "", error: Exception | None = None) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.closed = 0
+        self.fails_in, self.error = fails_in, error
+
+    def fail(self, method: str) -> None:
+        if method == self.fails_in and self.error is not None:
+            raise self.error
+
+    def row(self, values: Mapping[str, float], step: int) -> None:
+        self.fail("row")
+        self.rows.append((step, dict(values)))
+
+    def images(self, images: Tensor, step: int) -> None:
+        self.fail("images")
+        self.shapes.append((step, *images.shape))
+
+    def close(self) -> None:
+        self.closed += 1
+        self.fail("close")
+
+
+def test_loggers_receive_the_rows_and_the_images_of_grids(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer(tmp_path, steps=5, log_every=2, sample_every=3, sample_steps=1, loggers=[recorder]).run()
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert [{"step": step, **values} for step, values in recorder.rows] == [pytest.approx(row, rel=1e-5) for row in rows]
+    assert recorder.shapes == [(3, 40, 1, 8, 8), (5, 40, 1, 8, 8)]
+    assert recorder.closed == 1
+
+
+@pytest.mark.parametrize("method", ["row", "images", "close"])
+def test_a_logger_that_cannot_write_is_said_once_and_left_out(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, other = Recorder(method, OSError(28, "No space left on device")), Recorder()
+    options = {"steps": 3, "log_every": 1, "sample_every": 1, "sample_steps": 1}
+    assert trainer(tmp_path, **options, loggers=[full, other]).run().step == 3
+    assert [record.getMessage() for record in caplog.records if "Recorder" in record.getMessage()] == [
+        "Recorder fails, so the run goes on without it: [Errno 28] No space left on device"
+    ]
+    assert (len(full.rows), full.closed > 0) == ({"row": 0, "images": 1, "close": 3}[method], True)
+    assert (len(other.rows), len(other.shapes), other.closed) == (3, 3, 1)
+
+
+@pytest.mark.parametrize("method", ["row", "images", "close"])
+def test_another_error_of_a_logger_ends_the_run_with_a_checkpoint(method: str, tmp_path: Path) -> None:
+    options = {"steps": 4, "log_every": 3, "sample_every": 2, "sample_steps": 1}
+    with pytest.raises(ValueError, match=r"^mine$"):
+        trainer(tmp_path / "run", **options, loggers=[Recorder(method, ValueError("mine"))]).run()
+    assert newest_checkpoint(tmp_path / "run").name == f"step-{ {'row': 1, 'images': 2, 'close': 4}[method]:08d}"
+    trainer(tmp_path / "run", **options, resume=True).run()
+    trainer(tmp_path / "whole", **options).run()
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "run")
+
+
+def test_loggers_are_of_the_class(tmp_path: Path) -> None:
+    with refused(InvalidType("Trainer", "loggers", "to be a Logger", "str")):
+        trainer(tmp_path, loggers=["tensorboard"])
+
+
+# ---------------------------------------------------------------------------------------------------- a step that fails
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["python", "gpu", "cpu"],
+)
+def test_a_step_without_memory_ends_the_run_with_a_checkpoint(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step = loop.take_step
+
+    def fail(task: Task, state: State, *batch: Tensor) -> tuple[Tensor, float]:
+        if state.step == 2:
+            raise error
+        return take_step(task, state, *batch)
+
+    monkeypatch.setattr(loop, "take_step", fail)
+    wanted = rf"^train: expected memory for step 3, got: {re.escape(str(error))}; the last good checkpoint is .*step-00000002"
+    with pytest.raises(MemoryError, match=wanted):
+        trainer(tmp_path / "run", steps=4).run()
+    monkeypatch.undo()
+    trainer(tmp_path / "run", steps=4, resume=True).run()
+    trainer(tmp_path / "whole", steps=4).run()
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_that_fails_in_its_first_step_can_be_resumed(tmp_path: Path) -> None:
+    first = int(TrainingRng(0, 6).indices(0, len(load_dataset("digits")))[0])
+    wrong = Digits(lambda i, image, label: (image, 10 if i == first else label))
+    with pytest.raises(ValueError, match=r"got 10; the last good checkpoint is .*step-00000000"):
+        trainer(tmp_path / "run", wrong).run()
+    trainer(tmp_path / "run", resume=True).run()
+    trainer(tmp_path / "whole").run()
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong arguments

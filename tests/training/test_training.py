@@ -25,7 +25,7 @@ import torch
 from launching import exit_with_python
 from PIL import Image
 from refusals import refused
-from runs import QUIET, TINY, assert_same_weights, log_rows, train, weights
+from runs import QUIET, TINY, assert_same_weights, log_rows, newest_checkpoint, train, weights
 
 from ddpm_fast import Trainer
 from ddpm_fast.checks import MAX_TIMESTEPS
@@ -37,14 +37,15 @@ from ddpm_fast.options import options_of
 from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.schedule import NoiseSchedule, Objective
-from ddpm_fast.training import records, trainer
+from ddpm_fast.training import parts, report
+from ddpm_fast.training.checkpoint import Checkpoints
 from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 from ddpm_fast.training.export import export_checkpoint
-from ddpm_fast.training.folder import RunFolder
+from ddpm_fast.training.log import CsvLog
 from ddpm_fast.training.loop import TrainResult
 from ddpm_fast.training.options import STRUCTS, ModelOptions, TrainOptions
-from ddpm_fast.training.records import duration
 from ddpm_fast.training.rng import TrainingRng
+from ddpm_fast.training.run import RunFolder
 from ddpm_fast.training.step import lr_factor
 
 # --------------------------------------------------------------------------------------------------------------- learning
@@ -80,8 +81,7 @@ def test_steps_follow_algorithm_1(tmp_path: Path) -> None:
         assert float(row["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
         assert float(row["grad_norm"]) == pytest.approx(float(norm), rel=1e-3)
         assert float(row["lr"]) == pytest.approx(1e-3 * (step + 1) / 4)
-    checkpoint = RunFolder(tmp_path / "run").latest_checkpoint()
-    assert checkpoint is not None
+    checkpoint = newest_checkpoint(tmp_path / "run")
     # Adam divides by the gradient's size, so a rounding in it may move a weight by a share of the step, lr <= 1e-3.
     for folder, expected in (("unet", model.state_dict()), ("unet_ema", average)):
         for name, value in UNet.from_pretrained(checkpoint / folder).state_dict().items():
@@ -112,7 +112,7 @@ def test_learning_rate_rises_stays_and_falls() -> None:
 def test_non_finite_loss_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"train: the loss became \S+ and its gradient's norm (nan|inf) by step \d+;"):
         train(tmp_path / "run", **QUIET | {"steps": 50, "lr": 1e38, "warmup_steps": 0, "log_every": 2, "checkpoint_every": 2})
-    assert RunFolder(tmp_path / "run").latest_checkpoint() is None  # a spoilt state is not saved
+    assert Checkpoints(tmp_path / "run").newest() is None  # a spoilt state is not saved
 
 
 # --------------------------------------------------------------------------------------------------------------- resuming
@@ -136,7 +136,7 @@ def test_log_of_a_resumed_run_has_each_row_once(tmp_path: Path) -> None:
     train(tmp_path / "whole", **options)
     train(tmp_path / "cut", **options)
     # A run was killed at step 19: rows up to 16 are there, one of them cut short, and the newest checkpoint is of step 18.
-    RunFolder(tmp_path / "cut")._remove(tmp_path / "cut" / "checkpoints" / "step-00000020")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000020")
     with (tmp_path / "cut" / "log.csv").open("a") as file:
         file.write("24,14")
     train(tmp_path / "cut", **options, resume=True)
@@ -238,7 +238,7 @@ def test_grids_are_drawn_with_noise_on_every_schedule(schedule: Any, tmp_path: P
     if schedule == "zero SNR":
         schedule = NoiseSchedule.linear().rescale_zero_terminal_snr()
     plans: list[Any] = []
-    monkeypatch.setattr(records, "sample", lambda model, plan, n, **_: (plans.append(plan), torch.zeros(n, 1, 8, 8))[1])
+    monkeypatch.setattr(report, "sample", lambda model, plan, n, **_: (plans.append(plan), torch.zeros(n, 1, 8, 8))[1])
     options = {"batch_size": 4, "steps": 1, "prediction": "v_prediction", "progress": False, "tensorboard": False}
     for sample_steps in (None, 5):
         folder = tmp_path / str(sample_steps)
@@ -263,7 +263,7 @@ def test_grids_are_drawn_with_noise_on_every_schedule(schedule: Any, tmp_path: P
 def test_folders_that_cannot_be_written_are_refused_before_the_images_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
+    monkeypatch.setattr(parts, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
     (tmp_path / "file").touch()
     with pytest.raises(UnusablePath, match=r"run_dir to be in a folder, got .*, and '.*file' is a file"):
         train(tmp_path / "file" / "run", **QUIET)
@@ -276,8 +276,7 @@ def test_folders_that_cannot_be_written_are_refused_before_the_images_are_read(
 def test_init_starts_from_the_weights_of_a_run_a_checkpoint_or_a_model(tmp_path: Path) -> None:
     first = tmp_path / "first"
     train(first, **QUIET, steps=4)
-    checkpoint = RunFolder(first).latest_checkpoint()
-    assert checkpoint is not None
+    checkpoint = newest_checkpoint(first)
     export_checkpoint(first, tmp_path / "model", torch.float32)
     sources = {"run": first, "checkpoint": checkpoint, "model": tmp_path / "model"}
     for name, source in sources.items():
@@ -349,21 +348,21 @@ def test_only_the_newest_checkpoints_are_kept_and_damaged_ones_left_out(
 ) -> None:
     train(tmp_path / "run", **QUIET | {"steps": 5, "checkpoint_every": 1, "keep": 2})
     run = RunFolder(tmp_path / "run")
-    newest = run.checkpoints / "step-00000005"
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["latest", "step-00000004", "step-00000005"]
-    assert (run.checkpoints / "latest").resolve() == newest.resolve()
+    newest = run.checkpoints.path / "step-00000005"
+    assert sorted(p.name for p in run.checkpoints.path.iterdir()) == ["latest", "step-00000004", "step-00000005"]
+    assert (run.checkpoints.path / "latest").resolve() == newest.resolve()
     optimizer = newest / "optimizer.safetensors"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
-    (run.checkpoints / ".step-00000006.tmp" / "unet").mkdir(parents=True)  # a writer was killed
-    (run.checkpoints / "step-00000007").mkdir()
-    shutil.copy(newest / "state.json", run.checkpoints / "step-00000007")  # a copy was interrupted
+    (run.checkpoints.path / ".step-00000006.tmp" / "unet").mkdir(parents=True)  # a writer was killed
+    (run.checkpoints.path / "step-00000007").mkdir()
+    shutil.copy(newest / "state.json", run.checkpoints.path / "step-00000007")  # a copy was interrupted
     with caplog.at_level(logging.WARNING, logger="ddpm_fast"):
-        assert run.latest_checkpoint() == run.checkpoints / "step-00000004"
+        assert run.checkpoints.newest() == run.checkpoints.path / "step-00000004"
     assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [
-        f"{run.checkpoints / name} is damaged and left out" for name in ("step-00000007", "step-00000005")
+        f"{run.checkpoints.path / name} is damaged and left out" for name in ("step-00000007", "step-00000005")
     ]
     train(tmp_path / "run", **QUIET | {"steps": 7, "checkpoint_every": 1, "keep": 2}, resume=True)
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["latest", "step-00000006", "step-00000007"]
+    assert sorted(p.name for p in run.checkpoints.path.iterdir()) == ["latest", "step-00000006", "step-00000007"]
 
 
 def test_damaged_checkpoint_takes_no_whole_ones_place(tmp_path: Path) -> None:
@@ -373,11 +372,11 @@ def test_damaged_checkpoint_takes_no_whole_ones_place(tmp_path: Path) -> None:
         (folder / "weights").write_text("weights")
 
     for step in (10, 30):
-        run.save_checkpoint(step, {}, write, keep=2)
-    (run.checkpoints / "step-00000030" / "weights").write_text("")
-    newest = run.save_checkpoint(20, {}, write, keep=1)
-    assert [folder.name for folder in run.checkpoints.glob("step-*")] == ["step-00000020"]
-    assert run.latest_checkpoint() == newest
+        run.checkpoints.add(step, {}, write, keep=2)
+    (run.checkpoints.path / "step-00000030" / "weights").write_text("")
+    newest = run.checkpoints.add(20, {}, write, keep=1)
+    assert [folder.name for folder in run.checkpoints.path.glob("step-*")] == ["step-00000020"]
+    assert run.checkpoints.newest() == newest
 
 
 def test_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,8 +391,7 @@ def test_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path: Path, 
         train(tmp_path / "run", **QUIET | {"steps": 2}, resume=True)
     monkeypatch.undo()
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-00000001"]
-    latest = RunFolder(tmp_path / "run").latest_checkpoint()
-    assert latest is not None
+    latest = newest_checkpoint(tmp_path / "run")
     assert latest.name == "step-00000001"
 
 
@@ -430,7 +428,7 @@ def test_a_log_that_cannot_be_written_ends_the_run_with_a_checkpoint(tmp_path: P
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(RunFolder, "append_log", full)
+    monkeypatch.setattr(CsvLog, "row", full)
     with pytest.raises(OSError, match=r"at step 1, got: no space .*; the last good checkpoint is .*step-00000001"):
         train(tmp_path / "run", **QUIET | {"steps": 6})
     monkeypatch.undo()
@@ -442,13 +440,13 @@ def test_a_log_that_cannot_be_written_ends_the_run_with_a_checkpoint(tmp_path: P
 
 
 def test_a_folder_that_is_removed_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append_log = RunFolder.append_log
+    append = CsvLog.row
 
-    def remove(self: RunFolder, row: Any) -> None:
-        shutil.rmtree(self.path)
-        append_log(self, row)
+    def remove(self: CsvLog, values: Any, step: int) -> None:
+        shutil.rmtree(self.path.parent)
+        append(self, values, step)
 
-    monkeypatch.setattr(RunFolder, "append_log", remove)
+    monkeypatch.setattr(CsvLog, "row", remove)
     with pytest.raises(OSError, match=r"at step 1, got: .*No such file.*; the last good checkpoint is .*step-00000001"):
         train(tmp_path / "run", **QUIET | {"steps": 6})
     monkeypatch.undo()
@@ -463,7 +461,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_a_run(
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(records, "save_grid", full)
+    monkeypatch.setattr(report, "save_grid", full)
     assert train(tmp_path / "run", **QUIET | {"steps": 2, "sample_every": 1, "sample_steps": 1}).step == 2
     assert re.search(r"step-00000001\.png could not be drawn: no space left on device", caplog.text)
 
@@ -578,7 +576,7 @@ def test_event_files_that_cannot_be_written_are_said_once_and_do_not_end_a_run(
     options = QUIET | {"steps": 3, "log_every": 1, "sample_every": 1, "sample_steps": 1, "tensorboard": True}
     assert train(tmp_path / "run", **options).step == 3
     assert [record.getMessage() for record in caplog.records if "TensorBoard" in record.getMessage()] == [
-        "TensorBoard's event files cannot be written, so the run goes on without them: [Errno 28] No space left on device"
+        "TensorBoard fails, so the run goes on without it: [Errno 28] No space left on device"
     ]
 
 
@@ -632,24 +630,21 @@ def test_a_run_opens_with_a_summary(tmp_path: Path, caplog: pytest.LogCaptureFix
         "million parameters, class-conditional",
         "float32 on cpu, 1 thread",
         "14 of 6 images: 0.056 epochs",
-        "log.csv every 4 steps",
     ):
         assert part in text
-    assert re.search(r"time     about (a second|\d+ seconds)", text)
+    assert re.search(r"time     about \d+:\d\d:\d\d", text)
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="ddpm_fast"):
         train(tmp_path / "run", **QUIET, steps=15, resume=True)
     assert f"Resuming {tmp_path / 'run'} at step 14" in caplog.text
 
 
-def test_durations_read_well() -> None:
-    assert [duration(s) for s in (3, 100, 130, 7100, 7300)] == [
-        "3 seconds",
-        "100 seconds",
-        "2 minutes",
-        "118 minutes",
-        "2 hours",
-    ]
+def test_the_remaining_time_is_said_once_after_the_third_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ddpm_fast")
+    train(tmp_path / "run", **QUIET, steps=2)
+    assert "  time" not in caplog.text
+    train(tmp_path / "run", **QUIET, steps=7, resume=True)
+    assert caplog.text.count("  time     about 0:00:0") == 1
 
 
 def test_images_of_other_sizes_stop_a_run_instead_of_being_resized(tmp_path: Path) -> None:
@@ -710,8 +705,7 @@ def test_a_signal_saves_and_ends_the_run(name: str, tmp_path: Path) -> None:
         assert signal.getsignal(number) is not before
     finally:
         signal.signal(number, before)
-    latest = RunFolder(tmp_path / "run").latest_checkpoint()
-    assert latest is not None
+    latest = newest_checkpoint(tmp_path / "run")
     assert (result.stopped_by, latest.name, received) == (name, f"step-{result.step:08d}", [])
 
 
@@ -748,18 +742,17 @@ def kill_and_resume(run_dir: Path, kills: int, within_writes: int, seed: int) ->
         process.start()
         # Wait for this process's second checkpoint, then for the next write to be under way, then for a random moment of it.
         start = steps[-1] if steps else 0
-        while process.is_alive() and not (run.checkpoints / f"step-{start + 2:08d}").exists():
+        while process.is_alive() and not (run.checkpoints.path / f"step-{start + 2:08d}").exists():
             time.sleep(0.001)
         writing = chance.random() < 0.8  # the rest are killed at any moment
-        while process.is_alive() and writing and not any(run.checkpoints.glob(".step-*.tmp")):
+        while process.is_alive() and writing and not any(run.checkpoints.path.glob(".step-*.tmp")):
             pass
         time.sleep(chance.random() * 0.01)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, errors.read_text()
-        interrupted += any(run.checkpoints.glob(".step-*.tmp"))
-        latest = run.latest_checkpoint()
-        assert latest is not None
+        interrupted += any(run.checkpoints.path.glob(".step-*.tmp"))
+        latest = newest_checkpoint(run.path)
         state = json.loads((latest / "state.json").read_text())
         assert latest.name == f"step-{state['step']:08d}"
         assert state["step"] >= start + 2

@@ -1,0 +1,216 @@
+"""The network and the images of a run: made from options, and checked that they fit each other."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..checks import check_int, checked_bytes
+from ..errors import InvalidValue, expect, renaming
+from ..inference import Interface
+from ..inference.model import device_and_dtype, evaluation_mode, predict
+from ..nn import UNet
+from ..nn.unet import describe_images
+from ..schedule import NoiseSchedule, Objective
+from .data import DATASETS, Checked, DatasetInfo, ItemDataset, load_dataset
+from .data.items import size_of
+from .options import DataOptions, ModelOptions, TrainOptions
+from .run import Run
+
+
+def objective_of(caller: str, schedule: NoiseSchedule | Objective, options: TrainOptions) -> Objective:
+    """Return the objective of a run, which the schedule or the options have."""
+    if isinstance(schedule, Objective):
+        objective = schedule
+        for name in ("prediction", "variance", "loss_weight"):
+            given = getattr(options, name)
+            left_out = given == getattr(TrainOptions, name)
+            expect(left_out, caller, f"options.{name}", "to be left out, as schedule is an Objective", given)
+    else:
+        with renaming(caller):
+            objective = Objective(schedule, options.prediction, options.variance, options.loss_weight)
+    if options.sample_every:
+        check_int(caller, "sample_steps", options.sample_steps, 1, objective.schedule.num_timesteps, optional=True)
+    return objective
+
+
+def built_from(run: Run, data: DataOptions, model: ModelOptions) -> tuple[UNet, ItemDataset]:
+    """Return the network and the images that options describe."""
+    load = partial(_dataset, data, {} if run.stored is None else run.stored["unet"])
+    dataset = run.processes.machine_by_machine(load) if data.data in DATASETS else load()  # rank 0 downloads
+    config = _unet_config(model, dataset.info, run.objective)
+    with torch.random.fork_rng([]), renaming("train", {"block_out_channels": "channels", "attention_head_dim": "head_dim"}):
+        torch.manual_seed(run.rng.weights_seed)
+        return UNet(**config), dataset
+
+
+def fitted(
+    model: nn.Module,
+    objective: Objective,
+    dataset: Dataset[Any],
+    num_classes: int | None = None,
+) -> tuple[ItemDataset, bool]:
+    """Return a data set as training uses it, and whether the network is given classes.
+
+    A `UNet` gets the description of the images into its configuration.
+
+    Raises:
+        ValueError: The network cannot be trained, or does not fit the images.
+    """
+    _check_trainable(model)
+    if isinstance(model, UNet):
+        expect(num_classes is None, "Trainer", "num_classes", "to be None, as model has num_class_embeds", num_classes)
+        num_classes = Interface.of(model).no_label
+    adapted = _adapted(dataset, model, objective, num_classes)
+    with renaming("Trainer"):
+        _ = objective.loss_weights  # a ValueError if they are not determined
+        if objective.predicts_variance:
+            _ = objective.bound_columns  # a ValueError if x_0^ is not determined
+            kind = adapted.info.dtype
+            wanted = "to have uint8 images, as the bound that trains a learned variance is one of 256 grey levels"
+            expect(kind == torch.uint8, "", "dataset", wanted, kind)
+    if isinstance(model, UNet):
+        info = adapted.info
+        _check_fit(model, info, objective)
+        describe_images(model, size=info.shape[1:], classes=info.classes, **info.described)
+    else:
+        _check_call(model, adapted.info, objective, num_classes)
+    return adapted, num_classes is not None
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """Raise a ValueError unless the network can be trained, and checkpoints can hold it and its optimizer's state."""
+    if isinstance(model, UNet):
+        wanted = "to have num_class_embeds = None or the number of classes plus one"
+        expect(Interface.of(model).no_label != 0, "Trainer", "model", wanted, "1")
+    for name, parameter in model.named_parameters():
+        got = f'{parameter.dtype} in {name}; use precision="bf16" for speed'
+        expect(parameter.dtype == torch.float32, "Trainer", "model", "to be float32", got)
+        trained = parameter.requires_grad or not isinstance(model, UNet)
+        expect(trained, "Trainer", "model", "to have parameters that require gradients", f"{name} without")
+    for name, value in model.state_dict().items():
+        tensor = isinstance(value, Tensor)
+        expect(tensor, "Trainer", "model", "to have a state_dict of tensors", f"a {type(value).__name__} in {name}")
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    expect(trained, "Trainer", "model", "to have parameters that require gradients", "none")
+
+
+def _adapted(dataset: Any, model: nn.Module, objective: Objective, num_classes: int | None) -> ItemDataset:
+    """Return a data set as training uses it. The network says which images and labels are wanted."""
+    if isinstance(dataset, ItemDataset):
+        return dataset
+    config, classes = model.config if isinstance(model, UNet) else {}, None
+    if num_classes is not None:  # the names are the network's, those that torchvision's data sets have, or numbers
+        classes = tuple(map(str, range(num_classes)))
+        for names in (getattr(dataset, "classes", None), config.get("class_names")):
+            if isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names):
+                classes = tuple(names) if len(names) == num_classes == len(set(names)) else classes
+    with renaming("Trainer"):
+        interface = Interface.from_config(config, predicts_variance=objective.predicts_variance)
+        odd = objective.predicts_variance and (interface.predicted_channels or 0) % 2
+        wanted = "to have an even number of out_channels, to predict the variance too"
+        expect(not odd, "", "model", wanted, interface.predicted_channels)
+        return Checked(dataset, interface.channels, classes, interface.read_channels)
+
+
+def _check_fit(model: UNet, info: DatasetInfo, objective: Objective) -> None:
+    """Raise a ValueError unless the network takes the images and labels, and predicts as many channels."""
+    for name, value in info.described.items():
+        known = model.config.get(name)
+        expect(known in (None, value), "Trainer", "dataset", f"to have the {name} of model, {known}", value)
+    expect(len(info.shape) == 3, "Trainer", "dataset", "to have images [C, H, W] for a UNet", list(info.shape))
+    channels, height, width = info.shape
+    reads, of = channels + info.condition_channels, "the images of dataset"
+    predicted = f"{of} and their variance" if objective.predicts_variance else of
+    interface = Interface.of(model, predicts_variance=objective.predicts_variance)
+    for name, found, number, whose in (
+        ("out_channels", interface.predicted_channels, objective.out_channels(channels), predicted),
+        ("in_channels", interface.read_channels, reads, f"{of} and their conditions" if reads > channels else of),
+    ):
+        expect(found == number, "Trainer", "model", f"to have {name} = {number}, as {whose}", found)
+    factor = interface.multiple
+    wanted = f"to have images whose sides are multiples of {factor} for the levels of model"
+    expect(height % factor == 0 and width % factor == 0, "Trainer", "dataset", wanted, f"{height}x{width}")
+    label, number = interface.no_label, len(info.classes)
+    wanted = f"to have num_class_embeds = {number + 1}, the number of classes plus one"
+    expect(label in (None, number), "Trainer", "model", wanted, None if label is None else label + 1)
+
+
+def _check_call(model: nn.Module, info: DatasetInfo, objective: Objective, num_classes: int | None) -> None:
+    """Raise a ValueError unless a network takes two items of the data set's shape and predicts the objective's channels."""
+    if num_classes is not None:
+        number = len(info.classes)
+        expect(number == num_classes, "Trainer", "num_classes", f"to be {number}, the classes of dataset", num_classes)
+    device, _ = device_and_dtype(model)
+    channels, *sides = info.shape
+    x = torch.zeros(2, channels + info.condition_channels, *sides, device=device)
+    t = torch.zeros(2, dtype=torch.int64, device=device)
+    labels = None if num_classes is None else torch.tensor([0, num_classes], device=device)  # the last is "no label"
+    returned = [2, objective.out_channels(channels), *sides]
+    wanted = f"to take {list(x.shape)}, t [2]{'' if num_classes is None else ' and labels [2]'} and return {returned}"
+    try:
+        with torch.random.fork_rng([]), evaluation_mode(model), torch.no_grad():
+            out = predict(model, x, t, labels)
+    except Exception as error:  # whatever the network raises
+        raise InvalidValue("Trainer", "model", wanted, error) from error
+    got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    expect(got == returned, "Trainer", "model", wanted, got)
+
+
+def _dataset(data: DataOptions, stored: Mapping[str, Any]) -> ItemDataset:
+    """Load the images. A run that is resumed has the ranges of their values in its network's configuration."""
+    unknown = None if stored else "measured"
+    with renaming("train", {"name": "data", "channels": "colors"}):
+        return load_dataset(
+            os.fspath(data.data),
+            data.data_dir,
+            image_size=data.image_size,
+            channels=None if data.colors is None else {"grey": 1, "rgb": 3, "rgba": 4}[data.colors],
+            data_range=data.data_range or stored.get("data_range", unknown),
+            condition=data.condition,
+            condition_range=data.condition_range or stored.get("condition_range", unknown),
+            skip_broken=data.skip_broken,
+            memory=checked_bytes("train", "data_memory", data.data_memory),
+        )
+
+
+def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective) -> dict[str, Any]:
+    """Return the configuration of the network that the options describe. Raise ValueError if the images do not fit it."""
+    channels, height, width = info.shape
+    labelled = options.conditional and len(info.classes) > 1
+    widths = options.channels
+    factor = 2 ** (len(widths) - 1)
+    wanted = f"images whose sides are multiples of {factor} for {len(widths)} levels of channels"
+    fitting = [-(-side // factor) * factor for side in (height, width)]
+    got = f"{width}x{height}; choose another image_size, such as {size_of(fitting)}, or fewer levels: fewer numbers in channels"
+    expect(height % factor == 0 and width % factor == 0, "train", "", wanted, got)
+    attended = [min(height, width) >> level in options.attention for level in range(len(widths))]
+    return {
+        "sample_size": height if height == width else [height, width],
+        "in_channels": channels + info.condition_channels,
+        "out_channels": objective.out_channels(channels),
+        "block_out_channels": list(widths),
+        "layers_per_block": options.layers,
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
+        "attention_head_dim": options.head_dim,
+        "norm_num_groups": math.gcd(32, *widths),
+        "dropout": options.dropout,
+        "resnet_time_scale_shift": "scale_shift" if options.scale_shift else "default",
+        "num_class_embeds": len(info.classes) + 1 if labelled else None,
+        **({"variance": objective.variance} if objective.predicts_variance else {}),
+        # Images beside sub-folders make a class without a name.
+        **({"class_names": list(info.classes)} if labelled and all(info.classes) else {}),
+        # Ho et al.'s choices
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    }

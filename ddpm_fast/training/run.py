@@ -1,0 +1,231 @@
+"""A run before its images and its network: its folder, the configuration that it continues, its processes and device.
+
+RUN/
+  config.json                       options of the run, checked when it is resumed
+  log.csv                           one row every `log_every` steps
+  samples/step-00001000.png         grids drawn during training
+  tensorboard/                      event files, if TensorBoard is installed
+  checkpoints/
+    latest -> step-00001000         for people and scripts; resuming finds the newest whole one itself
+    step-00001000/
+      unet/, unet_ema/              the network and its moving average, as diffusers folders, float32
+      scheduler/                    scheduler_config.json
+      optimizer.safetensors         the optimizer's state, `<key>.<parameter>`
+      state.json                    step, log state, and the size and SHA-256 of every other file
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..checks import check_int, computing_device, listed
+from ..distributed import Processes
+from ..errors import expect, renaming
+from ..files.result_folder import ResultFolder
+from ..files.writing import read_json
+from ..resources import check_writable
+from ..schedule import Objective
+from .checkpoint import Checkpoints, read_state
+from .log import CsvLog
+from .options import CHANGEABLE, STRUCTS, TrainOptions
+from .rng import TrainingRng
+
+FORMAT: Final = 6
+"""Version of config.json."""
+
+
+class RunFolder(ResultFolder):
+    """The folder of a training run. The module's docstring has the layout.
+
+    Args:
+        path: The folder. It need not exist.
+    """
+
+    caller = "train"
+    argument = "run_dir"
+    record_name = "config.json"
+    hint = "continue the run in it with resume=True (--resume), or name another folder"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(Path(path))
+        self.log = CsvLog(self.path / "log.csv")
+        self.samples = self.path / "samples"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = Checkpoints(self.path)
+
+    def read_config(self, caller: str = "train") -> dict[str, Any]:
+        """Return the configuration with which the run was started.
+
+        Args:
+            caller: Name of the calling function for error messages.
+
+        Raises:
+            FileNotFoundError: There is no run.
+            ValueError: The file is not such a configuration. The message names the field.
+        """
+        if not self.record.is_file():
+            raise FileNotFoundError(f"{caller}: expected a run to resume in {self.path}, which has no {self.record.name}")
+        import msgspec
+
+        from ..schemas import RunConfig
+
+        def parse(values: dict[str, Any]) -> dict[str, Any]:
+            got = f"{values.get('format')!r}: another version has written it; a new run can start from its checkpoints (init)"
+            expect(values.get("format") == FORMAT, "", "format", f"to be {FORMAT}", got)
+            options = msgspec.convert(values, RunConfig).options
+            structs = STRUCTS if "channels" in options else (TrainOptions,)  # a Trainer's run has no others
+            missing = {name for struct in structs for name in struct().recorded()} - options.keys()
+            expect(not missing, "", "options", "to have all options of a run", f"none named {listed(missing)}")
+            with renaming("", {name: f"options.{name}" for name in options}):
+                for struct in structs:
+                    struct.from_values(options)
+            return values
+
+        return read_json(caller, self.record, parse)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that may begin, or go on.
+
+    Attributes:
+        folder: Its folder.
+        options: Its options, none of them left open.
+        described: The options of data and network, if `train` makes them.
+        objective: Its noise schedule, and what the network predicts.
+        loss_weights: The weight of each timestep's loss, float32 [T] on the device. None: 1.
+        processes: The processes.
+        device: The device of this process.
+        rng: Its random draws.
+        stored: The content of config.json if the run goes on. None: it begins.
+    """
+
+    folder: RunFolder
+    options: TrainOptions
+    described: Mapping[str, Any]
+    objective: Objective
+    loss_weights: Tensor | None
+    processes: Processes
+    device: torch.device
+    rng: TrainingRng
+    stored: Mapping[str, Any] | None
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The options that config.json has."""
+        return {**self.described, **self.options.recorded()}
+
+
+def open_run(
+    folder: RunFolder,
+    options: TrainOptions,
+    objective: Objective,
+    processes: Processes,
+    described: Mapping[str, Any],
+    stored: Mapping[str, Any] | None = None,
+) -> Run:
+    """Check what needs neither images nor network, and set the number of threads. Nothing is written.
+
+    Args:
+        folder: The run's folder.
+        options: Its options.
+        objective: Its objective.
+        processes: The processes.
+        described: The options of data and network, if `train` makes them.
+        stored: The content of config.json, if the caller has read it to continue the run.
+    """
+    from .. import schemas  # noqa: F401 (that msgspec is missing is said here, and not when a checkpoint is read)
+
+    if options.ema_warmup is None:
+        options = replace(options, ema_warmup=described.get("init") is None)
+    check_int("train", "threads", options.threads, 1, max(1024, os.cpu_count() or 1), optional=True)  # more cannot be started
+    device = _device(options.device, processes)
+    # Rank 0 decides, as another process may see the folder later.
+    resume = processes.from_first([options.resume or (options.auto_resume and folder.record.is_file())])[0]
+    stored = (stored or folder.read_config()) if resume else None
+    processes.on_first(lambda: _check_folder(folder, {**described, **options.recorded()}, stored))
+    options = replace(options, micro_batch_size=_micro_batch_size(options, stored, processes))
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if device.type == "cpu":
+        _check_threads(torch.get_num_threads())
+    weights = None if objective.loss_weight is None else objective.loss_weights.to(device, torch.float32)
+    rng = TrainingRng(options.seed, options.batch_size)
+    return Run(folder, options, described, objective, weights, processes, device, rng, stored)
+
+
+def _device(name: str | None, processes: Processes) -> torch.device:
+    """Return the device to train on: of several processes on a machine each takes another GPU."""
+    device = computing_device("train", name)
+    if processes.size == 1 or device.type != "cuda":
+        return device
+    processes.check_gpu_backend("train")
+    if device == torch.device("cuda"):  # without a number
+        device = processes.own_gpu("train")
+    torch.cuda.set_device(device)  # collectives use the current one
+    return device
+
+
+def _check_folder(folder: RunFolder, options: Mapping[str, Any], stored: Mapping[str, Any] | None) -> None:
+    """Raise unless a run can begin in the folder, or go on.
+
+    To go on, its options must be these, its checkpoints must be there, and it must not have done more steps than are wanted.
+    """
+    if stored is None:
+        folder.check_new()
+    else:
+        if "channels" in options:  # `train` describes the network by them
+            got = "one of a Trainer; resume it with its Trainer"
+            expect("channels" in stored["options"], "train", str(folder.path), "to hold a run that `train` started", got)
+        folder.check_same({name: value for name, value in options.items() if name not in CHANGEABLE}, stored["options"])
+        logged = folder.log.last_step()
+        if logged and folder.checkpoints.are_lost():
+            raise FileNotFoundError(
+                f"train: expected {folder.checkpoints.path} to have the checkpoints of the run, whose log.csv has {logged} "
+                "steps, got none; mount its disk or bring them back, or remove log.csv to start again from step 0"
+            )
+        # Comparing checksums would read all files, which beginning the run does once more.
+        done = folder.checkpoints.read_newest(None, lambda checkpoint: read_state("train", checkpoint).step) or 0
+        steps = options["steps"]
+        expect(done <= steps, "train", "steps", f"to be at least {done}, the step of the run in {folder.path}", steps)
+    check_writable("train", "run_dir", folder.path, folder.path)
+
+
+def _micro_batch_size(options: TrainOptions, stored: Mapping[str, Any] | None, processes: Processes) -> int:
+    """Return the number of images whose gradients are computed at a time. A run that goes on keeps its own."""
+    batch_size, size, count = options.batch_size, options.micro_batch_size, processes.size
+    check_int("train", "micro_batch_size", size, 1, batch_size, optional=True)
+    wanted = f"to be a multiple of {count}, one for each process"
+    expect(batch_size % count == 0, "train", "batch_size", wanted, batch_size)
+    if size is None:
+        size = batch_size // count if stored is None else int(stored["options"]["micro_batch_size"])
+    fitting = next(each for each in range(size, 0, -1) if batch_size % (each * count) == 0)
+    wanted = f"times {count} process{'es' if count > 1 else ''} to divide batch_size {batch_size}"
+    expect(size == fitting, "train", "micro_batch_size", wanted, f"micro_batch_size {size}; {fitting} fits")
+    return size
+
+
+def _check_threads(threads: int) -> None:
+    """Raise a ValueError if OpenMP may start fewer threads than PyTorch asks for.
+
+    The backward pass of oneDNN's convolutions then waits for the missing threads forever.
+    """
+    dynamic, limit = (os.environ.get(name, "").strip() for name in ("OMP_DYNAMIC", "OMP_THREAD_LIMIT"))
+    for name, value, wanted, fewer in (
+        ("OMP_DYNAMIC", dynamic, "false", dynamic.lower() == "true"),
+        ("OMP_THREAD_LIMIT", limit, f"at least {threads}", limit.isdecimal() and int(limit) < threads),
+    ):
+        expect(
+            threads == 1 or not fewer,
+            "train",
+            f"the environment's {name}",
+            f"to be {wanted}, as PyTorch would wait for {threads} threads forever",
+            f"{value!r}; unset it, or pass threads=1 (--threads 1)",
+        )

@@ -1,0 +1,153 @@
+"""A run with its network and its images: what a step needs, and what config.json says of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import expect, renaming
+from ..nn import UNet, UNetConfig
+from ..schedule import Objective
+from ..version import __version__
+from .data import ItemDataset
+from .log import Logger
+from .options import LOCAL
+from .run import FORMAT, Run
+
+# Keys of a network's configuration that neither the weights nor the training depend on.
+_DESCRIPTIVE: Final = frozenset({"sample_size", "class_names", "num_train_timesteps"})
+
+_log = logging.getLogger("ddpm_fast")
+
+
+@dataclass(frozen=True)
+class Task(Run):
+    """A run with its network and its images.
+
+    Attributes:
+        model: The network.
+        labelled: It is given the class.
+        dataset: The images.
+        on_step: A function to call after each step, with its number and loss.
+        on_checkpoint: A function to call in rank 0 after each checkpoint, with its folder.
+        loggers: Loggers besides log.csv.
+    """
+
+    model: nn.Module
+    labelled: bool
+    dataset: ItemDataset
+    on_step: Callable[[int, Tensor], object] | None = None
+    on_checkpoint: Callable[[Path], object] | None = None
+    loggers: Sequence[Logger] = ()
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Number of images whose gradients are computed at a time."""
+        assert self.options.micro_batch_size is not None
+        return self.options.micro_batch_size
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Number of micro-batches of a step, all processes together."""
+        return self.options.batch_size // self.micro_batch_size
+
+    @property
+    def micro_batches(self) -> range:
+        """Numbers of this process's micro-batches within a step."""
+        each = self.num_micro_batches // self.processes.size
+        return range(self.processes.rank * each, (self.processes.rank + 1) * each)
+
+    @property
+    def sums_in_tree(self) -> bool:
+        """True if gradients are the same bits for any number of processes that is a power of two."""
+        return all(count & (count - 1) == 0 for count in (self.processes.size, len(self.micro_batches)))
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Memory format of images and weights. Signals and volumes are contiguous."""
+        is_image = len(self.dataset.info.shape) == 3
+        return torch.channels_last if self.options.channels_last and is_image else torch.contiguous_format
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The description of the network in config.json."""
+        if isinstance(self.model, UNet):
+            return {"unet": self.model.config}
+        return {"network": f"{type(self.model).__module__}.{type(self.model).__qualname__}"}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same in all processes, by name."""
+        options = {name: value for name, value in self.recorded.items() if name not in LOCAL}
+        described = {"number of images": len(self.dataset), "classes": self.dataset.info.classes}
+        images = {"dataset": (self.dataset.info.shape, self.dataset.fingerprint())}
+        return {**options, "model": self.network, "objective": self.objective.to_config(), **described, **images}
+
+    def config(self) -> dict[str, Any]:
+        """Return the content of config.json."""
+        info, exact = self.dataset.info, self.options.data_check == "exact"
+        with renaming("train"):  # an item may be wrong
+            fingerprint = self.dataset.fingerprint(exact=exact)
+        return {
+            "format": FORMAT,
+            "options": self.recorded,
+            **self.network,
+            "objective": self.objective.to_config(),
+            "dataset": {
+                "images": len(self.dataset),
+                "shape": list(info.shape),
+                "preparation": info.preparation,
+                "classes": list(info.classes),
+                **info.described,
+                "fingerprint": fingerprint,
+            },
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "versions": {"ddpm_fast": __version__, "torch": torch.__version__},
+        }
+
+
+def _described(config: Mapping[str, Any], *, with_images: bool) -> dict[str, Any]:
+    """Return what a resumed run must have in common with the run that it continues, by name."""
+    names = ("shape", "classes", "condition", "condition_range", "data_range", *(["images"] if with_images else []))
+    dataset = {name: config["dataset"].get(name) for name in names}
+    layers = {"model": config.get("network")}
+    if config.get("unet") is not None:
+        network = UNetConfig.from_dict(config["unet"]).to_dict()
+        layers |= {f"model.{name}": value for name, value in network.items() if name not in _DESCRIPTIVE}
+    objective = Objective.from_config(config["objective"])
+    return {**dataset, **layers, **objective.parts(), "objective": objective}
+
+
+def check_same(task: Task, stored: Mapping[str, Any], config: dict[str, Any], *, warn: bool) -> None:
+    """Refuse to resume a run as something else than it was started as. Complete the fingerprint of its data.
+
+    Args:
+        task: The task.
+        stored: The content of config.json.
+        config: Its content as the run would be started now.
+        warn: Warn if gradients are summed in another order than before.
+    """
+    folder, with_images = task.folder, task.options.data_check != "off"
+    old, new = (_described(each, with_images=with_images) for each in (stored, config))
+    folder.check_same({**dict.fromkeys(old), **new}, old)
+    if with_images:
+        before, now = stored["dataset"]["fingerprint"], config["dataset"]["fingerprint"]
+        expect(
+            all(before.get(kind, digest) == digest for kind, digest in now.items()),
+            "train",
+            "",
+            f"the images that the run in {folder.path} was started with",
+            'others of the same number and size; pass data_check="off" (--data-check off) to go on with them',
+        )
+        config["dataset"]["fingerprint"] = before | now
+    size = "micro_batch_size"
+    changes = {"threads": (stored["threads"], config["threads"]), size: (stored["options"][size], config["options"][size])}
+    for name, (before, now) in changes.items():
+        if warn and before not in (None, now):
+            text = "%s was trained with %s %s and goes on with %s: gradients are summed in another order, "
+            _log.warning(text + "so weights are equal up to rounding", folder.path, name, before, now)
