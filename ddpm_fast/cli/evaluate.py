@@ -178,7 +178,7 @@ def _restored(
     from ..files.images import condition_as_image
     from ..inference.model import device_and_dtype
     from ..training.data.condition import examples
-    from ..training.data.rows import import_extra
+    from ..training.data.published import import_extra
 
     metrics = import_extra("torchmetrics.functional.image")
     smallest = min(dataset.info.shape[1:])

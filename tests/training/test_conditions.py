@@ -22,7 +22,7 @@ from torch import Tensor
 from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, load_folder, sample_seeds
 from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training.data import Degradation, batches, decoding, load_dataset, read_batch, to_unit_range
+from ddpm_fast.training.data import Degradation, arrays, batches, load_dataset, read_batch, to_unit_range
 from ddpm_fast.training.data.condition import evaluated_images, examples, read_conditions
 
 RUN: dict[str, Any] = QUIET | {"channels": [8, 16], "batch_size": 8, "micro_batch_size": 2, "steps": 3}
@@ -350,8 +350,8 @@ def test_as_many_conditions_are_read_as_images_are_drawn(tmp_path: Path, monkeyp
     train(tmp_path / "run", **RUN | {"condition": "low-resolution:2", "steps": 1})
     np.save(tmp_path / "many.npy", np.zeros((40, 4, 4, 1), np.uint8))
     read: list[int] = []
-    array = decoding._array
-    monkeypatch.setattr(decoding, "_array", lambda *arguments: (read.append(arguments[-1]), array(*arguments))[1])
+    array = arrays._array
+    monkeypatch.setattr(arrays, "_array", lambda *arguments: (read.append(arguments[-1]), array(*arguments))[1])
     command = ["sample", "--model", str(tmp_path / "run"), "--condition", str(tmp_path / "many.npy"), "--num", "3", "--quiet"]
     assert CliRunner().invoke(main, [*command, "--out", str(tmp_path / "a.png"), "--steps", "2"]).exit_code == 0
     assert set(read) == {0, 1, 2}

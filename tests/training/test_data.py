@@ -18,7 +18,8 @@ from refusals import refused
 
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES, Batch, collate, load_dataset, published, read_batch, to_unit_range
-from ddpm_fast.training.data.decoding import attempted
+from ddpm_fast.training.data.pictures import read_all
+from ddpm_fast.training.data.sources import Source
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -419,14 +420,17 @@ def test_broken_images_are_named_before_any_work(
     image_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = break_images(tmp_path, monkeypatch)
-    with pytest.raises(
-        ValueError, match=r"expected images that Pillow can read in .*\(--skip-broken\) leaves out those of data"
-    ) as info:
+    wanted = r"expected images that Pillow can read in .*\(--skip-broken\) leaves out those of data"
+    with pytest.raises(ValueError, match=wanted) as info:  # headers are read first
         load_dataset(str(tmp_path), image_size=image_size)
-    if image_size is not None:  # otherwise headers alone have been read
-        assert f"got {len(broken)} of {len(broken) + 2} that it cannot: bomb.png (Decompression" in str(info.value)
-        assert "cut.jpg (OSError: " in str(info.value)
-        assert f"and {len(broken) - 5} more" in str(info.value)
+    assert f"got 6 of {len(broken) + 2} that it cannot: bomb.png (Decompression" in str(info.value)
+    assert "cut.webp (" in str(info.value)
+    assert "and 1 more" in str(info.value)
+    for name in ("bomb.png", "cut.webp", "empty.png", "greater_bomb.png", "link.png", "text.jpg"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=wanted) as info:
+        load_dataset(str(tmp_path), image_size=image_size)
+    assert "got 3 of 5 that it cannot: cut.jpg (OSError: " in str(info.value)
 
 
 @pytest.mark.parametrize("image_size", [None, 8])
@@ -507,12 +511,25 @@ def test_skipping_broken_images_keeps_the_classes_beyond_the_first_images(tmp_pa
 # ------------------------------------------------------------------------------------------------------------------- memory
 
 
-def test_broken_images_are_kept_as_texts() -> None:
+def test_broken_images_are_kept_as_texts(caplog: pytest.LogCaptureFixture) -> None:
     """An exception would keep the frames of its traceback alive, and with them the pixels of the image."""
 
-    def fail(index: int) -> int:
+    def fail(index: int) -> None:
         if index == 1:
             raise ValueError("damaged")
-        return index
 
-    assert attempted(fail, 3) == ([0, 2], {1: "ValueError: damaged"})
+    source = Source(root="folder", names=list("abc"), labels=torch.zeros(3), read=str)
+    assert read_all(source, fail, skip_broken=True) == [0, 2]
+    assert "1 of 3 images in folder left out: b (ValueError: damaged)" in caplog.text
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_a_lack_of_memory_is_no_broken_image(memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr("ddpm_fast.training.data.pictures.converted", fail)
+    for skip_broken in (False, True):
+        with pytest.raises(MemoryError):
+            load_dataset(str(tmp_path), memory=memory, skip_broken=skip_broken)[0]

@@ -240,3 +240,23 @@ def test_a_network_remembers_the_range(tmp_path: Path) -> None:
     assert checkpoint is not None
     assert not (tmp_path / "out.npz.parts").exists()
     assert to_unit_range(whole(load_dataset(str(out), data_range=RANGES)).images).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        (np.array(["a", "b"]), r"the labels of .*a\.npz to be integers \[2\], got <U1 \[2\]"),
+        (np.array([0, np.nan]), r"the labels of .*a\.npz to be integers \[2\], got float64 \[2\]"),
+        (np.array([0, 1 << 62]), r"labels in 0\.\.65535, got 4611686018427387904, in '.*a\.npz'"),  # no list of as many classes
+    ],
+)
+def test_labels_of_an_archive_are_checked_before_classes_are_counted(labels: np.ndarray, wanted: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 4, 4), np.uint8), arr_1=labels)
+    with pytest.raises(ValueError, match=f"^load_dataset: expected {wanted}"):
+        load_dataset(str(tmp_path / "a.npz"))
+
+
+def test_a_number_is_no_array_of_images(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", 3.0)
+    with pytest.raises(ValueError, match=r"a\.npy to be \[N, H, W\] or 4-d, got \[\]"):
+        load_dataset(str(tmp_path / "a.npy"))

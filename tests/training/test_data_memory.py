@@ -253,7 +253,7 @@ def test_memory_decides_where_images_are(folder: Path, caplog: pytest.LogCapture
 
 
 def test_sizes_are_checked_without_decoding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_fast.training.data.decoding.resized", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr("ddpm_fast.training.data.pictures.decoded", lambda *_: pytest.fail("an image was decoded"))
     load_dataset(str(folder), memory=0)
     (folder / "a" / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"got 1 of 31 that it cannot: a/text\.png \(UnidentifiedImageError\); remove"):

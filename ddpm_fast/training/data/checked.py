@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
 from ...errors import InvalidType, InvalidValue, expect
-from .decoding import GREY, channels_first, converted
 from .items import DatasetInfo, Item, ItemDataset
 
 _SAMPLED: Final = 64  # items in a fingerprint's sample
@@ -130,11 +129,13 @@ def _tensor(place: str, image: Any, channels: int | None, wanted: str) -> Tensor
     """Return a tensor or a PIL image as uint8 or float32 [C, ...] on the CPU."""
     from PIL.Image import Image
 
+    from .pictures import GREY, converted, pixels
+
     if isinstance(image, Image):
         found = channels or (1 if image.mode in GREY else 4 if image.mode == "RGBA" else 3)
         expect(found in (1, 3, 4), "", place, f"to be a tensor, as there are {found} channels", "a PIL image")
         try:
-            image = torch.from_numpy(channels_first(converted(image, image.format, found)))
+            image = pixels(converted(image, image.format, found))
         except Exception as error:  # Pillow's formats raise errors of many types
             raise InvalidValue("", place, "to be an image", error) from error
     if not isinstance(image, Tensor):

@@ -6,23 +6,23 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+from torch import Tensor
 
-from ...checks import Ranges, check_choice, check_int, check_ints, check_path, checked_ranges
-from ...errors import expect, renaming
+from ...checks import Ranges, check_choice, check_int, check_ints, check_path, checked_ranges, listed
+from ...errors import InvalidValue, expect, renaming
 from ...resources import size_text
-from .decoding import arrays, attempted, check_whole, pictures, read_headers
+from .arrays import arrays, read_array_file
 from .degradation import Degradation
 from .items import Cached, Conditioned, ItemDataset, Resized, Wrapper
-from .published import DATASETS
-from .rows import read_array_file, read_table
-from .sources import ARRAYS, PICTURES, Source, partners, read_archive, read_folder
+from .published import DATASETS, read_table
+from .sources import ARRAYS, PICTURES, Source, read_archive, read_folder
 
 _Range = Sequence[float] | Sequence[Sequence[float]] | Literal["measured"] | None
 
@@ -100,15 +100,10 @@ def load_dataset(
         numbers: Sequence[int] = range(len(source))[:first]
         source, paired = source.chosen(numbers), paired and paired.chosen(numbers)
     if skip_broken and not source.has_arrays:
-        _, broken = read_headers(source, decode=True)
-        check_whole(source, broken, skip_broken=True)
-        lost_labels = source.labels[list(broken)].tolist()
-        numbers = [number for number in range(len(source)) if number not in broken]
-        source, paired = source.chosen(numbers), paired and paired.chosen(numbers)
-        lost = set(lost_labels) - set(source.labels.tolist()) if source.by_folder else set()
-        kept = [label for label in range(len(source.classes)) if label not in lost]  # classes of which an image is left
-        labels = torch.searchsorted(torch.tensor(kept), source.labels)
-        source = replace(source, labels=labels, classes=tuple(source.classes[label] for label in kept))
+        from .pictures import without_broken
+
+        source, numbers = without_broken(source)
+        paired = paired and paired.chosen(numbers)
     dataset = load_source(name, source, size, channels, images_range, memory)
     shape = dataset.info.shape
     expect(channels in (None, shape[0]), "load_dataset", "channels", f"to be those of {name}, {shape[0]}", channels)
@@ -134,7 +129,8 @@ def load_source(
     memory: int | None = None,
 ) -> ItemDataset:
     """Return the images of a source as a data set. See `load_dataset`. The channels of arrays are not checked."""
-    broken: Mapping[int, str] = {}
+    from .pictures import pictures, read_all
+
     if source.has_arrays:
         dataset = arrays(name, source, value_range)
         if size not in (None, dataset.info.shape[1:]):
@@ -142,19 +138,18 @@ def load_source(
     else:
         wanted = "to be None for image files, as arrays alone have ranges"
         expect(value_range in (None, "measured"), "load_dataset", "data_range", wanted, value_range)
-        dataset, broken = pictures(name, source, size, channels)
+        dataset = pictures(name, source, size, channels)
     needed = len(source) * math.prod(dataset.info.shape) * dataset.info.dtype.itemsize
     if memory is not None and needed > memory and not dataset.in_memory:
         message = "decoding images in %s as they are used, as all take %s and data_memory is %s"
         _log.info(message, source.root, size_text(needed), size_text(memory))
-        check_whole(source, broken)
         return dataset
     cached = Cached(dataset)
     if source.has_arrays:
         for index in range(len(source)):
             cached.fill(index)
     else:
-        check_whole(source, attempted(cached.fill, len(source))[1])
+        read_all(source, cached.fill)
     return cached
 
 
@@ -170,6 +165,64 @@ def read_source(name: str, split: str) -> Source:
     if path.suffix.lower() in ARRAYS:
         return read_array_file(path)
     return read_folder(path.parent, [path.name]) if path.suffix.lower() in PICTURES else read_archive(path)
+
+
+def partners(source: Source, paired: Source) -> Source:
+    """Return `paired` with the item that belongs to each item of `source`.
+
+    | items of the data set | items of the condition | belong together by |
+    |---|---|---|
+    | files of a folder or an archive | files of a folder or an archive | their paths without endings |
+    | rows of an array or a table | rows of an array or a table | their numbers |
+    | files | rows | nothing: this is an error, as files are ordered as text, 0, 1, 10, 11, 2 |
+
+    Raises:
+        ValueError: The items cannot be matched, one has no partner, or two have one name. The message names both sources.
+    """
+    wanted = "one array file or one table" if source.has_rows else "a folder or an archive with files of the same names"
+    got = f"{paired.root}, whose items are {'rows' if paired.has_rows else 'files'}"
+    expect(source.has_rows == paired.has_rows, "load_dataset", "condition", f"to be {wanted}, as {source.root} is", got)
+    if source.has_rows:
+        got = f"{len(paired)} in {paired.root}"
+        expect(len(source) == len(paired), "load_dataset", "condition", f"to have {len(source)} rows, as {source.root}", got)
+        return paired
+    names, others = ([os.path.splitext(file)[0] for file in each.names] for each in (source, paired))
+    for stems, root in ((names, source.root), (others, paired.root)):
+        twice = [name for name, times in Counter(stems).items() if times > 1]
+        got = f"several in {root} that differ in their endings alone: {listed(twice)}"
+        expect(not twice, "load_dataset", "condition", f"to have one file of each name, as must {source.root}", got)
+    for missing, root in ((set(names) - set(others), paired.root), (set(others) - set(names), source.root)):
+        wanted = f"to have files of the same names as {source.root}"
+        expect(not missing, "load_dataset", "condition", wanted, f"none named {listed(missing)} in {root}")
+    numbers = {name: number for number, name in enumerate(others)}
+    return paired.chosen([numbers[name] for name in names])
+
+
+def read_image(path: str | os.PathLike[str], shape: Sequence[int], *, caller: str = "read_image", name: str = "path") -> Tensor:
+    """Read the largest centred part of an image with the proportions of the shape, resized.
+
+    Args:
+        path: A file that Pillow can read.
+        shape: (C, H, W) in pixels, with C = 1 for grey, 3 for RGB or 4 for RGBA.
+        caller: The function or command that error messages name.
+        name: The argument that error messages name.
+
+    Returns:
+        uint8 [C, H, W].
+
+    Raises:
+        ValueError: The file is damaged, or holds no image.
+        OSError: The file cannot be opened.
+    """
+    from .pictures import decoded
+
+    check_path(caller, name, path)
+    try:
+        return decoded(path, shape)
+    except Exception as error:  # Pillow's formats raise errors of many types
+        if isinstance(error, MemoryError) or getattr(error, "filename", None) is not None:
+            raise
+        raise InvalidValue(caller, name, "to be an image", f"{str(path)!r}: {error}") from error
 
 
 def _range(name: str, value: Any) -> Ranges | Literal["measured"] | None:

@@ -1,24 +1,28 @@
-"""Published data sets: scikit-learn's digits, Fashion-MNIST and CIFAR-10, read from files or downloaded."""
+"""Data sets of other packages: published ones, read from files or downloaded, and tables of Hugging Face's `datasets`."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Final
+from types import ModuleType
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InvalidValue, expect
 from ...files.writing import replacing
-from .rows import import_extra, read_rows
+from .arrays import read_rows
+from .labels import checked_labels
 from .sources import Source
 
 FASHION_MNIST_CLASSES: Final = (
@@ -134,6 +138,51 @@ def read_cifar10(root: Path | None, split: str, size: tuple[int, int] | None) ->
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return read_rows(str(archive), images, records[:, 0], _CIFAR10_CLASSES)
+
+
+def read_table(path: Path, split: str) -> Source:
+    """Return the rows of a folder that `save_to_disk` of Hugging Face's `datasets` has written, or of one of its splits."""
+    datasets = import_extra("datasets", "hub")
+    try:
+        table = datasets.load_from_disk(path)
+        if isinstance(table, datasets.DatasetDict):
+            expect(split in table, "", "splits", f"to have {split}", ", ".join(table))
+            table = table[split]
+        table.data.table.validate(full=True)  # or an offset in a damaged file would lead anywhere
+    except Exception as error:  # damaged files raise errors of many types
+        raise InvalidValue("load_dataset", str(path), "to be a whole folder of save_to_disk", error) from error
+    images, labels = (
+        [name for name, kind in table.features.items() if isinstance(kind, wanted)]
+        for wanted in (datasets.Image, datasets.ClassLabel)
+    )
+    got = f"{', '.join(images) or 'none'} and {', '.join(labels) or 'none'}"
+    right = len(images) == 1 and len(labels) <= 1
+    expect(right, "load_dataset", str(path), "to have one Image and at most one ClassLabel", got)
+    expect(len(table), "load_dataset", str(path), "to hold images", "none")
+    given, names = (table.with_format(None)[labels[0]][:], table.features[labels[0]].names) if labels else (None, None)
+    numbers, classes = checked_labels(str(path), given, len(table), names)
+    return Source(
+        root=str(path),
+        names=range(len(table)),
+        labels=numbers,
+        classes=classes,
+        read=partial(_cell, table.cast_column(images[0], datasets.Image(decode=False)).select_columns(images)),
+    )
+
+
+def _cell(table: Any, number: int) -> io.BytesIO:
+    (cell,) = table[number].values()
+    if cell is None or cell["bytes"] is None:
+        raise ValueError("the table has no bytes of the image")
+    return io.BytesIO(cell["bytes"])
+
+
+def import_extra(module: str, extra: str = "train") -> ModuleType:
+    """Import a module of an extra."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError as error:
+        raise ImportError(f"{module} is missing: install it with pip install 'ddpm_fast[{extra}]'") from error
 
 
 DATASETS: Final = {"digits": read_digits, "fashion-mnist": read_fashion_mnist, "cifar10": read_cifar10}

@@ -7,12 +7,10 @@ position.
 from __future__ import annotations
 
 import io
-import json
+import operator
 import os
-import reprlib
 import threading
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,15 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...checks import listed
 from ...errors import InvalidValue, expect
+from .items import DatasetInfo, Item, ItemDataset
+from .labels import checked_labels, listed_labels
 
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ARRAYS: Final = (".npy", ".npz")
 
 _LABELS: Final = "dataset.json"
 _MAX_FILE: Final = 256 << 20  # bytes of an archive's file, unpacked; the dataset.json of ImageNet has 50 MB
-_MAX_LABEL: Final = 65_535  # ImageNet-21k has 21,841 classes
 _SAMPLED: Final = 256  # items whose bytes a fingerprint's sample has
 
 
@@ -99,6 +97,31 @@ class Source:
                 yield Path(item).read_bytes() if isinstance(item, str) else item.getvalue()
 
 
+class Decoded(ItemDataset):
+    """The images of a source with its labels.
+
+    Args:
+        source: The source.
+        info: Their description.
+        image: A function that returns the image of a number. It can be pickled.
+    """
+
+    def __init__(self, source: Source, info: DatasetInfo, image: Callable[[int], Tensor]) -> None:
+        self._source, self.info, self._image, self.in_memory = source, info, image, source.in_memory
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Item:
+        """Return an image, decoded."""
+        return Item(self._image(operator.index(index)), int(self._source.labels[index]))
+
+    def contents(self, exact: bool) -> Iterator[bytes]:
+        """Yield labels, names and bytes of the source."""
+        return self._source.contents(exact)
+
+
 class Opened:
     """A file that each process opens for itself.
 
@@ -111,18 +134,17 @@ class Opened:
     """
 
     def __init__(self, open_it: Callable[..., Any], *arguments: Any) -> None:
-        self._arguments = (open_it, *arguments)
-        self._process, self._file = os.getpid(), open_it(*arguments)
+        self._open, self._arguments = open_it, arguments
+        self._process: int | None = None
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Opened, self._arguments
+        return Opened, (self._open, *self._arguments)
 
     def __call__(self) -> Any:
         """Return the file."""
-        if self._process != os.getpid():  # the process was forked
-            open_it, *arguments = self._arguments
-            self._process, self._file = os.getpid(), open_it(*arguments)
+        if self._process != os.getpid():  # the first call, or the process was forked
+            self._file, self._process = self._open(*self._arguments), os.getpid()
         return self._file
 
 
@@ -148,19 +170,18 @@ def read_folder(root: Path, files: Iterable[str] | None = None) -> Source:
     expect(bool(arrays) != bool(pictures), "load_dataset", str(root), wanted, got)
     names = sorted(arrays or pictures, key=lambda name: name.replace(os.sep, "\0"))  # as a walk, folder by folder
     listing = root / _LABELS
-    listed_labels = _labels(str(listing), listing.read_bytes(), names) if listing.is_file() else None
+    listed = listed_labels(str(listing), listing.read_bytes(), names) if listing.is_file() else None
     folders = [os.path.dirname(name).partition(os.sep)[0] for name in names]  # "" for images in the root itself
-    classes, numbers = np.unique(folders, return_inverse=True)
-    by_folder = torch.from_numpy(numbers), tuple(classes.tolist())
-    labels, names_of_classes = listed_labels or by_folder
+    by_folder, numbers = np.unique(folders, return_inverse=True)
+    labels, classes = listed or (torch.from_numpy(numbers), tuple(by_folder.tolist()))
     return Source(
         root=str(root),
         names=names,
         labels=labels,
-        classes=names_of_classes,
+        classes=classes,
         read=partial(os.path.join, root),
         has_arrays=bool(arrays),
-        by_folder=listed_labels is None,
+        by_folder=listed is None,
     )
 
 
@@ -201,77 +222,11 @@ def read_archive(path: Path) -> Source:
     except Exception as error:  # each kind of compression raises errors of its own
         raise InvalidValue("load_dataset", str(path), "to be a folder or a whole zip file", error) from error
     expect(names, "load_dataset", str(path), f"to hold images ({', '.join(PICTURES)})", "none")
-    found = None if content is None else _labels(f"{_LABELS} in {path}", content, names)
-    labels, classes = found or (torch.zeros(len(names), dtype=torch.int64), ("",))
+    found = None if content is None else listed_labels(f"{_LABELS} in {path}", content, names)
+    labels, classes = found or checked_labels(str(path), None, len(names))
     return Source(root=str(path), names=names, labels=labels, classes=classes, read=partial(_read_entry, opened))
 
 
 def _read_entry(opened: Opened, name: str) -> io.BytesIO:
     with opened.lock:  # the archive does not lock its count of users
         return io.BytesIO(opened().read(name))
-
-
-def _labels(place: str, content: bytes, names: Sequence[str]) -> tuple[Tensor, tuple[str, ...]] | None:
-    """Return the labels in a `dataset.json`, as the data set tools of EDM and StyleGAN write it, and the classes: numbers.
-
-    Args:
-        place: The file, for errors.
-        content: Its bytes.
-        names: Paths of images, relative to the file's folder.
-
-    Returns:
-        int64 [N], and one class "" if the labels are null. None: the file is of another kind.
-
-    Raises:
-        ValueError: The labels are no pairs, or a name has none.
-    """
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InvalidValue("load_dataset", place, "to be JSON", error) from error
-    if not (isinstance(values, dict) and "labels" in values):
-        return None
-    pairs = values["labels"]
-    if pairs is None:
-        return torch.zeros(len(names), dtype=torch.int64), ("",)
-    paired = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
-    expect(paired, "load_dataset", "labels", "to be a list of pairs [name, label], or null", reprlib.repr(pairs), place)
-    given = {str(name): label for name, label in pairs}
-    labels = [given.get(name.replace("\\", "/"), "none") for name in names]
-    for name, label in zip(names, labels, strict=True):
-        right = type(label) is int and 0 <= label <= _MAX_LABEL
-        wanted = f"the label of {name} in {place} to be in 0..{_MAX_LABEL}"
-        expect(right, "load_dataset", "", wanted, "none" if label == "none" else reprlib.repr(label))
-    return torch.tensor(labels), tuple(map(str, range(max(labels) + 1)))
-
-
-def partners(source: Source, paired: Source) -> Source:
-    """Return `paired` with the item that belongs to each item of `source`.
-
-    | items of the data set | items of the condition | belong together by |
-    |---|---|---|
-    | files of a folder or an archive | files of a folder or an archive | their paths without endings |
-    | rows of an array or a table | rows of an array or a table | their numbers |
-    | files | rows | nothing: this is an error, as files are ordered as text, 0, 1, 10, 11, 2 |
-
-    Raises:
-        ValueError: The items cannot be matched, one has no partner, or two have one name. The message names both sources.
-    """
-    if source.has_rows and paired.has_rows:
-        got = f"{len(paired)} in {paired.root}"
-        expect(len(source) == len(paired), "load_dataset", "condition", f"to have {len(source)} rows, as {source.root}", got)
-        return paired
-    wanted = "one array file or one table" if source.has_rows else "a folder or an archive with files of the same names"
-    got = f"{paired.root}, whose items are {'rows' if paired.has_rows else 'files'}"
-    alike = not (source.has_rows or paired.has_rows)
-    expect(alike, "load_dataset", "condition", f"to be {wanted}, as {source.root} is", got)
-    names, others = ([os.path.splitext(file)[0] for file in each.names] for each in (source, paired))
-    for stems, root in ((names, source.root), (others, paired.root)):
-        twice = [name for name, times in Counter(stems).items() if times > 1]
-        got = f"several in {root} that differ in their endings alone: {listed(twice)}"
-        expect(not twice, "load_dataset", "condition", f"to have one file of each name, as must {source.root}", got)
-    for missing, root in ((set(names) - set(others), paired.root), (set(others) - set(names), source.root)):
-        wanted = f"to have files of the same names as {source.root}"
-        expect(not missing, "load_dataset", "condition", wanted, f"none named {listed(missing)} in {root}")
-    numbers = {name: number for number, name in enumerate(others)}
-    return paired.chosen([numbers[name] for name in names])

@@ -1,0 +1,162 @@
+"""Arrays of numbers as sources and as data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...checks import Ranges, checked_ranges
+from ...errors import InvalidValue, expect
+from .items import DatasetInfo, ItemDataset
+from .labels import checked_labels
+from .sources import Decoded, Opened, Source
+
+# -------------------------------------------------------------------------------------------------------------------- files
+
+
+def read_array_file(path: Path) -> Source:
+    """Return the rows of a .npy, mapped into memory, or of `arr_0` or the only array of an .npz with labels in `arr_1`."""
+    mapped = path.suffix.lower() == ".npy"
+    found = loaded_arrays(str(path), mapped=mapped)
+    opened = Opened(np.load, path, "r") if mapped else None
+    return read_rows(str(path), only_images(str(path), found), found.get("arr_1"), opened=opened)
+
+
+def read_rows(
+    root: str, images: NDArray[Any], labels: Any | None, classes: Sequence[str] | None = None, opened: Opened | None = None
+) -> Source:
+    """Return the rows of an array [N, H, W] or [N, H, W, C] as a source.
+
+    Args:
+        root: Path of the array's file.
+        images: The array.
+        labels: Integers [N]. None: the images carry no labels.
+        classes: Names of the classes. None: their numbers.
+        opened: A function that returns the array, if it is not in memory.
+
+    Raises:
+        ValueError: The array or the labels have other shapes, or a label is out of range.
+    """
+    shape = list(images.shape)
+    expect(images.ndim in (3, 4) and images.size, "load_dataset", root, "to be [N, H, W] or 4-d", shape)
+    numbers, names = checked_labels(root, labels, len(images), classes)
+    return Source(
+        root=root,
+        names=range(len(images)),
+        labels=numbers,
+        classes=names,
+        read=images.__getitem__ if opened is None else partial(_row, opened),
+        has_arrays=True,
+        in_memory=opened is None,
+    )
+
+
+def _row(opened: Callable[[], NDArray[Any]], number: int) -> NDArray[Any]:
+    row: NDArray[Any] = opened()[number]
+    return row
+
+
+def loaded_arrays(path: str, *, mapped: bool = False) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a .npy or .npz by name, or that of a .npy mapped into memory. Nothing is unpickled."""
+    try:
+        with open(path, "rb") as file:
+            content = np.load(path, "r") if mapped else np.load(file)
+            return {"arr_0": content} if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
+    except Exception as error:  # damaged files raise errors of many types, such as a MemoryError for a huge shape
+        raise InvalidValue("load_dataset", path, "to be a whole .npy or .npz of numbers", error) from error
+
+
+def only_images(place: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """Return arr_0, or the only array next to arr_1, which has labels."""
+    names = [name for name in arrays if name != "arr_1"]
+    one = "arr_0" in arrays or len(names) == 1
+    expect(one, "load_dataset", place, "to hold one array, or arr_0", ", ".join(arrays) or "none")
+    return arrays.get("arr_0", arrays[names[0]])
+
+
+# ---------------------------------------------------------------------------------------------------------------- data sets
+
+
+def arrays(name: str, source: Source, value_range: Ranges | Literal["measured"] | None) -> ItemDataset:
+    """Return a data set of arrays: uint8 as pictures, other numbers mapped to [-1, 1]. All numbers are looked at.
+
+    Args:
+        name: Name of the data set.
+        source: The source. Its arrays have one shape, [H, W] or [H, W, C], and one dtype.
+        value_range: (low, high) of the values, which become -1 and 1: of all, or of each channel. "measured": the least and
+            the largest of each channel, or pictures if they are uint8. None: pictures.
+
+    Raises:
+        ValueError: An array is none, has another shape or dtype than the first, or has values that are not finite or outside
+            of the range. The message names it.
+    """
+    first = _array(source, None, 0)
+    info = DatasetInfo(name, first.shape, classes=source.classes, preparation=source.preparation)
+    wanted = f"to be given for numbers, as {source.place(0)} has {first.dtype} and no range is kept for them"
+    expect(first.dtype == np.uint8 or value_range is not None, "load_dataset", "data_range", wanted, None)
+    ranges = None
+    if first.dtype != np.uint8 or value_range not in (None, "measured"):
+        ranges = _measured(source, first, None if value_range == "measured" else value_range)
+        mapped = "the range of each channel" if len(ranges) > 1 else "{:g} to {:g}".format(*ranges[0])
+        preparation = f"{source.preparation}, {mapped} as -1 to 1"
+        info = replace(info, dtype=torch.float32, preparation=preparation, data_range=ranges)
+    return Decoded(source, info, partial(_read_array, source, first, ranges))
+
+
+def _read_array(source: Source, first: NDArray[Any], ranges: Ranges | None, index: int) -> Tensor:
+    array = _array(source, first, index)
+    if ranges is None:
+        return torch.from_numpy(np.array(array))  # a copy, as a file that is mapped is read-only
+    low, high = np.array(ranges).T[:, :, None, None]  # [C, 1, 1]
+    return torch.from_numpy((array.astype(np.float64) - low) * (2 / (high - low)) - 1).float()
+
+
+def _array(source: Source, first: NDArray[Any] | None, index: int) -> NDArray[Any]:
+    """Return an array as [C, H, W]. Raise a ValueError if it is none, or unlike the first."""
+    place, item = source.place(index), source[index]
+    if not isinstance(item, np.ndarray):  # a file
+        found = loaded_arrays(str(item))
+        alone = "to hold an image alone, as sub-folders are the classes"
+        expect("arr_1" not in found, "load_dataset", place, alone, "arr_1")
+        item = only_images(place, found)
+    expect(item.ndim in (2, 3) and item.size, "load_dataset", place, "to be 2-d or 3-d", list(item.shape))
+    expect(item.dtype.kind in "uif", "load_dataset", place, "to hold numbers", item.dtype)
+    array = item[None] if item.ndim == 2 else item.transpose(2, 0, 1)
+    wanted, got = (f"{each.dtype} {list(each.shape)}" for each in (array if first is None else first, array))
+    expect(got == wanted, "load_dataset", place, f"to be {wanted}, as the first", got)
+    return array
+
+
+def _measured(source: Source, first: NDArray[Any], stated: Ranges | None) -> Ranges:
+    """Return the range of each channel, or the stated ones after a look at all values."""
+    low, high = np.full(len(first), np.inf), np.full(len(first), -np.inf)
+    bounds = np.array(stated or [(-np.inf, np.inf)])  # [C or 1, 2]
+    if first.dtype.kind == "f" and stated is not None:  # values at the ends are rounded to their dtype
+        bounds = bounds.clip(np.finfo(first.dtype).min, np.finfo(first.dtype).max).astype(first.dtype).astype(np.float64)
+    wanted = f"to be one range, or one for each of {len(first)} channels"
+    expect(len(bounds) in (1, len(first)), "load_dataset", "data_range", wanted, len(bounds))
+    for index in range(len(source)):
+        array, place = _array(source, first, index), source.place(index)
+        with np.errstate(invalid="ignore"):  # a signalling NaN would be a warning
+            least, most = (each(array, axis=(1, 2)).astype(np.float64) for each in (np.min, np.max))  # NaN if one is
+        expect(np.isfinite([least, most]).all(), "load_dataset", place, "to be finite", "NaN or infinity")
+        outside = (least < bounds[:, 0]) | (most > bounds[:, 1])
+        channel = int(outside.argmax())
+        inside = "to be in {:g}..{:g}, the data_range".format(*bounds[channel % len(bounds)])
+        got = f"values from {least[channel]:g} to {most[channel]:g} in channel {channel}; clip them, or train with more"
+        expect(not outside.any(), "load_dataset", place, inside, got)
+        low, high = np.minimum(low, least), np.maximum(high, most)
+    if stated is not None:
+        return stated
+    for channel in np.flatnonzero(low == high).tolist():
+        got = f"{low[channel]:g} alone in channel {channel}; state a data_range"
+        raise InvalidValue("load_dataset", source.root, "to have different values", got)
+    return checked_ranges("load_dataset", source.root, np.stack([low, high], axis=1).tolist())

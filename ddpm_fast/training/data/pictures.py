@@ -1,0 +1,175 @@
+"""Pictures of a source, as Pillow decodes them.
+
+Only functions import this module, because the package must be importable without Pillow.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from io import BytesIO
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ...checks import check_choice, listed
+from ...errors import InvalidValue, expect
+from .items import DatasetInfo, ItemDataset, central_box
+from .sources import Decoded, Source
+
+GREY: Final = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")  # modes without colours
+
+_NAMES: Final = {1: "grey", 3: "RGB", 4: "RGBA"}  # by the number of channels
+_ORIENTATION: Final = 0x0112  # a tag of EXIF; from 5 on, the sides are exchanged
+_MEND: Final = "remove them; in training, skip_broken=True (--skip-broken) leaves out those of data if others remain"
+_AT_ONCE: Final = 4096  # images whose reading is planned ahead
+
+_log = logging.getLogger("ddpm_fast")
+
+
+class Header(NamedTuple):
+    """The size of a picture as it is seen, and whether it has no colours."""
+
+    height: int
+    width: int
+    is_grey: bool
+
+
+def pictures(name: str, source: Source, sides: tuple[int, int] | None, channels: int | None) -> ItemDataset:
+    """Return a data set of pictures.
+
+    Args:
+        name: Name of the data set.
+        source: The source. The headers of all its pictures are read.
+        sides: Height and width, to which the largest centred part of their proportions is resized. None: the pictures must be
+            of one size.
+        channels: 1 for grey, 3 for RGB or 4 for RGBA. None: 1 if all are grey, else 3.
+
+    Raises:
+        ValueError: The headers of some cannot be read, or their sizes differ.
+    """
+    check_choice("load_dataset", "channels", channels, (None, *_NAMES))
+    headers: list[Header] = []
+    read_all(source, lambda index: headers.append(_read_header(source[index])))  # type: ignore[arg-type]
+    found = channels or (1 if all(each.is_grey for each in headers) else 3)
+    preparation = "as they are" if sides is None else "cropped and resized"
+    preparation += f", in {_NAMES[found]}" + (" as all files are" if found == 1 and channels is None else "")
+    shape = (found, *(sides or _common_size(source.root, headers)))
+    info = DatasetInfo(name, shape, classes=source.classes, preparation=preparation)
+    return Decoded(source, info, partial(_read_picture, source, shape))
+
+
+def read_all(source: Source, read: Callable[[int], object], *, skip_broken: bool = False) -> list[int]:
+    """Call a function for each picture of a source. Return the numbers of those for which it raises no error.
+
+    Pillow releases the interpreter's lock while it decodes, so threads read.
+
+    Raises:
+        ValueError: There are broken pictures and they must not be left out, or there are no others. The message names them.
+    """
+
+    def attempt(index: int) -> str | None:
+        try:
+            read(index)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's formats raise errors of many types
+            return _reason(error.__cause__ or error)  # the error itself would keep the pixels alive
+        return None
+
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        parts = (range(len(source))[first : first + _AT_ONCE] for first in range(0, len(source), _AT_ONCE))
+        reasons = [reason for part in parts for reason in pool.map(attempt, part)]
+    whole = [index for index, reason in enumerate(reasons) if reason is None]
+    broken = [f"{source.label(index)} ({reason})" for index, reason in enumerate(reasons) if reason is not None]
+    got = f"{len(broken)} of {len(source)} that it cannot: {listed(broken)}; {_MEND}"
+    left = not broken or (skip_broken and whole)
+    expect(left, "load_dataset", "", f"images that Pillow can read in {source.root}", got)
+    if broken:
+        _log.warning("%d of %d images in %s left out: %s", len(broken), len(source), source.root, listed(broken))
+    return whole
+
+
+def without_broken(source: Source) -> tuple[Source, list[int]]:
+    """Return the pictures that can be decoded, and their numbers. Classes that are sub-folders of others alone are left out."""
+    whole = read_all(source, partial(_read_picture, source, (3, 1, 1)), skip_broken=True)
+    lost = set(source.labels.tolist()) - set(source.labels[whole].tolist()) if source.by_folder else set()
+    kept = [label for label in range(len(source.classes)) if label not in lost]
+    labels = torch.searchsorted(torch.tensor(kept), source.labels)
+    return replace(source, labels=labels, classes=tuple(source.classes[label] for label in kept)).chosen(whole), whole
+
+
+def _reason(error: BaseException) -> str:
+    name = type(error).__name__
+    return name if name == "UnidentifiedImageError" else f"{name}: {error}"  # its text has an address in memory
+
+
+def _read_header(file: str | BytesIO) -> Header:
+    with Image.open(file) as opened:
+        has_exif = opened.format != "PNG" or "exif" in opened.info  # Pillow decodes a PNG to look for it
+        turned = has_exif and opened.getexif().get(_ORIENTATION, 1) >= 5
+        height, width = opened.size if turned else opened.size[::-1]
+        return Header(height, width, opened.mode in GREY)
+
+
+def _common_size(root: str, headers: Sequence[Header]) -> tuple[int, int]:
+    """Return the height and width of all images. Raise a ValueError with the sizes if they differ."""
+    sizes = Counter((each.height, each.width) for each in headers)
+    found = listed([f"{width}x{height} ({count})" for (height, width), count in sizes.items()])
+    wanted = f"to be given, as the images in {root} are not of one size"
+    got = f"None with sizes {found}; image_size=64 (--image-size 64) crops each to its central square and resizes it to 64x64"
+    expect(len(sizes) == 1, "load_dataset", "image_size", wanted, got)
+    return next(iter(sizes))
+
+
+def _read_picture(source: Source, shape: Sequence[int], index: int) -> Tensor:
+    """Return a picture of a source, uint8 [C, H, W]. Raise a ValueError that names it if it cannot be read."""
+    try:
+        return decoded(source[index], shape)  # type: ignore[arg-type]
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's formats raise errors of many types
+        got = f"{source.label(index)} ({_reason(error)}); {_MEND}"
+        raise InvalidValue("load_dataset", "", f"images that Pillow can read in {source.root}", got) from error
+
+
+def decoded(file: str | os.PathLike[str] | BytesIO, shape: Sequence[int]) -> Tensor:
+    """Return the largest centred part of an image file with the proportions of the shape, resized to uint8 [C, H, W]."""
+    channels, height, width = shape
+    with Image.open(file) as opened:
+        image = converted(ImageOps.exif_transpose(opened), opened.format, channels)
+    # Crop first, as `resize(box=...)` mixes in pixels from outside the box.
+    part = image.crop(central_box(image.height, image.width, height, width))
+    return pixels(part.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """Return the pixels of a grey, RGB or RGBA picture, uint8 [C, H, W]."""
+    return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+
+
+def converted(image: Image.Image, kind: str | None, channels: int) -> Image.Image:
+    """Return a picture of 1 channel (grey), 3 (RGB), where what is transparent lies on white, or 4 (RGBA).
+
+    16 bits a channel become 8.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow itself cuts off at 255
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    known = image.mode not in ("I", "F")
+    expect(known, "", "", "8 or 16 bits a channel", f"pixels of mode {image.mode}, whose range is unknown")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = image if channels == 4 else Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGBA" if channels == 4 else "RGB")
+    return image.convert("L") if channels == 1 else image
