@@ -232,7 +232,11 @@ def test_items_may_be_triples_or_mappings(tmp_path: Path) -> None:
             3,
             r"dataset\[0\] to have a condition of 2 channels, as the network reads 3 and the image has 1, got none",
         ),
-        (lambda i, n, c: (i, n, c), 1, r"dataset\[0\] to have no condition, as the network reads its channels alone, got one"),
+        (
+            lambda i, n, c: (i, n, c),
+            1,
+            r"dataset\[0\] to have no condition, as the network reads 1 and the image has 1, got one",
+        ),
         (
             lambda i, n, c: (i, n, c[:1]),
             3,

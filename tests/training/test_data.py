@@ -86,7 +86,7 @@ def test_damaged_idx_file_is_refused(fashion_folder: tuple[Path, np.ndarray]) ->
         load_dataset("fashion-mnist", folder)
     images.write_bytes(packed)
     write_idx(labels, np.array([0, 1]))
-    with pytest.raises(ValueError, match=rf"expected as many images as labels in {folder}, got 5 and 2"):
+    with pytest.raises(ValueError, match=r"expected the labels of .*labels-idx1-ubyte to be integers \[5\], got uint8 \[2\]"):
         load_dataset("fashion-mnist", folder)
     write_idx(labels, np.array([3, 0, 10, 1, 1]))
     with pytest.raises(ValueError, match=r"expected labels in 0\.\.9, got 10, in '.*labels-idx1-ubyte'"):

@@ -89,10 +89,11 @@ class Checked(ItemDataset):
         low, high = map(float, torch.aminmax(pixels))
         inside = not pixels.is_floating_point() or (low >= -1 - _OUTSIDE and high <= 1 + _OUTSIDE)  # NaN is not
         expect(inside, "", place, "to be in [-1, 1]", f"values from {low:g} to {high:g}")
-        condition = None if given is None else self._condition(place, given, pixels, reads)
-        free = 0 if reads is None else reads - pixels.shape[0]
-        wanted = f"to have a condition of {free} channels, as the network reads {reads} and the image has {pixels.shape[0]}"
-        expect(free == 0 or given is not None, "", place, wanted, "none")
+        free = None if reads is None else reads - pixels.shape[0]
+        wanted = f"{f'a condition of {free} channels' if free else 'no condition'}, as the network reads {reads}"
+        got, fits = "none" if given is None else "one", free is None or bool(free) == (given is not None)
+        expect(fits, "", place, f"to have {wanted} and the image has {pixels.shape[0]}", got)
+        condition = None if given is None else _condition(place, given, pixels, free)
         try:
             number = operator.index(label) if self._labelled else 0
         except (TypeError, ValueError, RuntimeError):  # a tensor raises all of them
@@ -100,17 +101,6 @@ class Checked(ItemDataset):
         labels = f"to have a label in 0..{len(self._classes) - 1}"
         expect(0 <= number < len(self._classes), "", place, labels, "no label" if label is None else repr(label))
         return Item(pixels, number, condition)
-
-    def _condition(self, place: str, given: Any, pixels: Tensor, reads: int | None) -> Tensor:
-        """Return a condition as uint8 or float32 [K, ...] on the CPU. Raise a ValueError if it is none."""
-        channels = None if reads is None else reads - pixels.shape[0]
-        expect(channels != 0, "", place, "to have no condition, as the network reads its channels alone", "one")
-        size = ", ".join(map(str, ["K" if channels is None else channels, *pixels.shape[1:]]))
-        wanted = f"to have a condition of uint8 or finite floats [{size}], or a PIL image"
-        values = _tensor(place, given, channels, wanted)
-        expect(values.shape[1:] == pixels.shape[1:], "", place, wanted, f"{values.dtype} {list(values.shape)}")
-        expect(values.isfinite().all(), "", place, wanted, "NaN or infinity")
-        return values
 
 
 def _parts(place: str, item: Any) -> tuple[Any, Any, Any]:
@@ -123,6 +113,16 @@ def _parts(place: str, item: Any) -> tuple[Any, Any, Any]:
     forms = "to be an image, (image, label) or (image, label, condition)"
     expect(1 <= len(parts) <= 3, "", place, forms, f"{len(parts)} values")
     return (*parts, None, None)[:3]
+
+
+def _condition(place: str, given: Any, pixels: Tensor, channels: int | None) -> Tensor:
+    """Return a condition as uint8 or float32 [K, ...] on the CPU. Raise a ValueError if it is none."""
+    size = ", ".join(map(str, ["K" if channels is None else channels, *pixels.shape[1:]]))
+    wanted = f"to have a condition of uint8 or finite floats [{size}], or a PIL image"
+    values = _tensor(place, given, channels, wanted)
+    expect(values.shape[1:] == pixels.shape[1:], "", place, wanted, f"{values.dtype} {list(values.shape)}")
+    expect(values.isfinite().all(), "", place, wanted, "NaN or infinity")
+    return values
 
 
 def _tensor(place: str, image: Any, channels: int | None, wanted: str) -> Tensor:

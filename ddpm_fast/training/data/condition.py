@@ -125,30 +125,25 @@ def read_conditions(
     """
     source = read_source(os.fspath(path), "test")
     source = source.chosen(range(len(source))[:first]) if first else source
-    channels, *_ = shape
-    sides = (shape[1], shape[2])
+    channels, height, width = shape
     kind = Degradation.named(config.get("condition") or "")
+    factor = 1 if kind is None else kind.factor
     reads, kept = config["in_channels"] - channels, config.get("condition_range")
     if kind is not None:
         kept = config.get("data_range")
         reads = 1 if kind.name == "grey" else channels
         if kind.name == "mask" and channels in (1, 3) and not source.has_arrays:
             reads = 4  # what is transparent is a hole
-
     ranges = _kept_range("sample", "condition_range", kept, condition_range)
-
-    def read(sides: tuple[int, int]) -> Tensor:
-        with renaming("sample", {"data_range": "condition_range"}):
-            dataset = load_source(str(path), source, sides, reads, ranges)
-        found = dataset.info.shape[0]
-        expect(found == reads, "sample", "condition", f"to have {reads} channels", f"{found} in {path}")
-        return to_unit_range(read_batch(dataset, range(len(dataset))).images)
-
+    with renaming("sample", {"data_range": "condition_range"}):
+        dataset = load_source(str(path), source, (height // factor, width // factor), reads, ranges)
+    found = dataset.info.shape[0]
+    expect(found == reads, "sample", "condition", f"to have {reads} channels", f"{found} in {path}")
+    images = to_unit_range(read_batch(dataset, range(len(dataset))).images)
     if kind is None or kind.name == "grey":
-        return read(sides)
+        return images
     if kind.name == "low-resolution":
-        return resized_bicubically(read((sides[0] // kind.factor, sides[1] // kind.factor)), sides)
-    images = read(sides)
+        return resized_bicubically(images, (height, width))
     seeds = sample_seeds(seed, len(images))
     if reads == channels:
         return kind(images, seeds)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...errors import InvalidValue, expect
+from ...errors import expect
 
 _LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601), as in Pillow
 
@@ -45,11 +45,10 @@ class Degradation:
     def check(self, caller: str, shape: tuple[int, ...]) -> None:
         """Raise a ValueError if images of the shape (C, H, W) cannot be degraded so."""
         channels, height, width = shape
-        if self.name == "grey":
-            expect(channels == 3, caller, "condition", f"to be another than grey for {channels} channels", "grey")
-        if height % self.factor or width % self.factor:
-            wanted = f"to divide the images' sides, {width}x{height}"
-            raise InvalidValue(caller, "condition", wanted, f"low-resolution:{self.factor}")
+        fits = self.name != "grey" or channels == 3
+        expect(fits, caller, "condition", f"to be another than grey for {channels} channels", "grey")
+        divides = height % self.factor == width % self.factor == 0
+        expect(divides, caller, "condition", f"to divide the images' sides, {width}x{height}", self)
 
     def __call__(self, x_0: Tensor, seeds: Tensor) -> Tensor:
         """Return the condition of images.

@@ -86,6 +86,8 @@ class DatasetInfo:
 class ItemDataset(Dataset[Item]):
     """A map-style data set whose items have one shape. It can be pickled, so any process can read it.
 
+    Its `__getitem__` raises an IndexError for a number that is too large, and a ValueError for an item that cannot be read.
+
     Attributes:
         info: Its description.
         in_memory: True if items are neither read from files nor decoded or resized as they are used.
@@ -96,10 +98,6 @@ class ItemDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         """Return the number of items."""
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Item:
-        """Return an item. Raise an IndexError if there is none, or a ValueError if it cannot be read."""
         raise NotImplementedError
 
     def contents(self, exact: bool) -> Iterator[bytes]:
@@ -183,7 +181,10 @@ class Resized(Wrapper):
     def __getitem__(self, index: int) -> Item:
         """Return a resized item."""
         item = self._dataset[index]
-        return item._replace(image=resized_tensor(item.image[None], self._sides)[0])
+        left, top, right, bottom = central_box(item.image.shape[1], item.image.shape[2], *self._sides)
+        part = item.image[None, :, top:bottom, left:right]
+        resized = functional.interpolate(part.float(), self._sides, mode="bilinear", antialias=True)[0]
+        return item._replace(image=resized if part.is_floating_point() else resized.round().to(part.dtype))
 
 
 class Conditioned(Wrapper):
@@ -232,15 +233,6 @@ def size_of(sides: Sequence[int]) -> str:
     """Return (H, W) as text, as `--image-size` takes it: 48x32 is wider than high, 32 is a square."""
     height, width = sides
     return f"{width}" if height == width else f"{width}x{height}"
-
-
-def resized_tensor(images: Tensor, sides: tuple[int, int]) -> Tensor:
-    """Return the largest centred part of images [N, C, H, W] with the proportions of (H, W), resized, in their dtype."""
-    left, top, right, bottom = central_box(images.shape[2], images.shape[3], *sides)
-    part = images[:, :, top:bottom, left:right]
-    wide = part if part.is_floating_point() else part.float()
-    resized = functional.interpolate(wide, sides, mode="bilinear", antialias=True)
-    return resized if part.is_floating_point() else resized.round().to(images.dtype)
 
 
 def central_box(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -40,12 +40,12 @@ def checked_labels(
     return torch.from_numpy(values.astype(np.int64)), tuple(classes or map(str, range(high + 1)))
 
 
-def listed_labels(place: str, content: bytes, names: Sequence[str]) -> tuple[Tensor, tuple[str, ...]] | None:
+def listed_labels(place: str, read: Callable[[], bytes], names: Sequence[str]) -> tuple[Tensor, tuple[str, ...]] | None:
     """Return the labels in a `dataset.json`, as the data set tools of EDM and StyleGAN write it, and the classes: numbers.
 
     Args:
         place: The file, for errors.
-        content: Its bytes.
+        read: A function that reads it.
         names: Paths of images, relative to the file's folder.
 
     Returns:
@@ -55,8 +55,8 @@ def listed_labels(place: str, content: bytes, names: Sequence[str]) -> tuple[Ten
         ValueError: The labels are no pairs, or a name has none.
     """
     try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        values = json.loads(read())
+    except Exception as error:  # damaged archives raise errors of many types
         raise InvalidValue("load_dataset", place, "to be JSON", error) from error
     if not (isinstance(values, dict) and "labels" in values):
         return None

@@ -81,22 +81,21 @@ def load_dataset(
         check_int("load_dataset", option, number, low, optional=True)
     size = _sides(image_size)
     images_range, paired_range = _range("data_range", data_range), _range("condition_range", condition_range)
-    if name in DATASETS:
-        source = DATASETS[name](None if data_dir is None else Path(data_dir), split, size)
-    else:
-        source = read_source(name, split)
+    folder = None if data_dir is None else Path(data_dir)
+    source = DATASETS[name](folder, split, size) if name in DATASETS else read_source(name, split)
     degradation = paired = None
     if condition is not None:
         check_path("load_dataset", "condition", condition)
-        degradation = Degradation.named(os.fspath(condition))
-    if condition is not None and degradation is None:
-        wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder or archive of images"
-        expect(os.path.exists(condition), "load_dataset", "condition", wanted, repr(condition))
-        paired = partners(source, read_source(os.fspath(condition), split))
+        condition = os.fspath(condition)
+        degradation = Degradation.named(condition)
+        if degradation is None:
+            wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder or archive of images"
+            expect(os.path.exists(condition), "load_dataset", "condition", wanted, repr(condition))
+            paired = partners(source, read_source(condition, split))
     unused = paired is None and paired_range not in (None, "measured")
     expect(not unused, "load_dataset", "condition_range", "to go with a condition that is read from files", condition_range)
 
-    if skip_broken or first:
+    if first is not None:
         numbers: Sequence[int] = range(len(source))[:first]
         source, paired = source.chosen(numbers), paired and paired.chosen(numbers)
     if skip_broken and not source.has_arrays:

@@ -6,8 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable
 from typing import Any, Final
 
 import torch
@@ -46,21 +45,24 @@ def batches(
         worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator(),  # else the loader draws from torch's generator
     )
-    others = multiprocessing.active_children()
-    read, lost = iter(loader), None
+    others, lost = multiprocessing.active_children(), None
+    read = iter(loader)
     workers = [each for each in multiprocessing.active_children() if each not in others]
-    with _lost_workers_left_to_next() if num_workers else nullcontext():
-        try:
-            for batch in read:
-                if isinstance(batch, ValueError):
-                    raise batch
-                yield batch
-        except (RuntimeError, OSError, EOFError) as error:  # a worker was killed, or has called sys.exit
-            lost = RuntimeError(str(error) or type(error).__name__)  # the error's frames would keep the workers alive
-        finally:
-            del read  # ends the workers while nobody watches them
-            for worker in workers:
-                worker.kill()  # one that still waits for its file
+    # PyTorch's handler would raise in the middle of a training step. `next` notices a lost worker within seconds.
+    handler = _watch_children(signal.SIG_DFL) if workers else None
+    try:
+        for batch in read:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:  # a worker was killed, or has called sys.exit
+        lost = RuntimeError(str(error) or type(error).__name__)  # the error's frames would keep the workers alive
+    finally:
+        del read  # ends the workers while nobody watches them
+        for worker in workers:
+            worker.kill()  # one that still waits for its file
+        if workers:
+            _watch_children(handler)
     if lost is not None:
         raise InvalidValue("", "dataset", "to be read by its workers", lost) from lost
 
@@ -88,17 +90,8 @@ def _leave_signals_to_parent(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-@contextmanager
-def _lost_workers_left_to_next() -> Iterator[None]:
-    """Do without PyTorch's handler of SIGCHLD, which would raise in the middle of a training step.
-
-    `next` of a DataLoader's iterator notices a lost worker within seconds.
-    """
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield  # there is no handler, or it raises in another thread
-        return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+def _watch_children(handler: Any) -> Any:
+    """Set the handler of the signal that a child has ended. Return the one before. Only the main thread has handlers."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        return signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return None

@@ -93,12 +93,11 @@ def read_fashion_mnist(root: Path | None, split: str, size: tuple[int, int] | No
             downloaded = download(folder, train=split == "train", download=True)
         files = [Path(downloaded.raw_folder) / name for name in names]
     images, labels = read_idx(files[0], (28, 28)), read_idx(files[1], ())
-    got = f"{len(images)} and {len(labels)}"
-    expect(len(images) == len(labels), "load_dataset", "", f"as many images as labels in {files[0].parent}", got)
+    source = read_rows(str(files[1]), images, labels, FASHION_MNIST_CLASSES)
     if size == (28, 28):
-        return read_rows(str(files[1]), images, labels, FASHION_MNIST_CLASSES)
-    source = read_rows(str(files[1]), np.pad(images, [(0, 0), (2, 2), (2, 2)]), labels, FASHION_MNIST_CLASSES)
-    return replace(source, preparation="padded with black from 28x28")
+        return source
+    padded = np.pad(images, [(0, 0), (2, 2), (2, 2)])
+    return replace(source, read=padded.__getitem__, preparation="padded with black from 28x28")
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -163,14 +163,12 @@ def read_folder(root: Path, files: Iterable[str] | None = None) -> Source:
     """
     names = list(files or _files(root))
     arrays, pictures = (_ending(names, endings) for endings in (ARRAYS, PICTURES))
-    got = "none"
-    if arrays and pictures:
-        got = f"images, such as {pictures[0]}, and arrays, such as {arrays[0]}; move one kind to another folder"
-    wanted = f"to hold images ({', '.join(PICTURES)}) or arrays"
-    expect(bool(arrays) != bool(pictures), "load_dataset", str(root), wanted, got)
+    kinds = [f"{kind}, such as {found[0]}" for kind, found in (("images", pictures), ("arrays", arrays)) if found]
+    got = f"{', and '.join(kinds)}; move one kind to another folder" if kinds else "none"
+    expect(len(kinds) == 1, "load_dataset", str(root), f"to hold images ({', '.join(PICTURES)}) or arrays", got)
     names = sorted(arrays or pictures, key=lambda name: name.replace(os.sep, "\0"))  # as a walk, folder by folder
     listing = root / _LABELS
-    listed = listed_labels(str(listing), listing.read_bytes(), names) if listing.is_file() else None
+    listed = listed_labels(str(listing), listing.read_bytes, names) if listing.is_file() else None
     folders = [os.path.dirname(name).partition(os.sep)[0] for name in names]  # "" for images in the root itself
     by_folder, numbers = np.unique(folders, return_inverse=True)
     labels, classes = listed or (torch.from_numpy(numbers), tuple(by_folder.tolist()))
@@ -212,17 +210,15 @@ def read_archive(path: Path) -> Source:
     try:
         opened = Opened(zipfile.ZipFile, path)
         entries = {each.filename: each for each in opened().infolist()}
-        names = sorted(_ending(entries, PICTURES))
-        for name in (*names, _LABELS):  # before anything is unpacked
-            size = entries[name].file_size if name in entries else 0
-            expect(size <= _MAX_FILE, "load_dataset", name, f"to have at most {_MAX_FILE} bytes", size, str(path))
-        content = opened().read(_LABELS) if _LABELS in entries else None
-    except InvalidValue:
-        raise
-    except Exception as error:  # each kind of compression raises errors of its own
+    except Exception as error:  # damaged files raise errors of many types
         raise InvalidValue("load_dataset", str(path), "to be a folder or a whole zip file", error) from error
+    names = sorted(_ending(entries, PICTURES))
+    for name in (*names, _LABELS):  # before anything is unpacked
+        size = entries[name].file_size if name in entries else 0
+        expect(size <= _MAX_FILE, "load_dataset", name, f"to have at most {_MAX_FILE} bytes", size, str(path))
     expect(names, "load_dataset", str(path), f"to hold images ({', '.join(PICTURES)})", "none")
-    found = None if content is None else listed_labels(f"{_LABELS} in {path}", content, names)
+    read_labels = partial(opened().read, _LABELS)
+    found = listed_labels(f"{_LABELS} in {path}", read_labels, names) if _LABELS in entries else None
     labels, classes = found or checked_labels(str(path), None, len(names))
     return Source(root=str(path), names=names, labels=labels, classes=classes, read=partial(_read_entry, opened))
 
