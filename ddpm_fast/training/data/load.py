@@ -107,9 +107,7 @@ def load_dataset(
     shape = dataset.info.shape
     expect(channels in (None, shape[0]), "load_dataset", "channels", f"to be those of {name}, {shape[0]}", channels)
     if degradation is not None:
-        degradation.check("load_dataset", shape)
-        alike = degradation.name != "grey" or len(dataset.info.data_range or [0]) == 1
-        expect(alike, "load_dataset", "condition", "to be another than grey for channels of several ranges", "grey")
+        degradation.check("load_dataset", shape, len(dataset.info.data_range or [0]))
         channels = degradation.channels(shape[0])
         return Wrapper(dataset, replace(dataset.info, condition=degradation, condition_channels=channels))
     if paired is None:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import torch
@@ -36,14 +36,6 @@ _AT_ONCE: Final = 4096  # images whose reading is planned ahead
 _log = logging.getLogger("ddpm_fast")
 
 
-class Header(NamedTuple):
-    """The size of a picture as it is seen, and whether it has no colours."""
-
-    height: int
-    width: int
-    is_grey: bool
-
-
 def pictures(name: str, source: Source, sides: tuple[int, int] | None, channels: int | None) -> ItemDataset:
     """Return a data set of pictures.
 
@@ -58,9 +50,9 @@ def pictures(name: str, source: Source, sides: tuple[int, int] | None, channels:
         ValueError: The headers of some cannot be read, or their sizes differ.
     """
     check_choice("load_dataset", "channels", channels, (None, *_NAMES))
-    headers: list[Header] = []
+    headers: list[tuple[int, int, bool]] = []
     read_all(source, lambda index: headers.append(_read_header(source[index])))  # type: ignore[arg-type]
-    found = channels or (1 if all(each.is_grey for each in headers) else 3)
+    found = channels or (1 if all(is_grey for *_, is_grey in headers) else 3)
     preparation = "as they are" if sides is None else "cropped and resized"
     preparation += f", in {_NAMES[found]}" + (" as all files are" if found == 1 and channels is None else "")
     shape = (found, *(sides or _common_size(source.root, headers)))
@@ -115,17 +107,18 @@ def _reason(error: BaseException) -> str:
     return name if name == "UnidentifiedImageError" else f"{name}: {error}"  # its text has an address in memory
 
 
-def _read_header(file: str | BytesIO) -> Header:
+def _read_header(file: str | BytesIO) -> tuple[int, int, bool]:
+    """Return height and width of a picture as it is seen, and whether it has no colours."""
     with Image.open(file) as opened:
         has_exif = opened.format != "PNG" or "exif" in opened.info  # Pillow decodes a PNG to look for it
         turned = has_exif and opened.getexif().get(_ORIENTATION, 1) >= 5
         height, width = opened.size if turned else opened.size[::-1]
-        return Header(height, width, opened.mode in GREY)
+        return height, width, opened.mode in GREY
 
 
-def _common_size(root: str, headers: Sequence[Header]) -> tuple[int, int]:
+def _common_size(root: str, headers: Sequence[tuple[int, int, bool]]) -> tuple[int, int]:
     """Return the height and width of all images. Raise a ValueError with the sizes if they differ."""
-    sizes = Counter((each.height, each.width) for each in headers)
+    sizes = Counter((height, width) for height, width, _ in headers)
     found = listed([f"{width}x{height} ({count})" for (height, width), count in sizes.items()])
     wanted = f"to be given, as the images in {root} are not of one size"
     got = f"None with sizes {found}; image_size=64 (--image-size 64) crops each to its central square and resizes it to 64x64"
