@@ -45,8 +45,7 @@ def read_rows(
     Raises:
         ValueError: The array or the labels have other shapes, or a label is out of range.
     """
-    shape = list(images.shape)
-    expect(images.ndim in (3, 4) and images.size, "load_dataset", root, "to be [N, H, W] or 4-d", shape)
+    expect(images.ndim in (3, 4) and images.size, "load_dataset", root, "to be [N, H, W] or 4-d", list(images.shape))
     numbers, names = checked_labels(root, labels, len(images), classes)
     return Source(
         root=root,
@@ -124,8 +123,7 @@ def _array(source: Source, first: NDArray[Any] | None, index: int) -> NDArray[An
     place, item = source.place(index), source[index]
     if not isinstance(item, np.ndarray):  # a file
         found = loaded_arrays(str(item))
-        alone = "to hold an image alone, as sub-folders are the classes"
-        expect("arr_1" not in found, "load_dataset", place, alone, "arr_1")
+        expect("arr_1" not in found, "load_dataset", place, "to hold an image alone, as sub-folders are the classes", "arr_1")
         item = only_images(place, found)
     expect(item.ndim in (2, 3) and item.size, "load_dataset", place, "to be 2-d or 3-d", list(item.shape))
     expect(item.dtype.kind in "uif", "load_dataset", place, "to hold numbers", item.dtype)

@@ -86,8 +86,7 @@ def read_all(source: Source, read: Callable[[int], object], *, skip_broken: bool
     whole = [index for index, reason in enumerate(reasons) if reason is None]
     broken = [f"{source.label(index)} ({reason})" for index, reason in enumerate(reasons) if reason is not None]
     got = f"{len(broken)} of {len(source)} that it cannot: {listed(broken)}; {_MEND}"
-    left = not broken or (skip_broken and whole)
-    expect(left, "load_dataset", "", f"images that Pillow can read in {source.root}", got)
+    expect(not broken or (skip_broken and whole), "load_dataset", "", f"images that Pillow can read in {source.root}", got)
     if broken:
         _log.warning("%d of %d images in %s left out: %s", len(broken), len(source), source.root, listed(broken))
     return whole
@@ -95,7 +94,7 @@ def read_all(source: Source, read: Callable[[int], object], *, skip_broken: bool
 
 def without_broken(source: Source) -> tuple[Source, list[int]]:
     """Return the pictures that can be decoded, and their numbers. Classes that are sub-folders of others alone are left out."""
-    whole = read_all(source, partial(_read_picture, source, (3, 1, 1)), skip_broken=True)
+    whole = read_all(source, lambda index: _opened(source[index], 3), skip_broken=True)  # type: ignore[arg-type]
     lost = set(source.labels.tolist()) - set(source.labels[whole].tolist()) if source.by_folder else set()
     kept = [label for label in range(len(source.classes)) if label not in lost]
     labels = torch.searchsorted(torch.tensor(kept), source.labels)
@@ -120,9 +119,8 @@ def _common_size(root: str, headers: Sequence[tuple[int, int, bool]]) -> tuple[i
     """Return the height and width of all images. Raise a ValueError with the sizes if they differ."""
     sizes = Counter((height, width) for height, width, _ in headers)
     found = listed([f"{width}x{height} ({count})" for (height, width), count in sizes.items()])
-    wanted = f"to be given, as the images in {root} are not of one size"
     got = f"None with sizes {found}; image_size=64 (--image-size 64) crops each to its central square and resizes it to 64x64"
-    expect(len(sizes) == 1, "load_dataset", "image_size", wanted, got)
+    expect(len(sizes) == 1, "load_dataset", "image_size", f"to be given, as the images in {root} are not of one size", got)
     return next(iter(sizes))
 
 
@@ -140,16 +138,20 @@ def _read_picture(source: Source, shape: Sequence[int], index: int) -> Tensor:
 def decoded(file: str | os.PathLike[str] | BytesIO, shape: Sequence[int]) -> Tensor:
     """Return the largest centred part of an image file with the proportions of the shape, resized to uint8 [C, H, W]."""
     channels, height, width = shape
-    with Image.open(file) as opened:
-        image = converted(ImageOps.exif_transpose(opened), opened.format, channels)
+    image = _opened(file, channels)
     # Crop first, as `resize(box=...)` mixes in pixels from outside the box.
     part = image.crop(central_box(image.height, image.width, height, width))
     return pixels(part.resize((width, height), Image.Resampling.LANCZOS))
 
 
+def _opened(file: str | os.PathLike[str] | BytesIO, channels: int) -> Image.Image:
+    with Image.open(file) as opened:
+        return converted(ImageOps.exif_transpose(opened), opened.format, channels)
+
+
 def pixels(image: Image.Image) -> Tensor:
     """Return the pixels of a grey, RGB or RGBA picture, uint8 [C, H, W]."""
-    return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image).reshape(image.height, image.width, -1).transpose(2, 0, 1).copy())
 
 
 def converted(image: Image.Image, kind: str | None, channels: int) -> Image.Image:

@@ -83,19 +83,6 @@ class Source:
         """Return the items of these numbers, in their order."""
         return replace(self, names=[self.names[number] for number in numbers], labels=self.labels[list(numbers)])
 
-    def contents(self, exact: bool) -> Iterator[bytes]:
-        """Yield the labels, names and sizes of files, and bytes of all items or of a sample."""
-        yield self.labels.numpy().tobytes()
-        in_folder = isinstance(self[0], str)
-        for index, name in enumerate(() if self.has_rows else self.names):
-            yield os.fsencode(f"{name} {os.path.getsize(self[index]) if in_folder else ''}\n")  # type: ignore[arg-type]
-        for index in range(0, len(self), 1 if exact else max(1, len(self) // _SAMPLED)):
-            item = self[index]
-            if isinstance(item, np.ndarray):
-                yield item.tobytes()
-            else:
-                yield Path(item).read_bytes() if isinstance(item, str) else item.getvalue()
-
 
 class Decoded(ItemDataset):
     """The images of a source with its labels.
@@ -118,8 +105,18 @@ class Decoded(ItemDataset):
         return Item(self._image(operator.index(index)), int(self._source.labels[index]))
 
     def contents(self, exact: bool) -> Iterator[bytes]:
-        """Yield labels, names and bytes of the source."""
-        return self._source.contents(exact)
+        """Yield the labels, names and sizes of files, and bytes of all items or of a sample."""
+        source = self._source
+        yield source.labels.numpy().tobytes()
+        in_folder = isinstance(source[0], str)
+        for index, name in enumerate(() if source.has_rows else source.names):
+            yield os.fsencode(f"{name} {os.path.getsize(source[index]) if in_folder else ''}\n")  # type: ignore[arg-type]
+        for index in range(0, len(self), 1 if exact else max(1, len(self) // _SAMPLED)):
+            item = source[index]
+            if isinstance(item, np.ndarray):
+                yield item.tobytes()
+            else:
+                yield Path(item).read_bytes() if isinstance(item, str) else item.getvalue()
 
 
 class Opened:
