@@ -70,10 +70,11 @@ def run_steps(task: Task, state: State) -> TrainResult:
         state.copy_from_first(processes)
         stack.enter_context(torch.random.fork_rng([task.device] if task.device.type == "cuda" else []))  # the caller's stay
         saving = Saving(task, state, config)
-        stack.enter_context(saving.if_it_fails())
+        stops = stack.enter_context(Stops(processes, options.max_minutes))
+        stack.enter_context(saving.if_it_fails())  # signals are kept off: a launcher ends all processes after one is lost
         report = stack.enter_context(closing(Report(task, state)))
         state.counted_until = time.perf_counter()
-        with Stops(processes, options.max_minutes) as stops, closing(batches_from(task, state.step)) as batches:
+        with closing(batches_from(task, state.step)) as batches:
             while state.step < options.steps and stopped_by is None:
                 grad_norm, rate = take_step(task, state, next(batches))
                 report.after_step(grad_norm, rate)

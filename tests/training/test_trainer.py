@@ -413,6 +413,29 @@ def test_a_run_that_fails_in_its_first_step_can_be_resumed(tmp_path: Path) -> No
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_signal_does_not_interrupt_the_checkpoint_of_a_run_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher sends SIGTERM to the other processes as soon as one has ended."""
+    write, received = State.write, []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append("SIGTERM"))
+
+    def interrupted(state: State, task: Task) -> Path:
+        signal.raise_signal(signal.SIGTERM)
+        return write(state, task)
+
+    def fail(step: int, loss: Tensor) -> None:
+        raise ValueError("mine")
+
+    monkeypatch.setattr(State, "write", interrupted)
+    try:
+        with pytest.raises(ValueError, match=r"^mine$"):
+            trainer(tmp_path, on_step=fail).run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (newest_checkpoint(tmp_path).name, received) == ("step-00000001", [])
+
+
 # ----------------------------------------------------------------------------------------------------------- wrong arguments
 
 
