@@ -198,16 +198,16 @@ class Saving:
             raise (ProcessLost if is_lost else ValueError)(f"train: {error}; {hint}") from error
 
     def _try_to_save(self) -> None:
-        """Save the steps that are done, if the weights are finite. The folder may be full, or gone."""
-        task, state = self._task, self._state
-        if not (task.processes.is_first and state.is_finite()):
+        """Save the steps that are done, if the weights are finite. The folder may be full, or gone, and memory exhausted."""
+        task, state, folder = self._task, self._state, self._task.folder
+        if not (task.processes.is_first and state.is_whole):
             return
-        folder = task.folder
-        with suppress(OSError, MemoryError):
-            if not folder.record.exists():
-                folder.path.mkdir(parents=True, exist_ok=True)
-                write_json(folder.record, self._config or {})
-            state.write(task)
+        with suppress(OSError, MemoryError, RuntimeError):
+            if state.is_finite():
+                if not folder.record.exists():
+                    folder.path.mkdir(parents=True, exist_ok=True)
+                    write_json(folder.record, self._config or {})
+                state.write(task)
         folder.checkpoints.remove_leftovers()
 
     def _last_good(self) -> str:

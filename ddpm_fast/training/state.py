@@ -46,6 +46,7 @@ class State:
     seconds: float = 0.0  # spent in steps
     losses: list[Tensor] = field(default_factory=list)  # since the last row of the log; 0-d, on the device
     row: Sequence[float] | None = None  # a row that is not in the log yet
+    is_whole: bool = True  # False while a step changes the weights
     counted_until: float = 0.0  # the time up to which `seconds` counts
 
     @classmethod

@@ -45,6 +45,7 @@ def take_step(task: Task, state: State, batch: Batch) -> tuple[Tensor, float]:
     rate = options.lr * lr_factor(step, options)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
+    state.is_whole = False  # an error within the update leaves half a step
     state.optimizer.step()
     state.optimizer.zero_grad()
     decay = options.ema_decay
@@ -55,6 +56,7 @@ def take_step(task: Task, state: State, batch: Batch) -> tuple[Tensor, float]:
         average.copy_(buffer)
     state.losses.append(loss)
     state.step += 1
+    state.is_whole = True
     return grad_norm, rate
 
 

@@ -403,6 +403,40 @@ def test_a_step_without_memory_ends_the_run_with_a_checkpoint(
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
+def test_half_a_step_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out between the new weights and their average."""
+    average, calls = torch._foreach_lerp_, []
+
+    def fail(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+        return average(*arguments)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", fail)
+    with pytest.raises(
+        MemoryError, match=r"^train: expected memory for step 3, got: no room; the last good checkpoint is none,"
+    ):
+        trainer(tmp_path, steps=4).run()
+
+
+def test_memory_that_is_too_small_for_the_checkpoint_of_a_step_without_memory_keeps_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    def fail(*_: Any) -> Any:
+        monkeypatch.setattr(State, "is_finite", fail)
+        raise full
+
+    def after(step: int, loss: Tensor) -> None:
+        if step == 2:
+            monkeypatch.setattr(loop, "take_step", fail)
+
+    with pytest.raises(MemoryError, match=r"^train: expected memory for step 3, got: Tried.*; .* is .*step-00000002"):
+        trainer(tmp_path, steps=4, checkpoint_every=2, on_step=after).run()
+
+
 def test_a_run_that_fails_in_its_first_step_can_be_resumed(tmp_path: Path) -> None:
     first = int(TrainingRng(0, 6).indices(0, len(load_dataset("digits")))[0])
     wrong = Digits(lambda i, image, label: (image, 10 if i == first else label))
