@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from typing import Final
 
@@ -99,17 +99,21 @@ class Report:
         self._tell(lambda logger: logger.close())
 
     def _tell(self, call: Callable[[Logger], None]) -> None:
-        """Call a method of each logger. One that cannot write is left out from then on."""
-        for logger in tuple(self._loggers):
-            try:
-                call(logger)
-            except OSError as error:
-                _log.warning(LOGGER_FAILS, type(logger).__name__, error)
-                self._loggers.remove(logger)
-                with suppress(OSError):  # what is left cannot be written either
-                    logger.close()
-            except Exception as error:
+        """Call a method of each logger, also if one fails, which is closed and left out from then on."""
+        with ExitStack() as stack:
+            for logger in reversed(self._loggers):
+                stack.callback(self._call, call, logger)
+
+    def _call(self, call: Callable[[Logger], None], logger: Logger) -> None:
+        try:
+            call(logger)
+        except Exception as error:
+            self._loggers.remove(logger)
+            with suppress(Exception):  # what is left cannot be written either
+                logger.close()
+            if not isinstance(error, OSError):
                 raise CallbackError(error) from error
+            _log.warning(LOGGER_FAILS, type(logger).__name__, error)
 
     def _write_row(self, grad_norm: Tensor, rate: float) -> None:
         """Write a row of the log."""
@@ -140,7 +144,8 @@ class Report:
             self._timed_from = state.seconds
             return
         each = (state.seconds - self._timed_from) / (_TIMED[1] - _TIMED[0])
-        _log.info("  %-8s about %s", "time", timedelta(seconds=round(each * (options.steps - state.step))))
+        left = min(each * (options.steps - state.step), 1e12)  # a timedelta has at most 10^9 days
+        _log.info("  %-8s about %s", "time", timedelta(seconds=round(left)))
 
     def _say_which_buffers_change(self) -> None:
         """Warn after the first step if the network's forward has changed buffers: bits are not promised then."""

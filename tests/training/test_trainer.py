@@ -366,6 +366,14 @@ def test_another_error_of_a_logger_ends_the_run_with_a_checkpoint(method: str, t
     assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "run")
 
 
+@pytest.mark.parametrize("method", ["row", "close"])
+def test_each_logger_is_closed_although_another_fails(method: str, tmp_path: Path) -> None:
+    fails, other = Recorder(method, ValueError("mine")), Recorder()
+    with pytest.raises(ValueError, match=r"^mine$"):
+        trainer(tmp_path, steps=1, loggers=[fails, other]).run()
+    assert (len(other.rows), other.closed, fails.closed > 0) == (1, 1, True)
+
+
 def test_loggers_are_of_the_class(tmp_path: Path) -> None:
     with refused(InvalidType("Trainer", "loggers", "to be a Logger", "str")):
         trainer(tmp_path, loggers=["tensorboard"])

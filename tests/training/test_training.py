@@ -647,6 +647,10 @@ def test_the_remaining_time_is_said_once_after_the_third_step(tmp_path: Path, ca
     assert caplog.text.count("  time     about 0:00:0") == 1
 
 
+def test_a_run_without_end_goes_on_after_the_estimate(tmp_path: Path) -> None:
+    assert train(tmp_path, **QUIET, steps=10**17, max_minutes=0.01).stopped_by == "max_minutes"
+
+
 def test_images_of_other_sizes_stop_a_run_instead_of_being_resized(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
