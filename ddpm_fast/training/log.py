@@ -62,7 +62,7 @@ class CsvLog(Logger):
 
     def row(self, values: Mapping[str, float], step: int) -> None:
         """Append a row."""
-        new = not self._exists("train")
+        new = not self._exists("train") or not self.path.stat().st_size  # a run was killed before the names were written
         with open(self.path, "a", newline="", encoding="utf-8", opener=_open_itself) as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:

@@ -29,6 +29,7 @@ from ddpm_fast.training import run as run_module
 from ddpm_fast.training.checkpoint import why_damaged
 from ddpm_fast.training.data import Batch
 from ddpm_fast.training.export import export_checkpoint
+from ddpm_fast.training.log import CsvLog
 from ddpm_fast.training.options import TrainOptions
 from ddpm_fast.training.run import RunFolder
 from ddpm_fast.training.state import State
@@ -57,6 +58,15 @@ def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_a_log_without_a_whole_first_line_begins_again(tmp_path: Path) -> None:
+    """A run was killed, or the disk was full, after the file was made."""
+    log = CsvLog(tmp_path / "log.csv")
+    log.path.write_text("step,sam")
+    log.cut(0)
+    log.row({"samples": 6}, 1)
+    assert (log.path.read_text(), log.last_step()) == ("step,samples\n1,6\n", 1)
+
+
 def test_a_pipe_in_place_of_the_log_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     run = start(tmp_path / "run", step=2)
     before = run.record.read_text()
