@@ -168,7 +168,7 @@ class Processes:
         """
         try:
             arrival.set_result(all_arrived())
-        except ProcessLost as error:
+        except Exception as error:  # whatever it is, this process would wait for the future forever
             arrival.set_exception(error)
 
     def tree_sum(self, flat: Tensor) -> Tensor:

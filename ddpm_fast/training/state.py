@@ -108,10 +108,8 @@ class State:
 
     def copy_from_first(self, processes: Processes) -> None:
         """Let all processes have the state of rank 0."""
-        step, seconds, num_losses = processes.from_first([self.step, self.seconds, len(self.losses)])
-        self.step, self.seconds = int(step), seconds
+        self.step, self.seconds, losses = processes.from_first((self.step, self.seconds, [float(loss) for loss in self.losses]))
         device = next(self.model.parameters()).device
-        losses = processes.from_first([float(loss) for loss in self.losses] if processes.is_first else [0.0] * int(num_losses))
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in losses]
         tensors = [self.model.state_dict(), self.ema.state_dict(), self.moments]
         processes.copy_from_first([tensor for named in tensors for tensor in named.values()])
