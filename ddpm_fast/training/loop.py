@@ -179,7 +179,7 @@ class Saving:
             yield
         except CallbackError as failed:
             self._try_to_save()
-            raise failed.args[0] from None
+            raise failed.args[0] from failed.args[0].__context__  # as it was raised, perhaps after an error of the run
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             is_lost, out_of_memory = isinstance(error, ProcessLost), _is_out_of_memory(error)
             is_known = is_lost or out_of_memory or not isinstance(error, RuntimeError)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from datetime import timedelta
 from typing import Final
 
@@ -100,20 +100,20 @@ class Report:
 
     def _tell(self, call: Callable[[Logger], None]) -> None:
         """Call a method of each logger, also if one fails, which is closed and left out from then on."""
-        with ExitStack() as stack:
-            for logger in reversed(self._loggers):
-                stack.callback(self._call, call, logger)
-
-    def _call(self, call: Callable[[Logger], None], logger: Logger) -> None:
-        try:
-            call(logger)
-        except Exception as error:
-            self._loggers.remove(logger)
-            with suppress(Exception):  # what is left cannot be written either
-                logger.close()
-            if not isinstance(error, OSError):
-                raise CallbackError(error) from error
-            _log.warning(LOGGER_FAILS, type(logger).__name__, error)
+        failed: Exception | None = None
+        for logger in tuple(self._loggers):
+            try:
+                call(logger)
+            except Exception as error:
+                self._loggers.remove(logger)
+                with suppress(Exception):  # what is left cannot be written either
+                    logger.close()
+                if isinstance(error, OSError):
+                    _log.warning(LOGGER_FAILS, type(logger).__name__, error)
+                else:
+                    failed = failed or error
+        if failed is not None:
+            raise CallbackError(failed) from failed
 
     def _write_row(self, grad_norm: Tensor, rate: float) -> None:
         """Write a row of the log."""

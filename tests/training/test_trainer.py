@@ -374,6 +374,12 @@ def test_each_logger_is_closed_although_another_fails(method: str, tmp_path: Pat
     assert (len(other.rows), other.closed, fails.closed > 0) == (1, 1, True)
 
 
+def test_an_error_of_the_run_is_shown_with_that_of_a_logger_that_is_closed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^mine$") as caught:
+        trainer(tmp_path, loggers=[Recorder("close", ValueError("mine"))], lr=1e30, warmup_steps=0, log_every=1).run()
+    assert isinstance(caught.value.__cause__, FloatingPointError)
+
+
 def test_loggers_are_of_the_class(tmp_path: Path) -> None:
     with refused(InvalidType("Trainer", "loggers", "to be a Logger", "str")):
         trainer(tmp_path, loggers=["tensorboard"])
