@@ -13,7 +13,6 @@ import torch
 from items import whole
 from refusals import refused
 from runs import QUIET, assert_same_weights, newest_checkpoint, train
-from safetensors.torch import load_file
 
 from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, load_folder, write_samples
 from ddpm_fast.errors import InvalidValue
