@@ -46,9 +46,9 @@ def joined(caller: str, timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
         ValueError: A variable is missing, or is no number in its range.
         ProcessLost: Another process has failed or ended.
     """
-    rank, size, local_rank = ranks(caller, os.environ)
     exists = dist.is_initialized()
-    if size == 1 and not exists:
+    rank, size, local_rank = (0, 0, int(os.environ.get("LOCAL_RANK", "0"))) if exists else ranks(caller, os.environ)
+    if size == 1:
         yield Processes()
         return
     with ExitStack() as stack:
@@ -72,6 +72,7 @@ def _shared_store(rank: int, size: int) -> Any:
     prefix, and tells it each other process under a token that is new.
     """
     store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
     prefix = token = secrets.token_hex(8)
     if rank > 0:
         store.set(f"ddpm_fast/asks/{rank}", token)
@@ -79,6 +80,8 @@ def _shared_store(rank: int, size: int) -> Any:
         store.set(f"{prefix}/{rank}", "told")
     for other in range(1, size) if rank == 0 else ():
         while not store.check([f"{prefix}/{other}"]):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no rank {other} within {TIMEOUT}")
             asked = store.get(f"ddpm_fast/asks/{other}").decode()  # it may be the token of a process that was replaced
             store.set(f"ddpm_fast/answer/{asked}", prefix)
             time.sleep(0.005)

@@ -191,7 +191,7 @@ class Report:
                 scale = max(1, 128 // max(images.shape[2:]))
                 titles = info.classes[:columns] if task.labelled and shown is None else ()
                 save_grid(images, path, columns=columns, channels=channels, scale=scale, titles=titles)
-            except (OSError, ValueError) as error:  # a run does not end for want of a picture
+            except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:  # a run does not end for a picture
                 _log.warning("%s could not be drawn: %s", path, error)
                 return
             self._tell(lambda logger: logger.images(images[:, channels], state.step))

@@ -39,6 +39,7 @@ def take_step(task: Task, state: State, batch: Batch) -> tuple[Tensor, float]:
         The gradient's norm before clipping, 0-d, and the learning rate.
     """
     options, step = task.options, state.step
+    state.is_whole = not list(state.model.buffers())  # a forward may change them
     loss = _set_gradients(task, state, batch)
     parameters: list[Tensor] = state.trained
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_grad or math.inf, foreach=True)
