@@ -26,6 +26,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 import ddpm_fast
 from ddpm_fast import Logger, NoiseSchedule, Trainer, TrainOptions, UNet, export_checkpoint, load_folder
 from ddpm_fast.cli import main
+from ddpm_fast.distributed import ProcessLost
 from ddpm_fast.errors import InvalidType, InvalidValue, UnusablePath
 from ddpm_fast.training import loop
 from ddpm_fast.training.data import Checked, batches, load_dataset, read_batch, to_unit_range
@@ -410,6 +411,23 @@ def test_a_step_without_memory_ends_the_run_with_a_checkpoint(
     monkeypatch.setattr(loop, "take_step", fail)
     wanted = rf"^train: expected memory for step 3, got: {re.escape(str(error))}; the last good checkpoint is .*step-00000002"
     with pytest.raises(MemoryError, match=wanted):
+        trainer(tmp_path / "run", steps=4).run()
+    monkeypatch.undo()
+    trainer(tmp_path / "run", steps=4, resume=True).run()
+    trainer(tmp_path / "whole", steps=4).run()
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_process_that_is_lost_costs_no_step_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step = loop.take_step
+
+    def fail(task: Task, state: State, *batch: Tensor) -> tuple[Tensor, float]:
+        if state.step == 2:
+            raise ProcessLost("no answer")
+        return take_step(task, state, *batch)
+
+    monkeypatch.setattr(loop, "take_step", fail)
+    with pytest.raises(ProcessLost, match=r"^train: no answer; the last good checkpoint is .*step-00000002, from which"):
         trainer(tmp_path / "run", steps=4).run()
     monkeypatch.undo()
     trainer(tmp_path / "run", steps=4, resume=True).run()

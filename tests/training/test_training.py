@@ -490,6 +490,18 @@ def test_export_is_a_model_folder(tmp_path: Path) -> None:
     assert [line.split(",")[0] for line in (out / "training_log.csv").read_text().splitlines()] == ["step", "1", "4"]
 
 
+def test_an_exported_model_names_folders_but_not_where_they_were(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "image.png")
+    folders = {"data": str(tmp_path / "images"), "condition": str(tmp_path / "images")}
+    train(tmp_path / "run", **QUIET | folders | {"steps": 1})
+    train(tmp_path / "again", **QUIET | folders | {"steps": 1, "init": str(tmp_path / "run")})
+    record = (export_checkpoint(tmp_path / "again", tmp_path / "out") / "training.json").read_text()
+    options = json.loads(record)["options"]
+    assert [options[name] for name in ("data", "condition", "init")] == ["images", "images", "run"]
+    assert str(tmp_path) not in record
+
+
 def test_images_beside_sub_folders_train_without_names(tmp_path: Path) -> None:
     for i, folder in enumerate(("", "a", "b")):
         (tmp_path / "images" / folder).mkdir(parents=True, exist_ok=True)
