@@ -389,6 +389,26 @@ def test_loggers_are_of_the_class(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- a step that fails
 
 
+def assert_third_step_may_fail(
+    error: Exception, kind: type[Exception], wanted: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let a run's third step fail, then compare the weights of the resumed run with those of one that did not fail."""
+    take_step = loop.take_step
+
+    def fail(task: Task, state: State, *batch: Tensor) -> tuple[Tensor, float]:
+        if state.step == 2:
+            raise error
+        return take_step(task, state, *batch)
+
+    monkeypatch.setattr(loop, "take_step", fail)
+    with pytest.raises(kind, match=wanted):
+        trainer(folder / "run", steps=4).run()
+    monkeypatch.undo()
+    trainer(folder / "run", steps=4, resume=True).run()
+    trainer(folder / "whole", steps=4).run()
+    assert_same_weights(folder / "whole", folder / "run")
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -401,38 +421,13 @@ def test_loggers_are_of_the_class(tmp_path: Path) -> None:
 def test_a_step_without_memory_ends_the_run_with_a_checkpoint(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take_step = loop.take_step
-
-    def fail(task: Task, state: State, *batch: Tensor) -> tuple[Tensor, float]:
-        if state.step == 2:
-            raise error
-        return take_step(task, state, *batch)
-
-    monkeypatch.setattr(loop, "take_step", fail)
     wanted = rf"^train: expected memory for step 3, got: {re.escape(str(error))}; the last good checkpoint is .*step-00000002"
-    with pytest.raises(MemoryError, match=wanted):
-        trainer(tmp_path / "run", steps=4).run()
-    monkeypatch.undo()
-    trainer(tmp_path / "run", steps=4, resume=True).run()
-    trainer(tmp_path / "whole", steps=4).run()
-    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    assert_third_step_may_fail(error, MemoryError, wanted, tmp_path, monkeypatch)
 
 
 def test_a_process_that_is_lost_costs_no_step_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_step = loop.take_step
-
-    def fail(task: Task, state: State, *batch: Tensor) -> tuple[Tensor, float]:
-        if state.step == 2:
-            raise ProcessLost("no answer")
-        return take_step(task, state, *batch)
-
-    monkeypatch.setattr(loop, "take_step", fail)
-    with pytest.raises(ProcessLost, match=r"^train: no answer; the last good checkpoint is .*step-00000002, from which"):
-        trainer(tmp_path / "run", steps=4).run()
-    monkeypatch.undo()
-    trainer(tmp_path / "run", steps=4, resume=True).run()
-    trainer(tmp_path / "whole", steps=4).run()
-    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    wanted = r"^train: no answer; the last good checkpoint is .*step-00000002, from which"
+    assert_third_step_may_fail(ProcessLost("no answer"), ProcessLost, wanted, tmp_path, monkeypatch)
 
 
 def test_half_a_step_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +94,6 @@ def load_dataset(
             paired = partners(source, read_source(condition, split))
     unused = paired is None and paired_range not in (None, "measured")
     expect(not unused, "load_dataset", "condition_range", "to go with a condition that is read from files", condition_range)
-
     if first is not None:
         numbers: Sequence[int] = range(len(source))[:first]
         source, paired = source.chosen(numbers), paired and paired.chosen(numbers)
@@ -126,8 +125,9 @@ def load_source(
     memory: int | None = None,
 ) -> ItemDataset:
     """Return the images of a source as a data set. See `load_dataset`. The channels of arrays are not checked."""
-    from .pictures import pictures, read_all
+    from .pictures import attempted, check_whole, pictures
 
+    broken: Mapping[int, str] = {}
     if source.has_arrays:
         dataset = arrays(name, source, value_range)
         if size not in (None, dataset.info.shape[1:]):
@@ -135,9 +135,10 @@ def load_source(
     else:
         wanted = "to be None for image files, as arrays alone have ranges"
         expect(value_range in (None, "measured"), "load_dataset", "data_range", wanted, value_range)
-        dataset = pictures(name, source, size, channels)
+        dataset, broken = pictures(name, source, size, channels)
     needed = len(source) * math.prod(dataset.info.shape) * dataset.info.dtype.itemsize
     if memory is not None and needed > memory and not dataset.in_memory:
+        check_whole(source, broken)
         message = "decoding images in %s as they are used, as all take %s and data_memory is %s"
         _log.info(message, source.root, size_text(needed), size_text(memory))
         return dataset
@@ -146,7 +147,7 @@ def load_source(
         for index in range(len(source)):
             cached.fill(index)
     else:
-        read_all(source, cached.fill)
+        check_whole(source, attempted(source, cached.fill))  # with those whose headers are broken
     return cached
 
 

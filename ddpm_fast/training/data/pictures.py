@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -36,8 +36,10 @@ _AT_ONCE: Final = 4096  # images whose reading is planned ahead
 _log = logging.getLogger("ddpm_fast")
 
 
-def pictures(name: str, source: Source, sides: tuple[int, int] | None, channels: int | None) -> ItemDataset:
-    """Return a data set of pictures.
+def pictures(
+    name: str, source: Source, sides: tuple[int, int] | None, channels: int | None
+) -> tuple[ItemDataset, dict[int, str]]:
+    """Return a data set of pictures, and by number why the headers of some cannot be read.
 
     Args:
         name: Name of the data set.
@@ -47,26 +49,25 @@ def pictures(name: str, source: Source, sides: tuple[int, int] | None, channels:
         channels: 1 for grey, 3 for RGB or 4 for RGBA. None: 1 if all are grey, else 3.
 
     Raises:
-        ValueError: The headers of some cannot be read, or their sizes differ.
+        ValueError: No size is given, and the headers of some cannot be read or their sizes differ.
     """
     check_choice("load_dataset", "channels", channels, (None, *_NAMES))
     headers: list[tuple[int, int, bool]] = []
-    read_all(source, lambda index: headers.append(_read_header(source[index])))  # type: ignore[arg-type]
+    broken = attempted(source, lambda index: headers.append(_read_header(source[index])))  # type: ignore[arg-type]
+    if sides is None:
+        check_whole(source, broken)
     found = channels or (1 if all(is_grey for *_, is_grey in headers) else 3)
     preparation = "as they are" if sides is None else "cropped and resized"
     preparation += f", in {_NAMES[found]}" + (" as all files are" if found == 1 and channels is None else "")
     shape = (found, *(sides or _common_size(source.root, headers)))
     info = DatasetInfo(name, shape, classes=source.classes, preparation=preparation)
-    return Decoded(source, info, partial(_read_picture, source, shape))
+    return Decoded(source, info, partial(_read_picture, source, shape)), broken
 
 
-def read_all(source: Source, read: Callable[[int], object], *, skip_broken: bool = False) -> list[int]:
-    """Call a function for each picture of a source. Return the numbers of those for which it raises no error.
+def attempted(source: Source, read: Callable[[int], object]) -> dict[int, str]:
+    """Call a function for each picture of a source. Return by number why it raised an error for some.
 
     Pillow releases the interpreter's lock while it decodes, so threads read.
-
-    Raises:
-        ValueError: There are broken pictures and they must not be left out, or there are no others. The message names them.
     """
 
     def attempt(index: int) -> str | None:
@@ -83,18 +84,27 @@ def read_all(source: Source, read: Callable[[int], object], *, skip_broken: bool
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         parts = (range(len(source))[first : first + _AT_ONCE] for first in range(0, len(source), _AT_ONCE))
         reasons = [reason for part in parts for reason in pool.map(attempt, part)]
-    whole = [index for index, reason in enumerate(reasons) if reason is None]
-    broken = [f"{source.label(index)} ({reason})" for index, reason in enumerate(reasons) if reason is not None]
-    got = f"{len(broken)} of {len(source)} that it cannot: {listed(broken)}; {_MEND}"
-    expect(not broken or (skip_broken and whole), "load_dataset", "", f"images that Pillow can read in {source.root}", got)
+    return {index: reason for index, reason in enumerate(reasons) if reason is not None}
+
+
+def check_whole(source: Source, broken: Mapping[int, str], *, skip_broken: bool = False) -> None:
+    """Raise a ValueError if there are broken pictures and they must not be left out, or if there are no others.
+
+    The message names them. If they may be left out, a warning does.
+    """
+    named = listed([f"{source.label(index)} ({reason})" for index, reason in broken.items()])
+    got = f"{len(broken)} of {len(source)} that it cannot: {named}; {_MEND}"
+    fits = not broken or (skip_broken and len(broken) < len(source))
+    expect(fits, "load_dataset", "", f"images that Pillow can read in {source.root}", got)
     if broken:
-        _log.warning("%d of %d images in %s left out: %s", len(broken), len(source), source.root, listed(broken))
-    return whole
+        _log.warning("%d of %d images in %s left out: %s", len(broken), len(source), source.root, named)
 
 
 def without_broken(source: Source) -> tuple[Source, list[int]]:
     """Return the pictures that can be decoded, and their numbers. Classes that are sub-folders of others alone are left out."""
-    whole = read_all(source, lambda index: _opened(source[index], 3), skip_broken=True)  # type: ignore[arg-type]
+    broken = attempted(source, lambda index: _opened(source[index], 3))  # type: ignore[arg-type]
+    check_whole(source, broken, skip_broken=True)
+    whole = [index for index in range(len(source)) if index not in broken]
     lost = set(source.labels.tolist()) - set(source.labels[whole].tolist()) if source.by_folder else set()
     kept = [label for label in range(len(source.classes)) if label not in lost]
     labels = torch.searchsorted(torch.tensor(kept), source.labels)
