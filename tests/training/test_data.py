@@ -51,6 +51,8 @@ def test_fashion_mnist_is_padded_with_black(fashion_folder: tuple[Path, np.ndarr
     unpadded = load_dataset("fashion-mnist", folder, image_size=28)
     assert (unpadded.info.shape, unpadded.info.preparation) == ((1, 28, 28), "as they are")
     np.testing.assert_array_equal(whole(unpadded).images[:, 0], images)
+    enlarged = load_dataset("fashion-mnist", folder, image_size=64).info
+    assert enlarged.preparation == "resized from 32x32, padded with black from 28x28"
 
 
 def test_damaged_idx_file_is_refused(fashion_folder: tuple[Path, np.ndarray]) -> None:

@@ -312,7 +312,7 @@ def test_resized_arrays_are_resized_as_they_are_read() -> None:
     assert held.in_memory
     assert not dataset.in_memory
     assert dataset.info == held.info
-    assert held.info.preparation == "resized from 8"
+    assert held.info.preparation == "resized from 8x8"
     indices = torch.randperm(1500, generator=torch.Generator().manual_seed(0)).split(64)
     for batch, expected in zip(batches(dataset, indices, 0), batches(held, indices), strict=True):
         assert_equal(batch, expected)

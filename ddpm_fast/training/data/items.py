@@ -175,7 +175,7 @@ class Resized(Wrapper):
     def __init__(self, dataset: ItemDataset, sides: tuple[int, int]) -> None:
         info = dataset.info
         others = [part for part in info.preparation.split(", ") if part != "as they are"]
-        preparation = ", ".join([f"resized from {size_of(info.shape[1:])}", *others])
+        preparation = ", ".join([f"resized from {info.shape[2]}x{info.shape[1]}", *others])
         super().__init__(dataset, replace(info, shape=(info.shape[0], *sides), preparation=preparation))
         self._sides, self.in_memory = sides, False
 
