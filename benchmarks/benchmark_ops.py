@@ -27,6 +27,8 @@ from typing import Any
 
 import common
 import torch
+from op_calls import Call, make_call
+from op_cases import SCHEDULE, Case, bytes_moved
 from peers import OPS, Function, eager_op, has_idiom
 from torch import Tensor, nn
 
@@ -38,7 +40,6 @@ from ddpm_fast.nn.layers import GroupNormSiLU
 from ddpm_fast.ops import BACKENDS, why_not
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.reference import noise as reference_noise
-from ddpm_fast.testing import SCHEDULE, Call, Case, bytes_moved, make_call
 
 DRAWING = ("noise", "q_sample", "reverse_step", "denoising_loss")  # ops that need noise
 BACKWARD = ("group_norm_silu", "denoising_loss", "conv3x3", "attention")  # ops with a backward kernel

@@ -36,6 +36,7 @@ from ddpm_fast.inference import cuda_graph
 from ddpm_fast.ops import backend
 
 ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT.parent / "tests" / "helpers"))  # for op_cases and op_calls, which tests use too
 RECORDED = ROOT / "results"  # stands for the file of the device in it
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

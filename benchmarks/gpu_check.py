@@ -331,9 +331,9 @@ def launch_every_op(device: str) -> int:
     """Call every case's native kernels once, forward and backward, and return how many calls there were."""
     import common
     from benchmark_ops import BACKWARD, Work, backward, forward
+    from op_calls import make_call
+    from op_cases import CASES
     from peers import OPS
-
-    from ddpm_fast.testing import CASES, make_call
 
     calls = 0
     for case in CASES:

@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 from processes import ENVIRONMENTS, Array, Job, Runner, interpreter
 
 if TYPE_CHECKING:
+    from op_calls import Call
+    from op_cases import Case
     from torch import Tensor
 
     from ddpm_fast.pretrained import Pretrained
-    from ddpm_fast.testing import Call, Case
 
 OURS, TRAINER, PLAIN, DIFFUSERS = "ddpm_fast", "ddpm_fast Trainer", "plain PyTorch", "diffusers"
 

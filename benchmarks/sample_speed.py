@@ -177,7 +177,6 @@ def check(model: UNet, schedule: NoiseSchedule, dtype: torch.dtype, device: str)
 
     The truth is plain PyTorch in float64. diffusers keeps its state in the network's dtype, so it is compared in float32.
     """
-
     size = model.config["sample_size"]
     n = max(2, ceil(PARITY_VALUES / (model.config["in_channels"] * size * size)))
 
@@ -200,9 +199,7 @@ def check(model: UNet, schedule: NoiseSchedule, dtype: torch.dtype, device: str)
             # Its coefficients come from a float32 product over the schedule.
             common.require_parity("DDPMPipeline in float32", images, baseline, truth, factor=10)
             if FROZEN in calls:
-                before, after = (
-                    calls[name](n, generator=torch.Generator().manual_seed(0)) for name in (PIPELINE, FROZEN)
-                )
+                before, after = (calls[name](n, generator=torch.Generator().manual_seed(0)) for name in (PIPELINE, FROZEN))
                 difference = float((after - before).abs().max()) / 2
                 print(f"frozen in float32: largest difference of a pixel in 0..1: {difference:.2g}")
                 assert difference <= 1e-3, "freeze changes the images: no speed is reported"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import idioms
 import torch
 from benchmark_ops import Work
+from op_cases import Case
 from predict import ATTAINABLE, ISSUE_EFFICIENCY, LAUNCH, Budgets, Card, busy_seconds, launches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 import ddpm_fast
 from ddpm_fast.distributed import Processes
 from ddpm_fast.ops.backend import native_error
-from ddpm_fast.testing import Case
 from ddpm_fast.training.data import Checked, read_batch
 from ddpm_fast.training.options import TrainOptions
 from ddpm_fast.training.rng import TrainingRng

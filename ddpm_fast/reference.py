@@ -1,7 +1,7 @@
 """Reference backend: every op as plain PyTorch. It specifies the kernels, and tests compare them with it.
 
 Arithmetic is in float64 for float64 inputs and in float32 for all others. Results are rounded once, at
-the end, to the input's dtype. Tables come from `NoiseSchedule.coefficients` and `SamplingPlan.table`.
+the end, to the input's dtype. Tables come from `NoiseSchedule.table` and `SamplingPlan.table`.
 Equation numbers are those of the derivation in the documentation. Ho et al. 2020 is
 https://arxiv.org/abs/2006.11239.
 """

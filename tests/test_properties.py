@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from op_calls import make_call
+from op_cases import SCHEDULE, Case
 from parity import Expected, evaluate
 from torch import Tensor
 
@@ -32,7 +34,6 @@ from ddpm_fast.nn import UNetConfig
 from ddpm_fast.ops import why_not
 from ddpm_fast.predictions import TARGETS
 from ddpm_fast.schedule.noise_schedule import BUILDERS
-from ddpm_fast.testing import SCHEDULE, Case, make_call
 
 hypothesis = pytest.importorskip("hypothesis")
 providers = pytest.importorskip("hypothesis.internal.conjecture.providers")

@@ -1,4 +1,4 @@
-"""Settings of the benchmark of the ops. It needs no part of tests/."""
+"""Settings of the benchmark of the ops."""
 
 import sys
 from pathlib import Path

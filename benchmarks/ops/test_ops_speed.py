@@ -1,4 +1,4 @@
-"""Time every case of ddpm_fast/testing/cases.py in every backend, beside eager PyTorch.
+"""Time every case of tests/helpers/op_cases.py in every backend, beside eager PyTorch.
 
     python -m pytest benchmarks/ops
     python -m pytest benchmarks/ops -k "group_norm_silu and cifar and bf16" --benchmark-save=before
@@ -19,10 +19,11 @@ from typing import Any
 import common
 import pytest
 from benchmark_ops import DIRECTIONS, check, product
+from op_calls import make_call
+from op_cases import CASES
 from peers import OPS, has_idiom
 
 from ddpm_fast.ops import BACKENDS
-from ddpm_fast.testing import CASES, make_call
 
 DEVICE = common.visible_device()
 WORKS = {(work.case.op, work.case.name, work.dtype, work.layout, work.direction): work for work in product(CASES)}

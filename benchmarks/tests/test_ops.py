@@ -12,10 +12,10 @@ import pytest
 import torch
 from benchmark_ops import Work
 from kernel_calls import MATRIX_OPS
+from op_cases import Case
 from peers import OPS, Peer
 
 from ddpm_fast.ops import OPS as ALL
-from ddpm_fast.testing import Case
 
 H100_L2 = 50 * 2**20
 

@@ -12,9 +12,8 @@ import kernel_calls
 import predict
 import pytest
 from benchmark_ops import Work, deciding
+from op_cases import Case
 from predict import CARDS, Card
-
-from ddpm_fast.testing import Case
 
 CARD = Card("a card", bandwidth=1e12, multiprocessors=100, clock=1e9, l2=2**20, architecture="sm_90a", cluster=16)
 N = 10**8

@@ -11,8 +11,7 @@ from types import ModuleType
 
 import common
 import pytest
-
-from ddpm_fast.testing import CASES
+from op_cases import CASES
 
 # A plugin that makes the native backend wrong by a hundredth.
 WRONG = """

@@ -11,11 +11,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from op_cases import SCHEDULE
 from torch import Tensor
 
 from ddpm_fast import Objective, ddpm_plan, denoising_loss, noise, q_sample, reference, reverse_step, sample_seeds
 from ddpm_fast.predictions import TARGETS
-from ddpm_fast.testing import SCHEDULE
 
 # Blocks handle up to 4096 elements, in channels_last at least 8 pixels of up to 512 channels.
 SHAPES = {

@@ -19,10 +19,11 @@ from types import ModuleType
 import pytest
 import torch
 from emulator import build
+from op_calls import make_call
+from op_cases import Case
 
 import ddpm_fast
 from ddpm_fast.ops import backend
-from ddpm_fast.testing import Case, make_call
 
 PLAN = ddpm_fast.ddpm_plan(ddpm_fast.NoiseSchedule.linear())
 ORDERS = ({"order": "natural"}, {"order": "reversed"}, {"order": "shuffled", "seed": 1})

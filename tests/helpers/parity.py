@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from op_calls import Call
+from op_cases import Case
 
 from ddpm_fast.reference import opmath
-from ddpm_fast.testing import Call, Case
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_cases import SCHEDULE
 
 from ddpm_fast import denoising_loss, sample_seeds
-from ddpm_fast.testing import SCHEDULE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from kernel_calls import MATRIX_OPS
+from op_calls import make_call
+from op_cases import CASES, SCHEDULE, Case
 from pairwise import covering
 from parity import Expected, Results, evaluate
 
 import ddpm_fast
-from ddpm_fast.testing import CASES, SCHEDULE, Case, make_call
 
 PLAN = ddpm_fast.ddpm_plan(SCHEDULE)
 LEARNED_PLAN = ddpm_fast.ddpm_plan(SCHEDULE, 50, variance="learned_range")

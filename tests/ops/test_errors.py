@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from op_cases import SCHEDULE
 from refusals import refused
 
 import ddpm_fast
@@ -22,7 +23,6 @@ from ddpm_fast import (
     sample_seeds,
 )
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
-from ddpm_fast.testing import SCHEDULE
 
 X, WIDE = torch.zeros(2, 4, 3, 3), torch.zeros(2, 8, 3, 3)
 W, QKV = torch.zeros(5, 4, 3, 3), torch.zeros(2, 6, 12)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from op_cases import SCHEDULE
 from torch import Tensor, func
 from torch.autograd import forward_ad
 
@@ -22,7 +23,6 @@ from ddpm_fast import (
 )
 from ddpm_fast.ops import OPS, why_not
 from ddpm_fast.predictions import Variance
-from ddpm_fast.testing import SCHEDULE
 
 # torch imports its own deprecated function for forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from op_cases import SCHEDULE
 
 from ddpm_fast import STREAM_X_T, Sampler, ddpm_plan, initial_noise, noise, q_sample, reference, reverse_step, sample_seeds
-from ddpm_fast.testing import SCHEDULE
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

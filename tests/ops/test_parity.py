@@ -3,13 +3,14 @@
 import pytest
 import torch
 from kernel_calls import MATRIX_OPS
+from op_calls import make_call
+from op_cases import CASES, Case
 from pairwise import covering
 from parity import Expected, evaluate
 
 from ddpm_fast.dtypes import FLOATS
 from ddpm_fast.ops import why_not
 from ddpm_fast.ops.backend import MATRIX_DTYPES
-from ddpm_fast.testing import CASES, Case, make_call
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 SELECTED = [case for case in CASES if not case.benchmark]

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from op_calls import make_call
+from op_cases import CASES, SCHEDULE, Case
 from refusals import refused
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -13,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ddpm_fast
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.ops import BACKENDS, backend, why_not
-from ddpm_fast.testing import CASES, SCHEDULE, Case, make_call
 
 # One case an op and code path; opcheck is slow and repeats what test_parity shows of values.
 _PATHS = (

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from op_calls import Call, make_call
+from op_cases import CASES, SCHEDULE, Case
 from pairwise import covering
 from parity import evaluate
 from refusals import refused
@@ -18,7 +20,6 @@ from torch import Tensor
 
 from ddpm_fast import BackendUnavailable, ddpm_plan, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.testing import CASES, SCHEDULE, Call, Case, make_call
 
 PLAN = ddpm_plan(SCHEDULE)
 SMALL = [

@@ -13,6 +13,8 @@ from typing import Any
 import pairwise
 import pytest
 import torch
+from op_calls import make_call
+from op_cases import CASES, SCHEDULE, Case
 from pairwise import pairwise as every_pair
 from torch import Tensor, func
 from torch.autograd import forward_ad
@@ -21,7 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ddpm_fast
 from ddpm_fast import freeze, q_sample
 from ddpm_fast.nn import UNet
-from ddpm_fast.testing import CASES, SCHEDULE, Case, make_call
 
 # Cases of a few hundred elements. uint8 images have no gradient, and an empty batch has nothing to compare.
 CASES_BY_OP: dict[str, list[Case]] = {

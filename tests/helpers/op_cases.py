@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ..plan import COLUMNS, SamplingPlan, ddim_plan, ddpm_plan
-from ..predictions import TARGETS
-from ..reference import STREAM_X_T
-from ..schedule import NoiseSchedule, Objective
+from ddpm_fast.plan import COLUMNS, SamplingPlan, ddim_plan, ddpm_plan
+from ddpm_fast.predictions import TARGETS
+from ddpm_fast.reference import STREAM_X_T
+from ddpm_fast.schedule import NoiseSchedule, Objective
 
 SCHEDULE = NoiseSchedule.linear()
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from op_cases import SCHEDULE, Case
 from torch import Tensor
 
-from .. import ops
-from ..dtypes import opmath
-from ..plan import SamplingPlan
-from .cases import SCHEDULE, Case
+from ddpm_fast import ops
+from ddpm_fast.dtypes import opmath
+from ddpm_fast.plan import SamplingPlan
 
 
 @dataclass(frozen=True)
