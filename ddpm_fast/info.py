@@ -13,12 +13,13 @@ import torch
 
 from .ops import BACKENDS, OPS
 from .ops.backend import (
+    BFLOAT16,
     FULL_RATE_BFLOAT16,
+    Bfloat16,
     cuda_remedy,
     native,
     native_error,
     why_not_best_isa,
-    why_not_bfloat16_products,
     why_not_matrix_kernels,
     why_not_native,
 )
@@ -66,10 +67,9 @@ def _device_lines() -> Iterator[str]:
 def _bfloat16_words(build: dict[str, Any]) -> str:
     reason = why_not_matrix_kernels(torch.device("cpu"), torch.bfloat16)
     if reason is not None:
-        return f"PyTorch's, because {reason}{': it pays' if build['amx_bf16'] else ''}"
-    reason = why_not_bfloat16_products()
-    if reason is not None:
-        return f"maps in bfloat16 and products in float32, because {reason}: about as fast as float32"
+        return f"PyTorch's, because {reason}{': it pays' if BFLOAT16 is Bfloat16.MATRIX_UNITS else ''}"
+    if BFLOAT16 is not Bfloat16.FULL_RATE:
+        return f"maps in bfloat16 and products in float32, because {BFLOAT16.value}: about as fast as float32"
     return f"products in bfloat16, at twice the rate of float32 on {FULL_RATE_BFLOAT16[build['processor']]}: it pays"
 
 

@@ -19,6 +19,8 @@ from .dtypes import opmath
 
 Map: TypeAlias = Tensor
 """A large tensor [N, ...]. All maps of an op have the memory format of its first one. Signatures declare the ops."""
+Image: TypeAlias = Tensor
+"""A map [N, C, H, W] that kernels read in channels_last."""
 
 # Streams of the noise: the second word of the Philox counter. `reverse_step` draws with stream = its row of the plan.
 STREAM_X_T: Final = 0xFFFFFFFF
@@ -458,8 +460,8 @@ def group_norm_silu(
 
 
 def group_norm_affine(
-    x: Map,
-    skip: Map | None,
+    x: Image,
+    skip: Image | None,
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -508,7 +510,7 @@ def group_norm_affine(
 # ------------------------------------------------------------------------------------------------ convolution, attention
 
 
-def resample(x: Map, affine: Tensor | None, silu: bool, up: bool) -> Tensor:
+def resample(x: Image, affine: Tensor | None, silu: bool, up: bool) -> Tensor:
     """Return act((x - center) slope + intercept), resampled by 2.
 
     Args:

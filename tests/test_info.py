@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from kernel_calls import MATRIX_OPS
+from kernel_calls import MATRIX_OPS, pretend
 
 from ddpm_fast import cli, info
 from ddpm_fast.ops import OPS, backend
@@ -57,8 +57,7 @@ def test_how_bfloat16_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
         ("avx512_bf16", True, "GenuineIntel 6", "PyTorch's, because this CPU has matrix units for bfloat16"),
         ("baseline", False, "", "PyTorch's, because"),
     ):
-        build = {"isa": isa, "amx_bf16": amx, "processor": processor}
-        monkeypatch.setattr(backend, "BUILD", backend.BUILD | build)
+        pretend(monkeypatch, isa=isa, amx_bf16=amx, processor=processor)
         monkeypatch.setattr(info, "native", lambda: SimpleNamespace(build_info=lambda: backend.BUILD))
         assert f"bfloat16 convolutions of a frozen network: {words}" in info.info()
 

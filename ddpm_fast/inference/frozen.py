@@ -313,7 +313,7 @@ class FrozenAdapter(Adapter):
                 inputs = _network_inputs(builder, network, state, part)
                 model_output = append_network(builder, layers, network._layers, inputs, stacks)
                 seeds, variance = state.seeds[part] if plan.is_random else None, VARIANCES.index(plan.variance)
-                arguments = reverse_step_op.Arguments(
+                arguments = reverse_step_op.spec.Arguments(
                     *(x_t, model_output, table, state.step),
                     **dict(zip(("x_0_prev", "x_0_prev2"), history, strict=False)),
                     **{"seeds": seeds, "guidance_scale": guidance_scale, "variance": variance, "return_x_0": bool(x_0)},

@@ -16,6 +16,7 @@ from .conv3x3 import is_trained_natively
 from .derivative import gradients_of
 from .fused_op import FusedOp
 from .modes import is_transformed
+from .op_spec import Gradient, OpSpec
 from .packed_conv import step_of
 
 # Fewest pixels for which a layer's training step is faster than with PyTorch's attention. Its time relative to PyTorch's
@@ -85,10 +86,11 @@ def _head_channels(arguments: Any) -> Any:
     return arguments.qkv.shape[2] // (3 * arguments.num_heads)
 
 
-def _unfit(arguments: Any) -> str | None:
-    if _head_channels(arguments) % step_of(arguments.qkv.dtype):
+def _why_not_native(device: torch.device, dtype: torch.dtype, arguments: Any) -> str | None:
+    reason = why_not_matrix_kernels(device, dtype)
+    if reason is None and arguments is not None and _head_channels(arguments) % step_of(dtype):
         return f"in bfloat16 it takes an even number of channels in a head, got {_head_channels(arguments)}"
-    return None
+    return reason
 
 
 def _output(arguments: Any) -> Tensor:
@@ -117,11 +119,13 @@ def _gradient_by_reference(grad_y: Tensor, y: Tensor, softmax: Tensor, qkv: Tens
 
 _SIZES: Final = {"pixels": lambda a: a.qkv.shape[1], "head_dim": _head_channels}
 attention_backward_op = FusedOp(
-    "attention_backward",
-    _gradient_by_reference,
-    outputs={"grad_qkv": lambda a: torch.empty_like(a.qkv)},
-    derived=_SIZES,
-    unsupported=why_not_matrix_kernels,
+    OpSpec(
+        "attention_backward",
+        _gradient_by_reference,
+        outputs={"grad_qkv": lambda a: torch.empty_like(a.qkv)},
+        fields=_SIZES,
+        limits={"native": why_not_matrix_kernels},
+    )
 )
 
 
@@ -130,14 +134,14 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
 
 
 attention_op = FusedOp(
-    "attention",
-    _reference,
-    outputs={"y": _output},
-    saved={"softmax": _softmax},
-    backward=_backward,
-    reads=("qkv", "y"),
-    derived=_SIZES,
-    unfit={"native": _unfit},
-    unsupported=why_not_matrix_kernels,
-    is_default=lambda a: is_trained_natively(a.qkv.dtype, a.qkv) and _suits(a.qkv.dtype, a.qkv.shape[1], _head_channels(a)),
+    OpSpec(
+        "attention",
+        _reference,
+        outputs={"y": _output},
+        saved={"softmax": _softmax},
+        gradient=Gradient(_backward, reads=("qkv", "y")),
+        fields=_SIZES,
+        limits={"native": _why_not_native},
+        is_default=lambda a: is_trained_natively(a.qkv.dtype, a.qkv) and _suits(a.qkv.dtype, a.qkv.shape[1], _head_channels(a)),
+    )
 )

@@ -8,7 +8,8 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from enum import Enum
 from types import ModuleType
 from typing import Any, Final
 
@@ -16,11 +17,30 @@ import torch
 
 BACKENDS: Final = ("native", "triton", "reference")  # in the order that backend=None tries them
 
+MATRIX_DTYPES: Final = (torch.float32, torch.bfloat16)  # dtypes of convolution and attention kernels
+
+
 # Processors on which VDPBF16PS, which makes two products a lane, issues as often as float32's FMA. On two cores of Zen 4,
 # products of 2048 x 2048 reach 410 GFLOP/s in bfloat16 and 201 in float32. On a Xeon they reach 166 and 332.
 FULL_RATE_BFLOAT16: Final = {"AuthenticAMD 25": "Zen 4", "AuthenticAMD 26": "Zen 5"}
 
-MATRIX_DTYPES: Final = (torch.float32, torch.bfloat16)  # dtypes of convolution and attention kernels
+
+class Bfloat16(Enum):
+    """The way in which this processor multiplies bfloat16, in words."""
+
+    FLOAT32 = "there are no bfloat16 multiply instructions in use"
+    UNKNOWN_RATE = "this processor's bfloat16 instructions are not known to be faster than those of float32"
+    FULL_RATE = "its bfloat16 instructions make twice the products of those of float32"
+    MATRIX_UNITS = "this CPU has matrix units for bfloat16, which oneDNN uses and the kernels do not"
+
+
+def bfloat16_of(build: Mapping[str, Any]) -> Bfloat16:
+    """Return the way of a processor for which the compiled module gives these facts. Without a module there are none."""
+    if build.get("amx_bf16"):
+        return Bfloat16.MATRIX_UNITS
+    if build.get("isa") != "avx512_bf16":
+        return Bfloat16.FLOAT32
+    return Bfloat16.FULL_RATE if build["processor"] in FULL_RATE_BFLOAT16 else Bfloat16.UNKNOWN_RATE
 
 
 _LEAST_STACK: Final = 256 << 10  # bytes; the kernels' largest frame has 62 KB
@@ -62,6 +82,7 @@ def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
 # These are set once, at import, so that torch.compile sees constants.
 _NATIVE: Final = _load_native()
 BUILD: Final[dict[str, Any]] = {} if isinstance(_NATIVE, str) else _NATIVE.build_info()  # stored, because a call takes 40 us
+BFLOAT16: Final = bfloat16_of(BUILD)
 # Compiled kernels by type of device.
 KERNELS: Final[dict[str, Any]] = {kind: getattr(_NATIVE, kind) for kind in ("cpu", "cuda") if hasattr(_NATIVE, kind)}
 _TRITON_INSTALLED: Final = importlib.util.find_spec("triton") is not None
@@ -104,8 +125,11 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def why_not_matrix_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why convolution and attention kernels cannot run for this device and dtype, or None if they can."""
+def why_not_matrix_kernels(device: torch.device, dtype: torch.dtype, arguments: Any = None) -> str | None:
+    """Return why convolution and attention kernels cannot run for this device and dtype, or None if they can.
+
+    They take any arguments, which an op passes as one of its limits.
+    """
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}, where PyTorch's convolution and attention are the reference"
     if native_error() is not None:
@@ -114,28 +138,14 @@ def why_not_matrix_kernels(device: torch.device, dtype: torch.dtype) -> str | No
         return f"it computes in float32 and bfloat16, not in {dtype}"
     if BUILD["isa"] == "baseline":
         return why_not_best_isa() or "it needs AVX2 or AVX-512, and the CPU kernels in use are for neither"
-    if dtype == torch.bfloat16 and BUILD["amx_bf16"]:
-        return "this CPU has matrix units for bfloat16, which oneDNN uses and the kernels do not"
-    return None
-
-
-def has_bfloat16_instructions() -> bool:
-    """Return whether the kernels in use have bfloat16 multiply instructions."""
-    return native_error() is None and BUILD["isa"] == "avx512_bf16"
-
-
-def why_not_bfloat16_products() -> str | None:
-    """Return why kernels multiply bfloat16 maps faster in float32, or None if they do not."""
-    if not has_bfloat16_instructions():
-        return "there are no bfloat16 multiply instructions in use"
-    if BUILD["processor"] not in FULL_RATE_BFLOAT16:
-        return "this processor's bfloat16 instructions are not known to be faster than those of float32"
+    if dtype == torch.bfloat16 and BFLOAT16 is Bfloat16.MATRIX_UNITS:
+        return str(BFLOAT16.value)
     return None
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which convolutions multiply maps of a dtype fastest on this CPU."""
-    return torch.float32 if dtype == torch.bfloat16 and why_not_bfloat16_products() is not None else dtype
+    return torch.float32 if dtype == torch.bfloat16 and BFLOAT16 is not Bfloat16.FULL_RATE else dtype
 
 
 def warn_without_cuda(device: torch.device) -> None:

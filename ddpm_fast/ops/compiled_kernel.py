@@ -6,7 +6,7 @@ csrc/common/args.h lists the fields of each kernel. The compiled module has thei
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..dtypes import FLOATS
 from ..errors import InvalidValue
 from .backend import KERNELS
+from .op_spec import OpSpec
 
 _DTYPE_CODES: Final = {dtype: code for code, dtype in enumerate((*FLOATS, torch.uint8))}
 _SHAPE: Final = ("dtype", "n", "c", "hw", "channels_last")  # fields that the main tensor fills
@@ -29,33 +30,20 @@ class CompiledKernel:
     A field takes the argument or the result of its name. `<name>_dtype`, the sizes and the threads are filled too.
 
     Args:
-        name: Name of the op.
-        arguments: Names of the op's arguments.
-        results: Names of its results.
-        tensors: Positions of the arguments that are tensors.
-        main: Position of the argument that sets dtype and sizes. None: the first result does.
-        derived: Field -> function(arguments) that computes it.
-        host_only: Arguments that are no fields.
+        spec: The op. Its main tensor sets dtype and sizes if it is a map, or else its first result does.
 
     Raises:
         ImportError: A field has no value, or an argument or a result has no field.
     """
 
-    def __init__(
-        self,
-        name: str,
-        arguments: Sequence[str],
-        results: Sequence[str],
-        *,
-        tensors: Sequence[int],
-        main: int | None,
-        derived: Mapping[str, Callable[[Any], Any]],
-        host_only: Sequence[str],
-    ) -> None:
-        self.name, self._main, self._derived = name, main, tuple(derived.values())
+    def __init__(self, spec: OpSpec) -> None:
+        self.name, name, arguments, results = spec.name, spec.name, spec.Arguments._fields[:-1], spec.Results._fields
+        self._main = spec.main if spec.maps else None
+        derived = {field: derive for field, derive in spec.fields.items() if derive is not None}
+        self._derived = tuple(derived.values())
         modules = [getattr(module, "fields", {}) for module in KERNELS.values()]
         self.fields: tuple[str, ...] = next((fields[name] for fields in modules if name in fields), ())
-        self._typed = [i for i in tensors if f"{arguments[i]}_dtype" in self.fields]
+        self._typed = [i for i in spec.tensors if f"{arguments[i]}_dtype" in self.fields]
         typed = (f"{arguments[i]}_dtype" for i in self._typed)
         given = (*results, *arguments, "backend", *_SHAPE, *_LAUNCH, *typed, *derived)
         if not modules:
@@ -63,7 +51,7 @@ class CompiledKernel:
         if not self.fields:
             raise ImportError(f"ddpm_fast: the compiled module is older than this source and lacks {name}: {_BUILD_AGAIN}")
         without_value = [field for field in self.fields if field not in given]
-        needed = {*results, *arguments, *derived, "stream_or_threads"} - {*host_only}
+        needed = {*results, *arguments, *derived, "stream_or_threads"} - (spec.fields.keys() - derived.keys())
         without_field = [each for each in given if each in needed and each not in self.fields]
         if without_value or without_field:
             raise ImportError(

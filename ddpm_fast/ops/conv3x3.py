@@ -16,10 +16,11 @@ from ..dtypes import opmath
 from ..errors import InvalidType, InvalidValue
 from .arguments import check_like
 from .autocast import autocast
-from .backend import MATRIX_DTYPES, has_bfloat16_instructions, product_dtype, why_not_matrix_kernels
+from .backend import BFLOAT16, MATRIX_DTYPES, Bfloat16, product_dtype, why_not_matrix_kernels
 from .derivative import gradients_of
 from .fused_op import FusedOp
 from .modes import is_transformed, runs_eagerly
+from .op_spec import Gradient, OpSpec
 from .packed_conv import conv_ops, float_bias, pack_weights, pack_winograd_op, suits_winograd, weight_gradient_op
 
 _CHANNELS_LAST: Final = torch.channels_last
@@ -187,7 +188,7 @@ def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
         and any(tensor.requires_grad for tensor in given)
         and all(tensor.is_cpu and tensor.dtype in MATRIX_DTYPES for tensor in given)
         and why_not_matrix_kernels(given[0].device, dtype) is None
-        and (dtype == torch.float32 or has_bfloat16_instructions())
+        and (dtype == torch.float32 or BFLOAT16 is not Bfloat16.FLOAT32)
     )
 
 
@@ -204,12 +205,13 @@ def _is_default(a: Any) -> bool:
 
 
 conv3x3_op = FusedOp(
-    "conv3x3",
-    reference.conv3x3,
-    outputs={"y": _output},
-    native=_native,
-    backward=_backward,
-    reads=("x", "weight", "bias", "skip", "affine"),
-    unsupported=why_not_matrix_kernels,
-    is_default=_is_default,
+    OpSpec(
+        "conv3x3",
+        reference.conv3x3,
+        outputs={"y": _output},
+        native=_native,
+        gradient=Gradient(_backward, reads=("x", "weight", "bias", "skip", "affine")),
+        limits={"native": why_not_matrix_kernels},
+        is_default=_is_default,
+    )
 )

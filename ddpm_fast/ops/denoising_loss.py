@@ -23,7 +23,8 @@ from ..predictions import TARGETS, Prediction
 from ..schedule import NoiseSchedule, Objective, objective_of
 from .arguments import check_like, index_tensor
 from .derivative import gradients_of
-from .fused_op import FusedOp, schema_of
+from .fused_op import FusedOp
+from .op_spec import Gradient, OpSpec, schema_of
 
 
 def denoising_loss(
@@ -148,12 +149,14 @@ def _gradient_by_reference(model_output: Tensor, *arguments: Any) -> Tensor | No
 
 
 denoising_loss_backward_op = FusedOp(
-    "denoising_loss_backward",
-    _gradient_by_reference,
-    schema=f"{schema_of(reference.denoising_loss)}, Tensor grad_losses",
-    outputs={"grad_model_output": lambda a: torch.empty_like(a.model_output)},
-    has_triton=True,
-    check=_check,
+    OpSpec(
+        "denoising_loss_backward",
+        _gradient_by_reference,
+        schema=f"{schema_of(reference.denoising_loss)}, Tensor grad_losses",
+        outputs={"grad_model_output": lambda a: torch.empty_like(a.model_output)},
+        has_triton=True,
+        check=_check,
+    )
 )
 
 
@@ -169,12 +172,14 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
 
 
 denoising_loss_op = FusedOp(
-    "denoising_loss",
-    reference.denoising_loss,
-    outputs={
-        "losses": lambda a: a.model_output.new_empty(a.model_output.shape[0], dtype=opmath(a.model_output.dtype)),
-    },
-    has_triton=True,
-    backward=_backward,
-    check=_check,
+    OpSpec(
+        "denoising_loss",
+        reference.denoising_loss,
+        outputs={
+            "losses": lambda a: a.model_output.new_empty(a.model_output.shape[0], dtype=opmath(a.model_output.dtype)),
+        },
+        has_triton=True,
+        gradient=Gradient(_backward),
+        check=_check,
+    )
 )

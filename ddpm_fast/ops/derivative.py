@@ -1,26 +1,24 @@
-"""Derivatives: of a FusedOp by its kernels, and of any function by PyTorch."""
+"""Derivatives: of an op by its kernels, and of any function by PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .modes import is_transformed
-
-if TYPE_CHECKING:
-    from .fused_op import FusedOp
+from .op_spec import OpSpec
 
 
 class Derivative(torch.autograd.Function):
-    """A FusedOp with its gradient, for eager mode and for the dispatcher."""
+    """An op with its gradient, for eager mode and for the dispatcher."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        op: FusedOp,
+        spec: OpSpec,
         compute: Callable[[tuple[Any, ...]], tuple[Tensor | None, ...]],
         returns_saved: bool,
         backend: str | None,
@@ -30,11 +28,11 @@ class Derivative(torch.autograd.Function):
 
         `backend` is the caller's. The backward pass chooses again, because a transform may be active then.
         """
-        results, count = compute(arguments), op.num_results
-        ctx.op = op
-        ctx.save_for_backward(*[arguments[i] for i in op.read], *[results[i] for i in op.read_results])
+        results, count = compute(arguments), spec.num_results
+        ctx.spec = spec
+        ctx.save_for_backward(*[arguments[i] for i in spec.read], *[results[i] for i in spec.read_results])
         ctx.arguments = [*arguments, backend]
-        for i in op.tensors:  # autograd holds them
+        for i in spec.tensors:  # autograd holds them
             ctx.arguments[i] = None
         if returns_saved:
             ctx.mark_non_differentiable(*results[count:])
@@ -43,18 +41,18 @@ class Derivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the arguments by the op's `backward`."""
-        op: FusedOp = ctx.op
-        assert op.backward is not None
-        tensors, arguments, results = ctx.saved_tensors, ctx.arguments.copy(), [None] * len(op.Results._fields)
-        for i, tensor in zip(op.read, tensors, strict=False):
+        """Return the gradients of the arguments by the op's `gradient`."""
+        spec: OpSpec = ctx.spec
+        assert spec.gradient is not None
+        tensors, arguments, results = ctx.saved_tensors, ctx.arguments.copy(), [None] * len(spec.Results._fields)
+        for i, tensor in zip(spec.read, tensors, strict=False):
             arguments[i] = tensor
-        for i, tensor in zip(op.read_results, tensors[len(op.read) :], strict=True):
+        for i, tensor in zip(spec.read_results, tensors[len(spec.read) :], strict=True):
             results[i] = tensor
-        needs = op.Arguments._make((*ctx.needs_input_grad[4:], False))
-        named = op.Arguments._make(arguments), op.Results._make(results)
-        gradients = op.backward(*named, grads[: op.num_results], needs)
-        return (None, None, None, None, *[gradients.get(name) for name in op.Arguments._fields[:-1]])
+        needs = spec.Arguments._make((*ctx.needs_input_grad[4:], False))
+        named = spec.Arguments._make(arguments), spec.Results._make(results)
+        gradients = spec.gradient.compute(*named, grads[: spec.num_results], needs)
+        return (None, None, None, None, *[gradients.get(name) for name in spec.Arguments._fields[:-1]])
 
 
 def gradients_of(

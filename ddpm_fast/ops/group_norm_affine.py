@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -15,6 +14,7 @@ from .backend import why_not_matrix_kernels
 from .derivative import gradients_of
 from .fused_op import FusedOp
 from .group_norm_silu import check_norm
+from .op_spec import Gradient, OpSpec
 
 
 def group_norm_affine(
@@ -87,14 +87,15 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
 
 
 group_norm_affine_op = FusedOp(
-    "group_norm_affine",
-    reference.group_norm_affine,
-    outputs={"affine": _output},
-    layout=torch.channels_last,
-    backward=_backward,
-    derived={
-        "channels": lambda a: a.x.shape[1],
-        "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
-    },
-    unsupported=why_not_matrix_kernels,
+    OpSpec(
+        "group_norm_affine",
+        reference.group_norm_affine,
+        outputs={"affine": _output},
+        gradient=Gradient(_backward),
+        fields={
+            "channels": lambda a: a.x.shape[1],
+            "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
+        },
+        limits={"native": why_not_matrix_kernels},
+    )
 )

@@ -13,7 +13,8 @@ from ..checks import check_choice, check_device, check_float, check_int, check_n
 from ..dtypes import opmath
 from ..errors import InvalidType, InvalidValue
 from .derivative import gradients_of
-from .fused_op import FusedOp, schema_of
+from .fused_op import FusedOp
+from .op_spec import Gradient, OpSpec, schema_of
 
 _TRITON_MAX_CHANNELS_PER_GROUP = 4096  # a tile of its kernels holds whole groups
 
@@ -112,8 +113,8 @@ def _check_modulation(op: str, name: str, value: Tensor | None, shape: tuple[int
     check_device(op, name, value, "x", x)
 
 
-def _unfit_for_triton(arguments: Any) -> str | None:
-    if arguments.x.shape[1] // arguments.num_groups > _TRITON_MAX_CHANNELS_PER_GROUP:
+def _why_not_triton(device: torch.device, dtype: torch.dtype, arguments: Any) -> str | None:
+    if arguments is not None and arguments.x.shape[1] // arguments.num_groups > _TRITON_MAX_CHANNELS_PER_GROUP:
         return f"it takes at most {_TRITON_MAX_CHANNELS_PER_GROUP} channels in a group"
     return None
 
@@ -146,12 +147,14 @@ def _gradients_by_reference(x: Tensor, *arguments: Any) -> tuple[Tensor | None, 
 
 
 group_norm_silu_backward_op = FusedOp(
-    "group_norm_silu_backward",
-    _gradients_by_reference,
-    schema=f"{schema_of(reference.group_norm_silu)}, Map grad_y, Tensor mean, Tensor rstd",
-    outputs={"grad_x": lambda a: torch.empty_like(a.x)} | {f"grad_{name}": _gradient_of(name) for name in _SMALL},
-    has_triton=True,
-    host_only=("eps",),
+    OpSpec(
+        "group_norm_silu_backward",
+        _gradients_by_reference,
+        schema=f"{schema_of(reference.group_norm_silu)}, Map grad_y, Tensor mean, Tensor rstd",
+        outputs={"grad_x": lambda a: torch.empty_like(a.x)} | {f"grad_{name}": _gradient_of(name) for name in _SMALL},
+        has_triton=True,
+        fields={"eps": None},
+    )
 )
 
 
@@ -162,11 +165,13 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
 
 
 group_norm_silu_op = FusedOp(
-    "group_norm_silu",
-    reference.group_norm_silu,
-    outputs={"y": lambda a: torch.empty_like(a.x)},
-    saved={"mean": _statistic, "rstd": _statistic},
-    has_triton=True,
-    backward=_backward,
-    unfit={"triton": _unfit_for_triton},
+    OpSpec(
+        "group_norm_silu",
+        reference.group_norm_silu,
+        outputs={"y": lambda a: torch.empty_like(a.x)},
+        saved={"mean": _statistic, "rstd": _statistic},
+        has_triton=True,
+        gradient=Gradient(_backward),
+        limits={"triton": _why_not_triton},
+    )
 )

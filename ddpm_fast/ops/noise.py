@@ -13,6 +13,7 @@ from .. import reference
 from ..checks import check_dtype, check_int, check_ints, checked_device, checked_seeds
 from ..errors import InvalidType, InvalidValue
 from .fused_op import FusedOp
+from .op_spec import OpSpec
 
 
 def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
@@ -161,9 +162,11 @@ def _reference(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dt
 
 
 noise_op = FusedOp(
-    "noise",
-    _reference,
-    outputs={"out": _output},
-    has_triton=True,
-    host_only=("shape",),
+    OpSpec(
+        "noise",
+        _reference,
+        outputs={"out": _output},
+        has_triton=True,
+        fields={"shape": None},
+    )
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .backend import native, why_not_matrix_kernels
 from .fused_op import FusedOp
+from .op_spec import OpSpec
 
 # Fewest tiles of a batch for which F(2x2, 3x3) is faster than the direct sum, and F(4x4, 3x3) faster than F(2x2, 3x3). With
 # fewer tiles, reading the weights takes most of the time. F(2x2, 3x3) reads 16/9 of the direct sum's weights, or 36/16 after
@@ -116,18 +117,20 @@ def _packed(arguments: Any) -> Tensor:
 
 # Flipped weights are those of the input's gradient: in and out exchanged, taps in reverse order.
 pack_winograd_op = FusedOp(
-    "pack_winograd",
-    schema="Tensor weight, ScalarType dtype, bool flipped, bool upsample",
-    outputs={"packed": _packed},
-    derived={
-        "out_channels": lambda a: a.weight.shape[0],
-        "channels": lambda a: a.weight.shape[1],
-        "out_stride": lambda a: a.weight.stride(0),
-        "stride": lambda a: a.weight.stride(1),
-        "row_stride": lambda a: a.weight.stride(2),
-        "column_stride": lambda a: a.weight.stride(3),
-    },
-    unsupported=why_not_matrix_kernels,
+    OpSpec(
+        "pack_winograd",
+        schema="Tensor weight, ScalarType dtype, bool flipped, bool upsample",
+        outputs={"packed": _packed},
+        fields={
+            "out_channels": lambda a: a.weight.shape[0],
+            "channels": lambda a: a.weight.shape[1],
+            "out_stride": lambda a: a.weight.stride(0),
+            "stride": lambda a: a.weight.stride(1),
+            "row_stride": lambda a: a.weight.stride(2),
+            "column_stride": lambda a: a.weight.stride(3),
+        },
+        limits={"native": why_not_matrix_kernels},
+    )
 )
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
@@ -140,18 +143,20 @@ def _empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
 def _kernel(method: str) -> FusedOp:
     """Return the kernel of a method as an op on channels_last maps and packed weights."""
     return FusedOp(
-        f"conv_{method}",
-        schema="Map x, Map? skip, Tensor? affine, bool silu, Tensor packed, Tensor? bias, Map? residual, float divisor, "
-        "bool upsample, int out_channels, SymInt out_height, SymInt out_width, int kernel, int stride, int padding",
-        outputs={"y": lambda a: _empty_map(a.x, a.out_channels, a.out_height, a.out_width)},
-        derived={
-            "height": lambda a: a.x.shape[2],
-            "width": lambda a: a.x.shape[3],
-            "channels": lambda a: a.x.shape[1],
-            "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
-        },
-        layout=_CHANNELS_LAST,
-        unsupported=why_not_matrix_kernels,
+        OpSpec(
+            f"conv_{method}",
+            schema="Image x, Image? skip, Tensor? affine, bool silu, Tensor packed, Tensor? bias, "
+            "Image? residual, float divisor, bool upsample, int out_channels, SymInt out_height, SymInt out_width, "
+            "int kernel, int stride, int padding",
+            outputs={"y": lambda a: _empty_map(a.x, a.out_channels, a.out_height, a.out_width)},
+            fields={
+                "height": lambda a: a.x.shape[2],
+                "width": lambda a: a.x.shape[3],
+                "channels": lambda a: a.x.shape[1],
+                "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
+            },
+            limits={"native": why_not_matrix_kernels},
+        )
     )
 
 
@@ -162,21 +167,22 @@ METHODS: Final = ("direct", "winograd", "winograd_large", "winograd_upsampled_gr
 conv_ops: Final = {method: _kernel(method) for method in METHODS}
 
 weight_gradient_op = FusedOp(
-    "conv_winograd_weight_gradient",
-    schema="Map x, Map grad_y, bool has_bias, bool upsample",
-    outputs={
-        "grad_weight": lambda a: torch.empty(
-            (a.grad_y.shape[1], a.x.shape[1], 3, 3), dtype=torch.float32, device=a.x.device, memory_format=_CHANNELS_LAST
-        ),
-        "grad_bias": lambda a: a.x.new_empty(a.grad_y.shape[1], dtype=torch.float32) if a.has_bias else None,
-    },
-    derived={
-        "height": lambda a: a.x.shape[2],
-        "width": lambda a: a.x.shape[3],
-        "channels": lambda a: a.x.shape[1],
-        "out_channels": lambda a: a.grad_y.shape[1],
-    },
-    layout=_CHANNELS_LAST,
-    host_only=("has_bias",),
-    unsupported=why_not_matrix_kernels,
+    OpSpec(
+        "conv_winograd_weight_gradient",
+        schema="Image x, Image grad_y, bool has_bias, bool upsample",
+        outputs={
+            "grad_weight": lambda a: torch.empty(
+                (a.grad_y.shape[1], a.x.shape[1], 3, 3), dtype=torch.float32, device=a.x.device, memory_format=_CHANNELS_LAST
+            ),
+            "grad_bias": lambda a: a.x.new_empty(a.grad_y.shape[1], dtype=torch.float32) if a.has_bias else None,
+        },
+        fields={
+            "has_bias": None,
+            "height": lambda a: a.x.shape[2],
+            "width": lambda a: a.x.shape[3],
+            "channels": lambda a: a.x.shape[1],
+            "out_channels": lambda a: a.grad_y.shape[1],
+        },
+        limits={"native": why_not_matrix_kernels},
+    )
 )

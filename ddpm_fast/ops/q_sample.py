@@ -14,6 +14,7 @@ from ..schedule import NoiseSchedule
 from .arguments import check_like, index_tensor
 from .compiled_kernel import dtype_code
 from .fused_op import FusedOp
+from .op_spec import Gradient, OpSpec
 
 
 def q_sample(
@@ -89,12 +90,13 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
 
 
 q_sample_op = FusedOp(
-    "q_sample",
-    reference.q_sample,
-    outputs={"x_t": lambda a: torch.empty_like(a.x_0, dtype=a.dtype)},
-    has_triton=True,
-    backward=_backward,
-    reads=("t", "table"),
-    derived={"dtype": lambda a: dtype_code(a.dtype)},  # x_0 may be uint8
-    check=lambda a: check_range("q_sample", "t", a.t, a.table.shape[0]),
+    OpSpec(
+        "q_sample",
+        reference.q_sample,
+        outputs={"x_t": lambda a: torch.empty_like(a.x_0, dtype=a.dtype)},
+        has_triton=True,
+        gradient=Gradient(_backward, reads=("t", "table")),
+        fields={"dtype": lambda a: dtype_code(a.dtype)},  # x_0 may be uint8
+        check=lambda a: check_range("q_sample", "t", a.t, a.table.shape[0]),
+    )
 )

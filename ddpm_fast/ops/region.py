@@ -8,7 +8,8 @@ from typing import Any, TypeGuard
 import torch
 
 from .backend import KERNELS
-from .fused_op import FusedOp, Outs
+from .execution import Outs
+from .fused_op import FusedOp
 
 
 def is_op(function: Callable[..., Any]) -> TypeGuard[FusedOp]:

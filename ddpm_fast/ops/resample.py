@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from .backend import why_not_matrix_kernels
 from .fused_op import FusedOp
+from .op_spec import OpSpec
 
 
 def _output(arguments: Any) -> Tensor:
@@ -20,14 +21,15 @@ def _output(arguments: Any) -> Tensor:
 
 
 resample_op: Final = FusedOp(
-    "resample",
-    reference.resample,
-    outputs={"y": _output},
-    layout=torch.channels_last,
-    derived={
-        "height": lambda a: a.x.shape[2],
-        "width": lambda a: a.x.shape[3],
-        "channels": lambda a: a.x.shape[1],
-    },
-    unsupported=why_not_matrix_kernels,
+    OpSpec(
+        "resample",
+        reference.resample,
+        outputs={"y": _output},
+        fields={
+            "height": lambda a: a.x.shape[2],
+            "width": lambda a: a.x.shape[3],
+            "channels": lambda a: a.x.shape[1],
+        },
+        limits={"native": why_not_matrix_kernels},
+    )
 )

@@ -15,6 +15,7 @@ from ..plan import COLUMNS, SamplingPlan
 from .arguments import check_apart, check_like
 from .compiled_kernel import is_dense
 from .fused_op import FusedOp
+from .op_spec import Gradient, OpSpec
 
 
 def reverse_step(
@@ -223,24 +224,26 @@ def _draw(x_t: Tensor, table: Tensor, steps: Tensor, seeds: Tensor, backend: str
     unit[:, COLUMNS.index("sigma")] = 1
     zero = torch.zeros_like(x_t, dtype=opmath(x_t.dtype))
     step = {"table": unit, "steps": steps, "seeds": seeds, "variance": 0, "return_x_0": False}
-    drawn: Tensor = reverse_step_op(*reverse_step_op.Arguments(zero, zero, **step)[:-1], backend=backend)[0]
+    drawn: Tensor = reverse_step_op(*reverse_step_op.spec.Arguments(zero, zero, **step)[:-1], backend=backend)[0]
     return drawn
 
 
 reverse_step_op = FusedOp(
-    "reverse_step",
-    reference.reverse_step,
-    outputs={
-        "x_prev": lambda a: torch.empty_like(a.x_t),
-        "x_0": lambda a: torch.empty_like(a.x_t) if a.return_x_0 else None,
-    },
-    has_triton=True,
-    backward=_backward,
-    derived={
-        "step_stride": lambda a: a.steps.numel() > 1,
-        "has_guidance": lambda a: a.guidance_scale is not None,
-        "guidance_scale": lambda a: a.guidance_scale or 0.0,
-    },
-    host_only=("return_x_0",),
-    check=lambda a: check_range("reverse_step", "step", a.steps, a.table.shape[0]),
+    OpSpec(
+        "reverse_step",
+        reference.reverse_step,
+        outputs={
+            "x_prev": lambda a: torch.empty_like(a.x_t),
+            "x_0": lambda a: torch.empty_like(a.x_t) if a.return_x_0 else None,
+        },
+        has_triton=True,
+        gradient=Gradient(_backward),
+        fields={
+            "return_x_0": None,
+            "step_stride": lambda a: a.steps.numel() > 1,
+            "has_guidance": lambda a: a.guidance_scale is not None,
+            "guidance_scale": lambda a: a.guidance_scale or 0.0,
+        },
+        check=lambda a: check_range("reverse_step", "step", a.steps, a.table.shape[0]),
+    )
 )

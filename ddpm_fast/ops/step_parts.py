@@ -11,6 +11,7 @@ from .. import reference
 from ..checks import check_range
 from .backend import why_not_matrix_kernels
 from .fused_op import FusedOp
+from .op_spec import OpSpec
 
 
 def _input(a: Any) -> Tensor:
@@ -28,29 +29,35 @@ def _check_steps(a: Any) -> None:
 
 
 time_terms_op: Final = FusedOp(
-    "time_terms",
-    reference.time_terms,
-    outputs={"terms": lambda a: a.table.new_empty(len(a.table), a.samples, a.table.shape[2])},
-    derived={
-        "tables": lambda a: len(a.table),
-        "num_timesteps": lambda a: a.table.shape[1],
-        "width": lambda a: a.table.shape[2],
-    },
-    unsupported=lambda device, dtype: why_not_matrix_kernels(device, dtype) or _why_not_float32(dtype),
-    check=_check_steps,
+    OpSpec(
+        "time_terms",
+        reference.time_terms,
+        outputs={"terms": lambda a: a.table.new_empty(len(a.table), a.samples, a.table.shape[2])},
+        fields={
+            "tables": lambda a: len(a.table),
+            "num_timesteps": lambda a: a.table.shape[1],
+            "width": lambda a: a.table.shape[2],
+        },
+        limits={"native": lambda device, dtype, _: why_not_matrix_kernels(device, dtype) or _why_not_float32(dtype)},
+        check=_check_steps,
+    )
 )
 
 network_input_op: Final = FusedOp(
-    "network_input",
-    reference.network_input,
-    outputs={"x": _input},
-    derived={"count": lambda a: a.x_t.numel()},
-    unsupported=why_not_matrix_kernels,
+    OpSpec(
+        "network_input",
+        reference.network_input,
+        outputs={"x": _input},
+        fields={"count": lambda a: a.x_t.numel()},
+        limits={"native": why_not_matrix_kernels},
+    )
 )
 
 count_step_op: Final = FusedOp(
-    "count_step",
-    reference.count_step,
-    outputs={"next_step": lambda a: torch.empty_like(a.step)},
-    unsupported=lambda device, _: why_not_matrix_kernels(device, torch.float32),
+    OpSpec(
+        "count_step",
+        reference.count_step,
+        outputs={"next_step": lambda a: torch.empty_like(a.step)},
+        limits={"native": lambda device, *_: why_not_matrix_kernels(device, torch.float32)},
+    )
 )

@@ -50,15 +50,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def matrix_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the kernels of convolution and attention available on any instruction set, even if PyTorch's are faster."""
     if backend.native_error() is None:
-        for name, value in kernel_calls.for_any_cpu().items():
-            monkeypatch.setitem(backend.BUILD, name, value)
+        kernel_calls.pretend(monkeypatch, **kernel_calls.for_any_cpu())
 
 
 @pytest.fixture
 def no_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave bfloat16 to the kernels on CPUs with matrix units too, where it is PyTorch's."""
     if backend.native_error() is None:
-        monkeypatch.setitem(backend.BUILD, "amx_bf16", False)
+        kernel_calls.pretend(monkeypatch, amx_bf16=False)
 
 
 def leave_matrices_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +66,7 @@ def leave_matrices_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     from ddpm_fast.ops.step_parts import count_step_op, network_input_op, time_terms_op
 
     for op in (*conv_ops.values(), time_terms_op, network_input_op, count_step_op):
-        monkeypatch.setattr(op, "_unsupported", lambda *_: "as on a GPU")
+        monkeypatch.setitem(op.spec.limits, "native", lambda *_: "as on a GPU")
 
 
 @pytest.fixture

@@ -7,13 +7,23 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from ddpm_fast.ops import backend
 from ddpm_fast.ops.fused_op import FusedOp
 
+HAS_BFLOAT16 = backend.BUILD.get("isa") == "avx512_bf16"  # instructions, in the kernels that are in use
 MATRIX_OPS = ("group_norm_affine", "conv3x3", "attention")  # ops whose kernels are for CPUs only
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **build: Any) -> None:
+    """Let the compiled module say other facts of its build and processor."""
+    for name, value in build.items():
+        monkeypatch.setitem(backend.BUILD, name, value)
+    for module in ("ops.backend", "ops.conv3x3", "info"):
+        monkeypatch.setattr(import_module(f"ddpm_fast.{module}"), "BFLOAT16", backend.bfloat16_of(backend.BUILD))
 
 
 def for_any_cpu() -> dict[str, Any]:
@@ -65,7 +75,7 @@ def launch_triton(name: str, results: dict[str, Tensor | None], **arguments: Any
         TypeError: A result or an argument is unknown.
     """
     op = fused_op(name)
-    op._launcher()(op.Results(**results), op.Arguments(**arguments))
+    op._launcher()(op.spec.Results(**results), op.spec.Arguments(**arguments))
 
 
 def fused_op(name: str) -> FusedOp:

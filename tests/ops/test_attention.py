@@ -9,6 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_calls import HAS_BFLOAT16
 from small_unets import relative_error
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ on_any_cpu = pytest.mark.usefixtures("matrix_kernels")
 serves = pytest.mark.skipif(
     why_not_matrix_kernels(torch.device("cpu"), torch.float32) is not None, reason="attention is PyTorch's on this machine"
 )
-serves_bfloat16 = pytest.mark.skipif(not backend.has_bfloat16_instructions(), reason="bfloat16 is PyTorch's on this machine")
+serves_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="bfloat16 is PyTorch's on this machine")
 
 
 def ours(qkv: Tensor, num_heads: int) -> Tensor:
@@ -269,7 +270,7 @@ class TestWhereItServes:
             layer(x)
         copy.deepcopy(layer).requires_grad_(False)(x)
         layer(x[..., :5])  # too few pixels
-        for dtype in (torch.float16, *([] if backend.has_bfloat16_instructions() else [torch.bfloat16])):
+        for dtype in (torch.float16, *([] if HAS_BFLOAT16 else [torch.bfloat16])):
             with torch.autocast("cpu", dtype):
                 layer(x)
         copy.deepcopy(layer).double()(x.double())

@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_calls import MATRIX_OPS
+from kernel_calls import HAS_BFLOAT16, MATRIX_OPS, pretend
 from refusals import refused
 from small_unets import relative_error
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ddpm_fast.nn import conv as layers
 from ddpm_fast.nn.conv import Conv3x3
 from ddpm_fast.nn.layers import Upsample
 from ddpm_fast.ops import backend, why_not
-from ddpm_fast.ops.backend import MATRIX_DTYPES, has_bfloat16_instructions, why_not_matrix_kernels
+from ddpm_fast.ops.backend import MATRIX_DTYPES, why_not_matrix_kernels
 
 conv = import_module("ddpm_fast.ops.conv3x3")  # the attribute of this name is the op
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
@@ -257,7 +257,7 @@ class TestWhereItServes:
         assert layer.weight.grad is not None
         assert layer.weight.grad.stride() == layer.weight.stride()
 
-    @pytest.mark.skipif(not has_bfloat16_instructions(), reason="bfloat16 is PyTorch's on this machine")
+    @pytest.mark.skipif(not HAS_BFLOAT16, reason="bfloat16 is PyTorch's on this machine")
     @pytest.mark.usefixtures("no_matrix_units")
     @pytest.mark.parametrize("by_autocast", [True, False])
     def test_bfloat16(self, layer: Conv3x3, calls: list[str], by_autocast: bool) -> None:
@@ -276,7 +276,7 @@ class TestWhereItServes:
         with torch.no_grad():
             layer(x)
         copy.deepcopy(layer).requires_grad_(False)(x)
-        for dtype in (torch.float16, *([] if has_bfloat16_instructions() else [torch.bfloat16])):
+        for dtype in (torch.float16, *([] if HAS_BFLOAT16 else [torch.bfloat16])):
             with torch.autocast("cpu", dtype):
                 assert layer(x).dtype == dtype
         layer(torch.randn(8, 8, 8))  # no batch
@@ -385,7 +385,7 @@ def test_reasons_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
         ("avx512_bf16", True, torch.bfloat16, "matrix units for bfloat16"),
         ("baseline", False, torch.float32, "it needs AVX2 or AVX-512"),
     ):
-        monkeypatch.setattr(backend, "BUILD", {"isa": isa, "amx_bf16": amx, "processor": "AuthenticAMD 25"})
+        pretend(monkeypatch, isa=isa, processor_isa=isa, amx_bf16=amx, processor="AuthenticAMD 25")
         got = backend.why_not_matrix_kernels(cpu, dtype)
         assert got is None if reason is None else reason in str(got)
         for op in MATRIX_OPS:
@@ -397,7 +397,7 @@ def test_reasons_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
         ("avx512_bf16", True, "GenuineIntel 6", torch.float32),
         ("avx512", False, "AuthenticAMD 25", torch.float32),
     ):
-        monkeypatch.setattr(backend, "BUILD", {"isa": isa, "amx_bf16": amx, "processor": processor})
+        pretend(monkeypatch, isa=isa, amx_bf16=amx, processor=processor)
         assert backend.product_dtype(torch.bfloat16) == products
         assert backend.product_dtype(torch.float32) == torch.float32
     monkeypatch.setattr(backend, "native_error", lambda: "gone")

@@ -8,7 +8,7 @@ import torch
 from ddpm_fast import reference, sample_seeds
 from ddpm_fast.ops import OPS, backend
 from ddpm_fast.ops.compiled_kernel import CompiledKernel
-from ddpm_fast.ops.fused_op import FusedOp, schema_of
+from ddpm_fast.ops.op_spec import OpSpec, schema_of
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
 
@@ -16,7 +16,7 @@ SCHEMA = schema_of(reference.q_sample)
 
 
 def declare(schema: str, output: str = "x_t") -> None:
-    FusedOp("q_sample", schema=schema, outputs={output: lambda a: torch.empty_like(a.x_0)})
+    CompiledKernel(OpSpec("q_sample", schema=schema, outputs={output: lambda a: torch.empty_like(a.x_0)}))
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,7 @@ def test_fields_are_found_by_name_in_any_order(monkeypatch: pytest.MonkeyPatch) 
 
     kernels = SimpleNamespace(noise=reversed_noise, fields={"noise": fields})
     monkeypatch.setitem(backend.KERNELS, "cpu", kernels)
-    names, results = op.Arguments._fields[:-1], op.Results._fields
-    kernel = CompiledKernel("noise", names, results, tensors=[1], main=None, derived={}, host_only=("shape",))
+    kernel = CompiledKernel(op.spec)
     monkeypatch.setattr(op, "kernel", kernel)
     assert kernel.fields == fields
     assert torch.equal(op((2, 5), seeds, 7, torch.float32, False), expected)
