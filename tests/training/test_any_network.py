@@ -151,6 +151,16 @@ def test_changing_buffers_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "forward changes" not in caplog.text
 
 
+@pytest.mark.parametrize("options", [{}, {"channels_last": False}])
+def test_images_and_weights_are_channels_last_unless_told_otherwise(options: dict[str, bool], tmp_path: Path) -> None:
+    trained, seen = trainer(tmp_path / "run", steps=1, sample_every=0, **options), list[Tensor]()
+    trained.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    trained.run()
+    wanted = torch.contiguous_format if options else torch.channels_last
+    assert len(seen) == 2  # micro-batches
+    assert all(each.is_contiguous(memory_format=wanted) for each in (*seen, trained.model.get_parameter("first.weight")))
+
+
 def test_what_needs_a_configuration_says_so(tmp_path: Path) -> None:
     trainer(tmp_path / "run", steps=1).run()
     file = tmp_path / "run" / "checkpoints" / "step-00000001" / "ema.safetensors"

@@ -116,6 +116,14 @@ def test_digits_cover_the_range_and_splits_differ() -> None:
     assert abs(float(whole(resized).images.float().mean() - images.float().mean())) < 1
 
 
+def test_shrunk_arrays_are_means_of_all_their_pixels() -> None:
+    """Pillow takes the same means. Without antialiasing, most pixels would be left out."""
+    images, shrunk = (whole(load_dataset("digits", image_size=size, first=9)).images[:, 0] for size in (8, 3))
+    for image, small in zip(images, shrunk, strict=True):
+        wanted = Image.fromarray(image.float().numpy()).resize((3, 3), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(small.numpy(), np.asarray(wanted), atol=0.501)  # rounded
+
+
 def test_folder_is_cropped_resized_and_labelled_by_sub_folder(tmp_path: Path) -> None:
     # A wide red image with green sides, which the centred crop cuts off; a grey image; something that is no image.
     for name in ("cat", "dog/deep"):

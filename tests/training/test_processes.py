@@ -33,6 +33,7 @@ RUN: dict[str, Any] = {
 }
 START = f"import json, os, sys; sys.path.insert(0, {HELPERS!r}); from runs import train; "
 SCRIPT = START + "train(sys.argv[1], **json.loads(sys.argv[2]))"
+OTHER_FOLDERS = START + "train(sys.argv[1], **json.loads(sys.argv[2]), data_dir='of rank ' + os.environ['RANK'])"
 
 
 def train_in(size: int, run_dir: Path, **options: Any) -> list[subprocess.CompletedProcess[str]]:
@@ -47,8 +48,11 @@ def succeed_in(size: int, run_dir: Path, **options: Any) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_weights_are_the_same_bits_for_any_number_of_processes(precision: str, tmp_path: Path) -> None:
+    """Each process may keep its data sets in another folder."""
     train(tmp_path / "one", **RUN, precision=precision)
-    succeed_in(2, tmp_path / "two", precision=precision)
+    options = json.dumps(RUN | {"precision": precision})
+    for each in run_ranks(2, ["-c", OTHER_FOLDERS, str(tmp_path / "two"), options], tmp_path):
+        assert each.returncode == 0, each.stderr
     assert_same_weights(tmp_path / "one", tmp_path / "two")
     assert log_rows(tmp_path / "one") == log_rows(tmp_path / "two")
 

@@ -58,7 +58,7 @@ def test_an_epoch_takes_no_memory_and_sample_numbers_are_64_bits_wide() -> None:
 
 def test_draws_are_functions_of_seed_and_sample() -> None:
     small, large = TrainingRng(3, 8), TrainingRng(3, 16)
-    for draw in ("sample_seeds", "is_flipped"):
+    for draw in ("sample_seeds", "condition_seeds", "is_flipped"):
         halves = torch.cat([getattr(small, draw)(step) for step in (4, 5)])
         assert torch.equal(halves, getattr(large, draw)(2)), draw
     assert torch.equal(torch.cat([small.timesteps(step, 1000) for step in (4, 5)]), large.timesteps(2, 1000))

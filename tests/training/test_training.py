@@ -659,6 +659,14 @@ def test_the_remaining_time_is_said_once_after_the_third_step(tmp_path: Path, ca
     assert caplog.text.count("  time     about 0:00:0") == 1
 
 
+def test_a_bar_in_a_log_file_takes_few_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A terminal's is drawn anew ten times a second and has a line of its own."""
+    train(tmp_path, **TINY | {"steps": 12, "log_every": 1})
+    shown = capsys.readouterr().err.split("\r")
+    assert len(shown) < 12  # the first, the last, and one every ten seconds
+    assert re.search(r"12/12 .*loss \d\.\d{4}, \d+\.\d images/s", shown[-1])
+
+
 def test_a_run_without_end_goes_on_after_the_estimate(tmp_path: Path) -> None:
     assert train(tmp_path, **QUIET, steps=10**17, max_minutes=0.01).stopped_by == "max_minutes"
 
