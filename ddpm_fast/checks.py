@@ -74,7 +74,7 @@ def check_choice(caller: str, name: str, value: Any, choices: Collection[Any]) -
     if type(value) is str and value in choices:
         return
     kinds = tuple({type(choice) for choice in choices})
-    if not isinstance(value, kinds) or value not in choices:
+    if not isinstance(value, kinds) or value not in choices or (type(value) is bool and bool not in kinds):
         kind = InvalidValue if isinstance(value, kinds) else InvalidType
         raise kind(caller, name, f"to be one of {', '.join(map(str, choices))}", repr(value))
 

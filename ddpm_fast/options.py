@@ -82,6 +82,11 @@ class Declared(NamedTuple):
         return tuple[int, int] in self.kinds
 
     @property
+    def items(self) -> Any:
+        """The type of its items, if it is a list of them, or None."""
+        return next((get_args(kind)[0] for kind in self.kinds if kind != Ranges and get_args(kind)[1:] == (...,)), None)
+
+    @property
     def choices(self) -> list[str]:
         """Its values if they are listed, or none."""
         literals = [choice for kind in self.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
@@ -194,7 +199,7 @@ def checked_option(caller: str, declared: Declared, value: Any) -> Any:
         checked_ranges,
     )
 
-    name, kind, _, option = declared
+    name, _, _, option = declared
     kinds, choices = declared.kinds, declared.choices
     optional = type(None) in kinds
     if value is None and optional:
@@ -203,9 +208,18 @@ def checked_option(caller: str, declared: Declared, value: Any) -> Any:
         check_choice(caller, name, value, [None, *choices] if optional else choices)
     elif bool in kinds:
         check_type(caller, name, value, bool, optional=optional)
-    elif get_origin(kind) is tuple:
+    elif declared.items is int:
         if not isinstance(value, (list, tuple)) or value:
             check_ints(caller, name, value, 1, "a list of integers")
+        for each in value:
+            check_int(caller, name, each, option.low, option.high)  # type: ignore[arg-type]
+        return tuple(value)
+    elif declared.items is not None:
+        known = get_args(declared.items)  # none: any text
+        texts = isinstance(value, (list, tuple)) and all(
+            isinstance(each, str) and (not known or each in known) for each in value
+        )
+        expect(texts, caller, name, f"to be a list of {' and '.join(known) or 'strings'}", repr(value))
         return tuple(value)
     elif Ranges in kinds:
         return checked_ranges(caller, name, value)

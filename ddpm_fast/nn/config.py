@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ..checks import Ranges, as_json, check_choice, check_int, check_number, check_type, checked_ranges
+from ..checks import as_json
 from ..errors import InvalidValue
+from ..options import Option, Ranges, checked_option, document, options_of
 
 CIFAR10_32: dict[str, Any] = {
     "sample_size": 32,
@@ -40,68 +41,98 @@ OWN_KEYS: tuple[str, ...] = (
     "variance",
 )
 
-# Keys of which only these values are supported. The rest of what diffusers offers here is not part of a DDPM's U-Net.
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "time_embedding_type": ("positional",),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "downsample_padding": (0, 1),
-    "downsample_type": ("conv", "resnet"),
-    "upsample_type": ("conv", "resnet"),
-    "act_fn": ("silu", "swish"),
-    "resnet_time_scale_shift": ("default", "scale_shift"),
-    "class_embed_type": (None,),
-}
 # Bounds beyond any network of the literature. Within them the sizes of all tensors are below 2^63.
 _MAX_LEVELS = 16
 _MAX_NUMBER = 1 << 24  # channels, groups, heads, classes, timesteps
 MAX_LAYERS = 64
 _MAX_SIDE = 65536
-_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
-_UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+
+
+def _key(
+    help: str, low: float | None = None, high: float | None = None, *, above: float | None = None, below: float | None = None
+) -> Option:
+    return Option("network", help, low, high, above, below)
+
+
+def _number(help: str) -> Option:
+    return _key(help, 1, _MAX_NUMBER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
     """A validated U-Net configuration.
 
-    Names, meanings and defaults are those of diffusers' `UNet2DModel`. Only OWN_KEYS are this package's.
+    Names, meanings and defaults are those of diffusers' `UNet2DModel`. Only OWN_KEYS are this package's. Values that no DDPM's
+    U-Net needs are not supported.
     """
 
-    sample_size: int | Sequence[int] | None = None  # height and width the network was made for; not enforced
-    in_channels: int = 3
-    out_channels: int = 3  # 2 * in_channels where the variance is learned
-    center_input_sample: bool = False  # the input is in [0, 1]: map it to [-1, 1] first
-    time_embedding_type: str = "positional"
-    time_input_dim: int | None = None  # width of the sinusoidal embedding; None: block_out_channels[0]
-    time_embedding_dim: int | None = None  # None: 4 * block_out_channels[0]
-    freq_shift: int = 0  # Ho et al.: 1
-    flip_sin_to_cos: bool = True  # the embedding is (cos, sin); Ho et al.: False
-    down_block_types: Sequence[str] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
-    mid_block_type: str = "UNetMidBlock2D"
-    up_block_types: Sequence[str] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    block_out_channels: Sequence[int] = (224, 448, 672, 896)  # highest resolution first
-    layers_per_block: int = 2  # on the way down; one more on the way up
-    mid_block_scale_factor: float = 1.0  # divides the output of every layer of the middle block
-    downsample_padding: int = 1  # 0: pad the right and the bottom only, as Ho et al.
-    downsample_type: str = "conv"  # for AttnDownBlock2D; "resnet": a residual block, as ResnetDownsampleBlock2D always has
-    upsample_type: str = "conv"
-    dropout: float = 0.0
-    act_fn: str = "silu"
-    attention_head_dim: int | None = 8  # channels of one head; None: a single head, as Ho et al.
-    num_attention_heads: int | None = None  # for every attention, whatever its width; None: as attention_head_dim has it
-    norm_num_groups: int = 32
-    attn_norm_num_groups: int | None = None  # middle block's attention; None: norm_num_groups, or no norm in scale_shift
-    norm_eps: float = 1e-5  # Ho et al.: 1e-6
-    resnet_time_scale_shift: str = "default"
-    add_attention: bool = True  # in the middle block
-    class_embed_type: str | None = None
-    num_class_embeds: int | None = None  # number of classes + 1: the last is "no label"
-    class_names: Sequence[str] | None = None  # in the order of the labels, without "no label"
-    num_train_timesteps: int | None = None  # recorded only
-    condition: str | None = None  # channels after x_t: "low-resolution:4", "grey", "mask", or "images" of other files
-    condition_range: Ranges | None = None  # (low, high) of a condition's channels, or of all, which are mapped to -1 and 1
-    data_range: Ranges | None = None  # the same for the images; None: pictures of 0..255
-    variance: str | None = None  # "learned" or "learned_range", if half of the output channels predict it
+    sample_size: Annotated[
+        int | tuple[int, int] | None, _key("Height and width that the network was made for. Others work too.", 1, _MAX_SIDE)
+    ] = None
+    in_channels: Annotated[int, _number("Channels of the input: those of an image and its condition.")] = 3
+    out_channels: Annotated[int, _number("Channels of the output: twice those of an image where the variance is learned.")] = 3
+    center_input_sample: Annotated[bool, _key("The input is in [0, 1] and is mapped to [-1, 1] first.")] = False
+    time_embedding_type: Annotated[Literal["positional"], _key("The embedding of the timestep is sinusoidal.")] = "positional"
+    time_input_dim: Annotated[
+        int | None, _number("Width of the sinusoidal embedding. None: the first of block_out_channels.")
+    ] = None
+    time_embedding_dim: Annotated[
+        int | None, _number("Width of the timestep's embedding in the blocks. None: 4 times the first of block_out_channels.")
+    ] = None
+    freq_shift: Annotated[int, _key("Shift of the embedding's frequencies. 1 in Ho et al.", 0)] = 0
+    flip_sin_to_cos: Annotated[bool, _key("The embedding is (cos, sin). False in Ho et al.")] = True
+    down_block_types: Annotated[
+        tuple[Literal["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"], ...],
+        _key("Types of the blocks on the way down, one for each of block_out_channels."),
+    ] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    mid_block_type: Annotated[Literal["UNetMidBlock2D"], _key("Type of the middle block.")] = "UNetMidBlock2D"
+    up_block_types: Annotated[
+        tuple[Literal["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"], ...],
+        _key("Types of the blocks on the way up, one for each of block_out_channels."),
+    ] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: Annotated[tuple[int, ...], _number("Channels of each level, the finest first.")] = (224, 448, 672, 896)
+    layers_per_block: Annotated[
+        int, _key("Residual blocks of a level on the way down. The way up has one more.", 1, MAX_LAYERS)
+    ] = 2
+    mid_block_scale_factor: Annotated[float, _key("Divisor of the outputs of the middle block's layers.", above=0)] = 1.0
+    downsample_padding: Annotated[Literal[0, 1], _key("0: pad the right and the bottom only, as Ho et al. do.")] = 1
+    downsample_type: Annotated[
+        Literal["conv", "resnet"],
+        _key("How AttnDownBlock2D resamples. ResnetDownsampleBlock2D has a residual block."),
+    ] = "conv"
+    upsample_type: Annotated[Literal["conv", "resnet"], _key("How AttnUpBlock2D resamples.")] = "conv"
+    dropout: Annotated[float, _key("Probability of dropout in the residual blocks.", 0, below=1)] = 0.0
+    act_fn: Annotated[Literal["silu", "swish"], _key("The activation. Both names are of one function.")] = "silu"
+    attention_head_dim: Annotated[int | None, _number("Channels of a head. None: a single head, as in Ho et al.")] = 8
+    num_attention_heads: Annotated[
+        int | None, _number("Heads of every attention, whatever its width. None: as attention_head_dim has it.")
+    ] = None
+    norm_num_groups: Annotated[int, _number("Groups of the group norms.")] = 32
+    attn_norm_num_groups: Annotated[
+        int | None,
+        _number("Groups of the norm in the middle block's attention. None: norm_num_groups, or no norm with scale_shift."),
+    ] = None
+    norm_eps: Annotated[float, _key("Added to variances in the norms. 1e-6 in Ho et al.", above=0)] = 1e-5
+    resnet_time_scale_shift: Annotated[
+        Literal["default", "scale_shift"], _key("The timestep's embedding is added, or scales and shifts the second norm.")
+    ] = "default"
+    add_attention: Annotated[bool, _key("The middle block has an attention.")] = True
+    class_embed_type: Annotated[Literal[None], _key("Classes are embedded by a table.")] = None
+    num_class_embeds: Annotated[int | None, _number('Number of classes plus one, for "no label".')] = None
+    class_names: Annotated[
+        tuple[str, ...] | None, _key('Names of the classes in the order of the labels, without "no label".')
+    ] = None
+    num_train_timesteps: Annotated[int | None, _number("Timesteps of the schedule. It is recorded only.")] = None
+    condition: Annotated[
+        str | None, _key('What the channels after x_t are: "low-resolution:4", "grey", "mask", or "images" of other files.')
+    ] = None
+    condition_range: Annotated[
+        Ranges | None, _key("(low, high) of a condition's channels, or of all, which are mapped to -1 and 1.")
+    ] = None
+    data_range: Annotated[Ranges | None, _key("The same for the images. None: pictures of 0..255.")] = None
+    variance: Annotated[
+        Literal["learned", "learned_range"] | None, _key("What half of the output channels predict. None: no variance.")
+    ] = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
@@ -127,50 +158,20 @@ class UNetConfig:
         return {key: as_json(value) for key, value in values.items()}
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if isinstance(value := getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(value))
-        for key, supported in _SUPPORTED.items():
-            value = getattr(self, key)
-            alike = any(type(value) is type(each) and value == each for each in supported)  # True is not 1
-            _expect(self, key, alike, " or ".join(map(repr, supported)))
-        for key in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
-            check_type("UNet", key, getattr(self, key), bool)
-        for key in ("in_channels", "out_channels", "norm_num_groups"):
-            check_int("UNet", key, getattr(self, key), 1, _MAX_NUMBER)
-        check_int("UNet", "layers_per_block", self.layers_per_block, 1, MAX_LAYERS)
-        check_int("UNet", "freq_shift", self.freq_shift, 0)
-        if isinstance(sizes := self.sample_size, tuple):
-            _expect(self, "sample_size", len(sizes) == 2, "an integer or (height, width)")
-        for value in sizes if isinstance(sizes, tuple) else (sizes,):
-            check_int("UNet", "sample_size", value, 1, _MAX_SIDE, optional=sizes is None)
-        for key in (
-            *("num_attention_heads", "time_input_dim", "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups"),
-            *("num_class_embeds", "num_train_timesteps"),
-        ):
-            check_int("UNet", key, getattr(self, key), 1, _MAX_NUMBER, optional=True)
-        check_number("UNet", "dropout", self.dropout, 0, below=1)
-        check_number("UNet", "mid_block_scale_factor", self.mid_block_scale_factor, above=0, finite=True)
-        check_number("UNet", "norm_eps", self.norm_eps, above=0, finite=True)
+        for declared in options_of(UNetConfig):
+            object.__setattr__(self, declared.name, checked_option("UNet", declared, getattr(self, declared.name)))
         if (names := self.class_names) is not None:
-            strings = isinstance(names, tuple) and all(isinstance(name, str) and name for name in names)
-            _expect(self, "class_names", strings and len(names) > 0, "None or a list of non-empty strings")
+            _expect(self, "class_names", names and all(names), "None or a list of non-empty strings")
             _expect(self, "class_names", len(set(names)) == len(names), "without repetitions")
             limit = self.num_class_embeds or 0
             _expect(self, "class_names", len(names) < limit, f"None or fewer names than num_class_embeds = {limit or None}")
-        check_type("UNet", "condition", self.condition, str, optional=True)
-        check_choice("UNet", "variance", self.variance, (None, "learned", "learned_range"))
         drawn = (self.out_channels, self.out_channels // 2)  # half, if the network predicts variances too
         for key, counts in (("data_range", drawn), ("condition_range", [self.in_channels - each for each in drawn])):
             if (value := getattr(self, key)) is not None:
-                object.__setattr__(self, key, checked_ranges("UNet", key, value))
-                _expect(self, key, len(getattr(self, key)) in (1, *counts), "a pair, or one for each channel")
+                _expect(self, key, len(value) in (1, *counts), "a pair, or one for each channel")
 
         channels = self.block_out_channels
-        _expect(self, "block_out_channels", isinstance(channels, tuple) and len(channels) > 0, "a list of positive integers")
-        for value in channels:
-            check_int("UNet", "block_out_channels", value, 1, _MAX_NUMBER)
-        _expect(self, "block_out_channels", len(channels) <= _MAX_LEVELS, f"at most {_MAX_LEVELS} integers")
+        _expect(self, "block_out_channels", 0 < len(channels) <= _MAX_LEVELS, f"1 to {_MAX_LEVELS} integers")
         sinusoids = "block_out_channels" if self.time_input_dim is None else "time_input_dim"
         _expect(self, sinusoids, self.sinusoid_dim % 2 == 0, "even first (sine and cosine halves)")
         _expect(self, "freq_shift", self.freq_shift < self.sinusoid_dim // 2, f"below {self.sinusoid_dim // 2}")
@@ -178,11 +179,8 @@ class UNetConfig:
         _expect(self, "block_out_channels", divisible, f"multiples of norm_num_groups = {self.norm_num_groups}")
         if (groups := self.attn_norm_num_groups) is not None:
             _expect(self, "attn_norm_num_groups", channels[-1] % groups == 0, f"a divisor of {channels[-1]}")
-        for key, supported in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
-            types = getattr(self, key)
-            known = isinstance(types, tuple) and all(t in supported for t in types)
-            _expect(self, key, known, f"a list made of {' and '.join(supported)}")
-            _expect(self, key, len(types) == len(channels), f"{len(channels)} types, one per block_out_channels")
+        for key in ("down_block_types", "up_block_types"):
+            _expect(self, key, len(getattr(self, key)) == len(channels), f"{len(channels)} types, one per block_out_channels")
         heads = "attention_head_dim" if self.num_attention_heads is None else "num_attention_heads"
         if (divisor := getattr(self, heads)) is not None:
             attended = {c for c, t in zip(channels, self.down_block_types, strict=True) if t == "AttnDownBlock2D"}
@@ -216,6 +214,9 @@ class UNetConfig:
         return channels // self.num_attention_heads if self.num_attention_heads else self.attention_head_dim
 
 
-def _expect(config: UNetConfig, key: str, holds: bool, wanted: str) -> None:
+document(UNetConfig)
+
+
+def _expect(config: UNetConfig, key: str, holds: object, wanted: str) -> None:
     if not holds:
         raise InvalidValue("UNet", key, f"to be {wanted}", repr(getattr(config, key)))

@@ -85,11 +85,11 @@ class UNet(nn.Module):
 
         self.up_blocks = nn.ModuleList()
         width = channels[-1]
-        for i, block_type in enumerate(cfg.up_block_types):
+        for i, up_type in enumerate(cfg.up_block_types):
             last = i == len(channels) - 1
             out = channels[-1 - i]
             ins = [w + skips.pop() for w in [width] + [out] * cfg.layers_per_block]
-            self.up_blocks.append(UpBlock(cfg, block_type, ins, out, emb_dim, not last))
+            self.up_blocks.append(UpBlock(cfg, up_type, ins, out, emb_dim, not last))
             width = out
 
         self.conv_norm_out = GroupNormSiLU(cfg.norm_num_groups, channels[0], cfg.norm_eps)

@@ -238,9 +238,9 @@ def test_errors_name_what_is_wrong(model: UNet, tmp_path: Path) -> None:
     [
         ({"freq_shift": None}, "freq_shift to be an integer of at least 0, got None"),
         ({"dropout": "x"}, "dropout to be a number, got str"),
-        ({"norm_eps": []}, "norm_eps to be a number, got tuple"),
+        ({"norm_eps": []}, "norm_eps to be a number, got list"),
         ({"mid_block_scale_factor": float("nan")}, "mid_block_scale_factor to be positive and finite, got nan"),
-        ({"down_block_types": None}, "down_block_types to be a list made of .*, got None"),
+        ({"down_block_types": None}, "down_block_types to be a list of .*, got None"),
         ({"colour": "red"}, "keys among sample_size, .*, got 'colour'"),
         ({"block_out_channels": [10**12] * 2}, r"block_out_channels to be an integer in 1\.\.16777216, got 1000000000000"),
     ],

@@ -32,7 +32,7 @@ ALLOWED = {
     "ops": {"dtypes", "checks", "predictions", "reference", "schedule", "plan", "triton_kernels", "ops"},
     "variational": {"dtypes", "checks", "predictions", "reference", "schedule", "ops"},
     "info": {"version", "ops"},
-    "nn": {"dtypes", "resources", "checks", "files", "reference", "ops", "nn"},
+    "nn": {"dtypes", "resources", "checks", "files", "options", "reference", "ops", "nn"},
     "schemas": {"checks", "predictions", "schedule", "nn"},
     "inference": {"dtypes", "checks", "reference", "plan", "ops", "nn", "inference"},
     "integrations": {
