@@ -6,11 +6,15 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import click
+
+from ..errors import ArgumentError
 
 
 class Refused(click.ClickException):
@@ -29,23 +33,91 @@ class Stopped(click.ClickException):
         click.echo(self.format_message(), err=True)
 
 
-class _LossyStream:
-    """A text stream that drops what it cannot write. Work must not be lost for a progress bar on a closed terminal."""
+# Options by the names that the package's functions have for them.
+_ALIASES = {
+    "num_samples": "num",
+    "num_steps": "steps",
+    "jump_num_sample": "jump_samples",
+    "class_labels": "classes",
+    "guidance_scale": "guidance",
+    "name": "data",
+}
+# Options whose smaller values need less memory.
+_SIZES = ("num", "batch_size", "micro_batch_size", "image_size", "channels", "data_memory")
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+
+class _Stream:
+    """A text stream of this process.
+
+    Args:
+        stream: The stream.
+        fails: A function to call with the error if text cannot be written. If it returns, the text is dropped.
+    """
+
+    def __init__(self, stream: TextIO, fails: Callable[[Exception], None]) -> None:
+        self._stream, self._fails = stream, fails
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):
-            return self._stream.write(text)
+        try:
+            return 0 if text == "" else self._stream.write(text)  # click writes "" as a trial, and catches errors
+        except (OSError, ValueError) as error:
+            self._fails(error)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        try:
             self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._fails(error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _output_fails(written: list[Path], error: Exception) -> None:
+    """End the command because standard output cannot be written. A reader that has left, such as `head`, is no error."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would write the rest when it ends
+    if isinstance(error, BrokenPipeError):
+        raise click.exceptions.Exit(1) from error
+    raise click.ClickException(f"standard output: {error}. {files_written(written)}") from error
+
+
+class Command(click.Command):
+    """A command whose errors are one line if a person can mend them, by the names of its options. Others are bugs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, with log lines above its progress bars."""
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        options = {each.name: each.opts[0] for each in self.params if isinstance(each, click.Option)}
+        names: dict[str, str] = {name: options.get(name, name.upper()) for name in ctx.params}
+        names = {alias: names[name] for alias, name in _ALIASES.items() if name in names} | names
+        try:
+            with logging_redirect_tqdm():
+                return super().invoke(ctx)
+        except ArgumentError as error:
+            name = error.name if error.file else names.get(error.name, error.name)  # a file has its own names
+            raise Refused(str(error.renamed(caller=self.name or "", name=name))) from error
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            raise Refused(str(error)) from error
+        except FloatingPointError as error:
+            raise click.ClickException(str(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            import torch  # the command has loaded it
+
+            from ..distributed import FirstFailed, ProcessLost
+
+            if isinstance(error, FirstFailed):  # rank 0 says why
+                ctx.exit(1)
+            if isinstance(error, ProcessLost):
+                raise click.ClickException(str(error)) from error
+            _, host, reason = str(error).rpartition("DefaultCPUAllocator: ")  # a RuntimeError without a type of its own
+            if not host and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+                raise
+            smaller = " or ".join(names[name] for name in _SIZES if name in names)
+            hint = f"; a smaller {smaller} needs less" if smaller else ""
+            raise Refused(f"out of memory{hint}: {reason.partition(chr(10))[0] or 'no reason given'}") from error
 
 
 class Commands(click.Group):
@@ -64,21 +136,11 @@ class Commands(click.Group):
                 os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
         with ExitStack() as stack:
             null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            if sys.stdout is None:
-                stack.enter_context(redirect_stdout(null))
-            stack.enter_context(redirect_stderr(cast("TextIO", _LossyStream(sys.stderr or null))))
+            stack.enter_context(redirect_stderr(cast("TextIO", _Stream(sys.stderr or null, lambda error: None))))
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-            try:
-                return super().main(*args, **kwargs)
-            except OSError as error:
-                if not kwargs.get("standalone_mode", True):
-                    raise
-                # Files are written within `refusing`, so this is standard output.
-                click.echo(f"Error: standard output: {error}. {files_written(written)}", err=True)
-                with suppress(OSError, ValueError):
-                    os.dup2(null.fileno(), sys.stdout.fileno())  # or Python would try to write the rest when it ends
-                sys.exit(1)
+            stack.enter_context(redirect_stdout(cast("TextIO", _Stream(sys.stdout or null, partial(_output_fails, written)))))
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command, and say at Ctrl-C what it has written."""

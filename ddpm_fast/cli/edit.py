@@ -14,9 +14,10 @@ import ddpm_fast
 
 from ..errors import InvalidValue, expect
 from ..samplers import DEFAULT_SAMPLER
+from .console import Command
 from .options import (
     SAMPLING_DTYPE_HELP,
-    Command,
+    Function,
     PathOption,
     chosen_plan,
     class_options,
@@ -26,7 +27,6 @@ from .options import (
     load_model,
     model_options,
     plan_options,
-    refusing,
 )
 from .outputs import check_output, close, grey_for_bad, try_writing, write
 
@@ -43,7 +43,7 @@ _STRENGTH = click.option(
 _SAMPLER = plan_options(sampler=DEFAULT_SAMPLER)  # its 20 steps give 20 strengths
 
 
-def _edit_options(default: str, shows: str) -> Callable[[Command], Command]:
+def _edit_options(default: str, shows: str) -> Callable[[Function], Function]:
     """Return a decorator that adds the options of all editing commands."""
     out = click.option(
         "--out",
@@ -64,7 +64,7 @@ def edit_command() -> None:
     """
 
 
-@edit_command.command("vary")
+@edit_command.command("vary", cls=Command)
 @_SOURCES
 @_STRENGTH
 @click.option("--num", type=click.IntRange(1), default=7, show_default=True, help="Draw this many variations of each image.")
@@ -74,21 +74,20 @@ def vary_command(sources: tuple[str, ...], strength: float, num: int, **options:
     """Draw variations of images (SDEdit)."""
     import torch
 
-    with refusing():
-        loaded, images = _opened("vary", sources, options)
-        plan, _ = loaded.build_plan(**chosen_plan(options))
-        labels = _labels("vary", loaded, options, len(images))
-        _make_ready("vary", images, options["out"], num + 1)
-        each = torch.as_tensor(labels).repeat_interleave(num) if isinstance(labels, list) else labels
-        copies, seeds = images.repeat_interleave(num, dim=0), ddpm_fast.sample_seeds(options["seed"], num).repeat(len(images))
-        arguments = drawing(options) | {"class_labels": each, "seed": seeds}
-        varied = ddpm_fast.vary(loaded.sampler(plan, dtype=dtype_of(options)), copies, strength, **arguments)
-        rows = torch.cat([images[:, None], varied.cpu().float().unflatten(0, (len(sources), num))], dim=1)
-        _write(rows, options)
-    _say(rows, options)  # outside `refusing`: the streams' errors are not the options'
+    loaded, images = _opened("vary", sources, options)
+    plan, _ = loaded.build_plan(**chosen_plan(options))
+    labels = _labels("vary", loaded, options, len(images))
+    _make_ready("vary", images, options["out"], num + 1)
+    each = torch.as_tensor(labels).repeat_interleave(num) if isinstance(labels, list) else labels
+    copies, seeds = images.repeat_interleave(num, dim=0), ddpm_fast.sample_seeds(options["seed"], num).repeat(len(images))
+    arguments = drawing(options) | {"class_labels": each, "seed": seeds}
+    varied = ddpm_fast.vary(loaded.sampler(plan, dtype=dtype_of(options)), copies, strength, **arguments)
+    rows = torch.cat([images[:, None], varied.cpu().float().unflatten(0, (len(sources), num))], dim=1)
+    _write(rows, options)
+    _say(rows, options)
 
 
-@edit_command.command("interpolate")
+@edit_command.command("interpolate", cls=Command)
 @click.argument("sources", metavar="IMAGE IMAGE", nargs=2)
 @_STRENGTH
 @click.option(
@@ -100,19 +99,18 @@ def interpolate_command(sources: tuple[str, ...], strength: float, num: int, **o
     """Interpolate between two images through noise."""
     import torch
 
-    with refusing():
-        loaded, images = _opened("interpolate", sources, options)
-        plan, _ = loaded.build_plan(**chosen_plan(options))
-        arguments = drawing(options) | {"class_labels": _labels("interpolate", loaded, options, 1)}
-        _make_ready("interpolate", images, options["out"], num + 2)
-        sampler, (a, b) = loaded.sampler(plan, dtype=dtype_of(options)), images[:, None]
-        between = ddpm_fast.interpolate(sampler, a, b, num, strength=strength, **arguments)
-        rows = torch.cat([a[None], between.cpu().float(), b[None]], dim=1)
-        _write(rows, options)
+    loaded, images = _opened("interpolate", sources, options)
+    plan, _ = loaded.build_plan(**chosen_plan(options))
+    arguments = drawing(options) | {"class_labels": _labels("interpolate", loaded, options, 1)}
+    _make_ready("interpolate", images, options["out"], num + 2)
+    sampler, (a, b) = loaded.sampler(plan, dtype=dtype_of(options)), images[:, None]
+    between = ddpm_fast.interpolate(sampler, a, b, num, strength=strength, **arguments)
+    rows = torch.cat([a[None], between.cpu().float(), b[None]], dim=1)
+    _write(rows, options)
     _say(rows, options)
 
 
-@edit_command.command("invert")
+@edit_command.command("invert", cls=Command)
 @_SOURCES
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Take this many steps each way.")
 @_edit_options("inversion.png", "a row for each image, with its x_T and the image drawn from it")
@@ -123,26 +121,25 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
     """
     import torch
 
-    with refusing():
-        guidance = options.pop("guidance_scale")
-        expect(guidance in (None, 1), "invert", "guidance_scale", "to be 1, as inversion has none", guidance)
-        loaded, images = _opened("invert", sources, options)
-        # With a clip the two plans derive epsilon in different ways, and more steps return less exactly.
-        objective = loaded.objective
-        evaluate_at: Any = "start" if objective.name == "sample" else "arrival"  # an image alone does not determine epsilon
-        forth = ddpm_fast.ddim_inversion_plan(objective, steps, evaluate_at=evaluate_at, clip=None)
-        back = ddpm_fast.ddim_plan(objective, steps, clip=None)
-        arguments = drawing(options) | {"class_labels": _labels("invert", loaded, options, len(images))}
-        del arguments["seed"]
-        _make_ready("invert", images, options["out"], 3)
-        sampler = loaded.sampler(forth, dtype=dtype_of(options))
-        x_T = ddpm_fast.invert(sampler, images, **arguments)
-        if arguments["class_labels"] is None:
-            arguments["class_labels"] = loaded.interface.no_label
-        again = sampler.with_plan(back)(len(sources), x_T=x_T, **arguments)
-        x_T, again = x_T.cpu().float(), again.cpu().float()
-        rows = torch.stack([images, (x_T / 3).clamp(-1, 1), again], dim=1)
-        _write(rows, options)
+    guidance = options.pop("guidance_scale")
+    expect(guidance in (None, 1), "invert", "guidance_scale", "to be 1, as inversion has none", guidance)
+    loaded, images = _opened("invert", sources, options)
+    # With a clip the two plans derive epsilon in different ways, and more steps return less exactly.
+    objective = loaded.objective
+    evaluate_at: Any = "start" if objective.name == "sample" else "arrival"  # an image alone does not determine epsilon
+    forth = ddpm_fast.ddim_inversion_plan(objective, steps, evaluate_at=evaluate_at, clip=None)
+    back = ddpm_fast.ddim_plan(objective, steps, clip=None)
+    arguments = drawing(options) | {"class_labels": _labels("invert", loaded, options, len(images))}
+    del arguments["seed"]
+    _make_ready("invert", images, options["out"], 3)
+    sampler = loaded.sampler(forth, dtype=dtype_of(options))
+    x_T = ddpm_fast.invert(sampler, images, **arguments)
+    if arguments["class_labels"] is None:
+        arguments["class_labels"] = loaded.interface.no_label
+    again = sampler.with_plan(back)(len(sources), x_T=x_T, **arguments)
+    x_T, again = x_T.cpu().float(), again.cpu().float()
+    rows = torch.stack([images, (x_T / 3).clamp(-1, 1), again], dim=1)
+    _write(rows, options)
     _say(rows, options)
     if options["quiet"]:
         return
@@ -151,7 +148,7 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
         click.echo(f"{source}: PSNR {10 * math.log10(4 / error) if error else math.inf:.1f} dB")
 
 
-@edit_command.command("inpaint")
+@edit_command.command("inpaint", cls=Command)
 @_SOURCES
 @click.option(
     "--mask", type=PathOption(exists=True, dir_okay=False), help="Paint where this image is white, and keep the rest."
@@ -179,20 +176,19 @@ def inpaint_command(
     """Paint a region of images and keep the rest (RePaint)."""
     import torch
 
-    with refusing():
-        if (mask is None) == (box is None):
-            given = "neither" if mask is None else "both"
-            raise InvalidValue("inpaint", "", "either --mask or --box to be given", given)
-        loaded, images = _opened("inpaint", sources, options, inputs=() if mask is None else (mask,))
-        painted = _box(box or "", images) if mask is None else _mask(mask, images)
-        jumps = jump_length or max(1, steps // 10), jump_samples if steps > 1 else 1
-        plan = ddpm_fast.repaint_plan(loaded.objective, steps, *jumps, clip=loaded.clip)
-        arguments = drawing(options) | {"class_labels": _labels("inpaint", loaded, options, len(images))}
-        _make_ready("inpaint", images, options["out"], 3)
-        result = ddpm_fast.inpaint(loaded.sampler(plan, dtype=dtype_of(options)), images, painted, **arguments).cpu().float()
-        kept = torch.where(painted > 0, torch.zeros_like(images), images)
-        rows = torch.stack([images, kept, result], dim=1)
-        _write(rows, options)
+    if (mask is None) == (box is None):
+        given = "neither" if mask is None else "both"
+        raise InvalidValue("inpaint", "", "either --mask or --box to be given", given)
+    loaded, images = _opened("inpaint", sources, options, inputs=() if mask is None else (mask,))
+    painted = _box(box or "", images) if mask is None else _mask(mask, images)
+    jumps = jump_length or max(1, steps // 10), jump_samples if steps > 1 else 1
+    plan = ddpm_fast.repaint_plan(loaded.objective, steps, *jumps, clip=loaded.clip)
+    arguments = drawing(options) | {"class_labels": _labels("inpaint", loaded, options, len(images))}
+    _make_ready("inpaint", images, options["out"], 3)
+    result = ddpm_fast.inpaint(loaded.sampler(plan, dtype=dtype_of(options)), images, painted, **arguments).cpu().float()
+    kept = torch.where(painted > 0, torch.zeros_like(images), images)
+    rows = torch.stack([images, kept, result], dim=1)
+    _write(rows, options)
     _say(rows, options)
 
 

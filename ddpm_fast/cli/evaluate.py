@@ -12,7 +12,8 @@ import click
 import ddpm_fast
 
 from ..errors import InvalidValue, expect
-from .options import RANGE, VARIANCES, PathOption, load_model, model_options, refusing
+from .console import Command
+from .options import RANGE, VARIANCES, PathOption, load_model, model_options
 from .outputs import check_output, close, try_writing, write
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _SSIM = 6  # pixels a side that its window needs
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=Command)
 @click.option(
     "--num", type=click.IntRange(1), default=256, show_default=True, help="Evaluate this many images, from the first."
 )
@@ -83,41 +84,38 @@ def evaluate_command(
     from ..training.data.condition import evaluated_images
 
     failures: list[str] = []
-    with refusing():
-        if json is not None:
-            check_output("evaluate", "json", json)
-            if json.exists() and json.stat().st_size and "per_image" not in json.read_text(errors="replace"):
-                raise InvalidValue("evaluate", "json", "to be new or of an earlier evaluation", repr(str(json)))
-        dtype = options["dtype"] = options["dtype"] or "float32"
-        loaded = load_model("evaluate", options)
-        config, kind, interface = loaded.model.config, loaded.model.config.get("condition"), loaded.interface
-        given = kind not in (None, "images")
-        expect(
-            condition is None or not given, "evaluate", "condition", f"to be left out, as the model restores {kind}", condition
-        )
-        restored, ranges = kind if given else condition, (data_range, condition_range)
-        dataset = evaluated_images(data, data_dir, restored, config, interface.channels or 0, num, *ranges)
-        expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
-        classes, count = read_batch(dataset, range(num)).labels, interface.num_classes
-        unused = variance is not None and interface.condition_channels
-        expect(not unused, "evaluate", "variance", "to be left out, as the model restores images", variance)
-        labelled = bool(labels and count)
-        fits, got = not labelled or int(classes.max()) < (count or 0), f"{int(classes.max())}; --no-labels evaluates without"
-        expect(fits, "evaluate", "labels", f"to be in 0..{(count or 0) - 1}, as the model has", got)
-        if json is not None:
-            try_writing("evaluate", "json", json)
-        arguments: dict[str, Any] = {
-            "class_labels": classes if labelled else None,
-            "seed": options["seed"],
-            "batch_size": options["batch_size"],
-            "progress": not options["quiet"],
-        }
-        began = time.perf_counter()
-        if interface.condition_channels:
-            head, lines, result = _restored(loaded, dataset, num, samples, arguments, failures)
-        else:
-            head, lines, result = _bounded(loaded, dataset, num, variance or loaded.objective.variance, arguments, failures)
-        seconds = time.perf_counter() - began
+    if json is not None:
+        check_output("evaluate", "json", json)
+        if json.exists() and json.stat().st_size and "per_image" not in json.read_text(errors="replace"):
+            raise InvalidValue("evaluate", "json", "to be new or of an earlier evaluation", repr(str(json)))
+    dtype = options["dtype"] = options["dtype"] or "float32"
+    loaded = load_model("evaluate", options)
+    config, kind, interface = loaded.model.config, loaded.model.config.get("condition"), loaded.interface
+    given = kind not in (None, "images")
+    expect(condition is None or not given, "evaluate", "condition", f"to be left out, as the model restores {kind}", condition)
+    restored, ranges = kind if given else condition, (data_range, condition_range)
+    dataset = evaluated_images(data, data_dir, restored, config, interface.channels or 0, num, *ranges)
+    expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
+    classes, count = read_batch(dataset, range(num)).labels, interface.num_classes
+    unused = variance is not None and interface.condition_channels
+    expect(not unused, "evaluate", "variance", "to be left out, as the model restores images", variance)
+    labelled = bool(labels and count)
+    fits, got = not labelled or int(classes.max()) < (count or 0), f"{int(classes.max())}; --no-labels evaluates without"
+    expect(fits, "evaluate", "labels", f"to be in 0..{(count or 0) - 1}, as the model has", got)
+    if json is not None:
+        try_writing("evaluate", "json", json)
+    arguments: dict[str, Any] = {
+        "class_labels": classes if labelled else None,
+        "seed": options["seed"],
+        "batch_size": options["batch_size"],
+        "progress": not options["quiet"],
+    }
+    began = time.perf_counter()
+    if interface.condition_channels:
+        head, lines, result = _restored(loaded, dataset, num, samples, arguments, failures)
+    else:
+        head, lines, result = _bounded(loaded, dataset, num, variance or loaded.objective.variance, arguments, failures)
+    seconds = time.perf_counter() - began
     if not options["quiet"]:
         counted = "1 test image" if num == 1 else f"{num} test images"
         click.echo(f"{counted} of {data}, {head}, {seconds:.1f} s")
@@ -126,8 +124,7 @@ def evaluate_command(
     if json is not None:
         settings = {"data": data, "num": num, "labels": labelled, "seed": options["seed"], "dtype": dtype}
         values = {**settings, **result, "seconds": seconds}
-        with refusing():
-            write(json, lambda path: write_json(path, values))
+        write(json, lambda path: write_json(path, values))
     close("; ".join(failures))
 
 

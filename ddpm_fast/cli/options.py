@@ -1,30 +1,28 @@
-"""Options that commands share, and errors that name them."""
+"""Options that commands share."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import click
 
-from ..errors import ArgumentError, expect
+from ..errors import expect
 from ..options import Declared, Ranges, options_of
 from ..predictions import Variance
 from ..resources import no_folder
 from ..samplers import PlanOptions
 from ..sampling.options import DrawOptions
-from .console import Refused
 
 if TYPE_CHECKING:
     import torch
 
     from ..pretrained import Pretrained
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 SAMPLING_DTYPE_HELP = "Run the network in this dtype.  [default: float32 on a CPU; bfloat16 or float16 on a GPU]"
 VARIANCES = get_args(Variance)
@@ -36,46 +34,6 @@ RANGE: dict[str, Any] = {
     "metavar": "LOW HIGH",
     "callback": lambda ctx, option, value: value or None,
 }
-# Options by the names that the package's functions have for them.
-_ALIASES = {
-    "num_samples": "num",
-    "num_steps": "steps",
-    "jump_num_sample": "jump_samples",
-    "class_labels": "classes",
-    "guidance_scale": "guidance",
-    "name": "data",
-}
-# Options whose smaller values need less memory.
-_SIZES = ("num", "batch_size", "micro_batch_size", "image_size", "channels", "data_memory")
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Turn errors into refusals that name the command's options, and write log lines above progress bars."""
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    command = click.get_current_context().command
-    names = {
-        each.name: each.opts[0] if isinstance(each, click.Option) else each.name.upper() for each in command.params if each.name
-    }
-    names = {alias: names[name] for alias, name in _ALIASES.items() if name in names} | names
-    try:
-        with logging_redirect_tqdm():
-            yield
-    except ArgumentError as error:
-        name = error.name if error.file else names.get(error.name, error.name)  # a file has its own names
-        raise Refused(str(error.renamed(caller=command.name or "", name=name))) from error
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise Refused(str(error)) from error
-    except (MemoryError, RuntimeError) as error:
-        import torch  # the command has loaded it
-
-        _, host, reason = str(error).rpartition("DefaultCPUAllocator: ")  # a RuntimeError without a type of its own
-        if not host and not isinstance(error, MemoryError | torch.OutOfMemoryError):
-            raise
-        smaller = " or ".join(names[name] for name in _SIZES if name in names)
-        hint = f"; a smaller {smaller} needs less" if smaller else ""
-        raise Refused(f"out of memory{hint}: {reason.partition(chr(10))[0] or 'no reason given'}") from error
 
 
 def size(ctx: click.Context, option: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
@@ -155,10 +113,10 @@ def flag(declared: Declared, *names: str, **settings: Any) -> DeclaredOption:
     return result
 
 
-def adding(options: list[click.Option]) -> Callable[[Command], Command]:
+def adding(options: list[click.Option]) -> Callable[[Function], Function]:
     """Return a decorator that adds options to a command, after those that stand below it."""
 
-    def add(command: Command) -> Command:
+    def add(command: Function) -> Function:
         known: list[click.Parameter] = command.__dict__.setdefault("__click_params__", [])
         known.extend(reversed(options))
         return command
@@ -169,7 +127,7 @@ def adding(options: list[click.Option]) -> Callable[[Command], Command]:
 _DRAWING = {each.name: each for each in options_of(DrawOptions)}
 
 
-def plan_options(**defaults: Any) -> Callable[[Command], Command]:
+def plan_options(**defaults: Any) -> Callable[[Function], Function]:
     """Return a decorator that adds the options that choose a plan. The default is the plan in the model's folder."""
     options: list[click.Option] = [flag(each) for each in options_of(PlanOptions)]
     for each in options:
@@ -179,13 +137,13 @@ def plan_options(**defaults: Any) -> Callable[[Command], Command]:
     return adding(options)
 
 
-def class_options(default: str) -> Callable[[Command], Command]:
+def class_options(default: str) -> Callable[[Function], Function]:
     """Return a decorator that adds the options that choose the classes and the guidance. Help names the default."""
     classes = f"Draw these classes in turn: names or numbers with commas, or none for no label.  [default: {default}]"
     return adding([click.Option(["--classes"], help=classes), flag(_DRAWING["guidance_scale"], "--guidance")])
 
 
-def model_options(dtype_help: str) -> Callable[[Command], Command]:
+def model_options(dtype_help: str) -> Callable[[Function], Function]:
     """Return a decorator that adds the options that say which model runs, and how."""
     return adding(
         [

@@ -13,7 +13,7 @@ import click
 import ddpm_fast
 
 from ..errors import InvalidValue, expect
-from .console import Refused, Stopped
+from .console import Command, Refused, Stopped
 from .options import (
     RANGE,
     SAMPLING_DTYPE_HELP,
@@ -27,7 +27,6 @@ from .options import (
     model_options,
     numbers,
     plan_options,
-    refusing,
 )
 from .outputs import check_output, check_pictures, close, grey_for_bad, try_writing, write
 
@@ -42,7 +41,7 @@ _FRAMES = 51  # at most, in an animation
 _COLUMNS = 8  # at most, of a grid with conditions
 
 
-@click.command("sample")
+@click.command("sample", cls=Command)
 # torchrun takes --num for an abbreviation of its own options.
 @click.option(
     "--num",
@@ -91,25 +90,24 @@ def sample_command(num: int | None, out: str, gif: Path | None, show_channels: l
     from ..distributed import ranks
 
     failure = ""
-    with refusing():
-        rank, size, _ = ranks("sample", os.environ)
-        writes_each = _check_places(out, gif, size)
-        loaded = load_model("sample", options)
-        plan, name = loaded.build_plan(**chosen_plan(options))
-        restored = _conditions(loaded, options["condition"], options["seed"], num, options["condition_range"])
-        num = num or (16 if restored is None else len(restored))
-        shown = _shown(loaded, show_channels)
-        arguments = drawing(options) | {
-            "class_labels": labels_of_option("sample", loaded, options["classes"], num),
-            "condition": _repeated(restored, num),
-        }
-        sampler = loaded.sampler(plan, dtype=dtype_of(options))
-        if writes_each:
-            # A device that is named may be that of several processes.
-            arguments["share_gpu"] = options["device"] is not None
-            seconds = _write_each(sampler, num, out, arguments, rank)
-        else:
-            seconds, failure = _write_grid(sampler, num, Path(out), gif, shown, arguments)
+    rank, size, _ = ranks("sample", os.environ)
+    writes_each = _check_places(out, gif, size)
+    loaded = load_model("sample", options)
+    plan, name = loaded.build_plan(**chosen_plan(options))
+    restored = _conditions(loaded, options["condition"], options["seed"], num, options["condition_range"])
+    num = num or (16 if restored is None else len(restored))
+    shown = _shown(loaded, show_channels)
+    arguments = drawing(options) | {
+        "class_labels": labels_of_option("sample", loaded, options["classes"], num),
+        "condition": _repeated(restored, num),
+    }
+    sampler = loaded.sampler(plan, dtype=dtype_of(options))
+    if writes_each:
+        # A device that is named may be that of several processes.
+        arguments["share_gpu"] = options["device"] is not None
+        seconds = _write_each(sampler, num, out, arguments, rank)
+    else:
+        seconds, failure = _write_grid(sampler, num, Path(out), gif, shown, arguments)
     if not options["quiet"] and rank == 0:
         labels = "" if not loaded.interface.num_classes else f" of {_described(loaded, arguments, num)}"
         trained = "" if loaded.step is None else f", from step {loaded.step} of {options['model']}"

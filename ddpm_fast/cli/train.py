@@ -14,12 +14,11 @@ from click.core import ParameterSource
 
 import ddpm_fast
 
-from ..errors import renaming
 from ..files.writing import remove_leftovers
 from ..options import options_of
 from ..training.options import CHANGEABLE, STRUCTS, DataOptions, ModelOptions, TrainOptions
-from .console import Stopped
-from .options import PathOption, flag, refusing
+from .console import Command, Stopped
+from .options import PathOption, flag
 
 _EXAMPLE = """\b
 Example:
@@ -58,7 +57,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 """Values of options that `--network` sets, and what the command says of them."""
 
 
-class _Grouped(click.Command):
+class _Grouped(Command):
     """A command whose help shows its options under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -94,35 +93,30 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
     Stop with Ctrl-C, which saves a checkpoint. Continue exactly with --resume.
     """
     from ..checks import computing_device
-    from ..distributed import FirstFailed, ProcessLost, ranks
+    from ..distributed import ranks
     from ..training.run import RunFolder
     from ..training.trainer import train_in
 
     folder, stored = RunFolder(run_dir), None
     try:
-        with refusing(), renaming("train"):
-            is_first = ranks("train", os.environ)[0] == 0
-            if options["resume"] or (options["auto_resume"] and folder.record.is_file()):
-                stored = folder.read_config()
-                values = dict(stored["options"])
-                if network is not None:  # it must be the run's
-                    fixed = {name for _, settings in NETWORKS.values() for name in settings} - CHANGEABLE
-                    defaults = {each.name: each.default for struct in STRUCTS for each in options_of(struct)}
-                    values |= {name: (defaults | _settings(network, options))[name] for name in fixed}
-            else:
-                small = options["init"] is None and computing_device("train", options["device"]).type == "cpu"
-                network = network or ("small" if small else "base")
-                values = _settings(network, options)
-                if is_first:
-                    logging.getLogger("ddpm_fast").info("--network %s: %s", network, NETWORKS[network][0])
-            default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)  # options that are given now stay
-            options |= {name: values[name] for name in values if ctx.get_parameter_source(name) in default}
-            data, model = DataOptions.from_values(options), ModelOptions.from_values(options)
-            result = train_in(folder, TrainOptions.from_values(options), data, model, stored)
-    except FirstFailed:
-        ctx.exit(1)
-    except (FloatingPointError, ProcessLost) as error:
-        raise click.ClickException(str(error)) from error
+        is_first = ranks("train", os.environ)[0] == 0
+        if options["resume"] or (options["auto_resume"] and folder.record.is_file()):
+            stored = folder.read_config()
+            values = dict(stored["options"])
+            if network is not None:  # it must be the run's
+                fixed = {name for _, settings in NETWORKS.values() for name in settings} - CHANGEABLE
+                defaults = {each.name: each.default for struct in STRUCTS for each in options_of(struct)}
+                values |= {name: (defaults | _settings(network, options))[name] for name in fixed}
+        else:
+            small = options["init"] is None and computing_device("train", options["device"]).type == "cpu"
+            network = network or ("small" if small else "base")
+            values = _settings(network, options)
+            if is_first:
+                logging.getLogger("ddpm_fast").info("--network %s: %s", network, NETWORKS[network][0])
+        default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)  # options that are given now stay
+        options |= {name: values[name] for name in values if ctx.get_parameter_source(name) in default}
+        data, model = DataOptions.from_values(options), ModelOptions.from_values(options)
+        result = train_in(folder, TrainOptions.from_values(options), data, model, stored)
     except KeyboardInterrupt:  # before the first step, or for the second time
         checkpoint = folder.checkpoints.newest()
         raise Stopped(f"Stopped by Ctrl-C. The last checkpoint of {run_dir}: {checkpoint or 'none'}.") from None
@@ -136,7 +130,7 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
 train_command.params += [flag(declared) for struct in STRUCTS for declared in options_of(struct)]
 
 
-@click.command("export")
+@click.command("export", cls=Command)
 @click.argument("run_dir", type=PathOption(exists=True, file_okay=False, path_type=Path))
 @click.argument("out_dir", type=PathOption(file_okay=False, path_type=Path))
 @click.option(
@@ -153,8 +147,7 @@ def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
     for folder in (out_dir, out_dir / "unet"):
         remove_leftovers(folder)
     try:
-        with refusing():
-            folder = ddpm_fast.export_checkpoint(run_dir, out_dir, getattr(torch, dtype))
+        folder = ddpm_fast.export_checkpoint(run_dir, out_dir, getattr(torch, dtype))
     except KeyboardInterrupt:
         raise Stopped(f"Stopped by Ctrl-C. {out_dir} may be incomplete.") from None
     click.get_current_context().obj.append(folder)

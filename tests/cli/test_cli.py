@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import safetensors.torch
@@ -23,7 +24,10 @@ from PIL import Image
 
 import ddpm_fast
 from ddpm_fast.cli import main
+from ddpm_fast.cli.console import Command
 from ddpm_fast.cli.train import NETWORKS, train_command
+from ddpm_fast.distributed.processes import FirstFailed, ProcessLost
+from ddpm_fast.errors import InvalidValue
 from ddpm_fast.files import images
 from ddpm_fast.files.writing import PREFIX
 from ddpm_fast.nn import UNet
@@ -715,6 +719,36 @@ def test_names_that_are_no_text_are_shown(small: Path, tmp_path: Path) -> None:
     result = subprocess.run([*command, name + "x"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("Error: sample: expected --out to end in")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (InvalidValue("sample", "num_samples", "to be 1", 2), 2, "Error: fails: expected --num to be 1, got 2\n"),
+        (OSError(13, "Permission denied", "a.png"), 2, "Error: [Errno 13] Permission denied: 'a.png'\n"),
+        (ProcessLost("rank 1 has ended"), 1, "Error: rank 1 has ended\n"),
+        (FirstFailed("rank 0 says why"), 1, ""),
+        (FloatingPointError("no longer finite"), 1, "Error: no longer finite\n"),
+        (MemoryError("no room"), 2, "Error: out of memory; a smaller --num needs less: no room\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_person_can_mend_is_one_line(error: Exception, status: int, text: str) -> None:
+    @click.command(cls=Command)
+    @click.option("--num")
+    def fails(num: str | None) -> None:
+        raise error
+
+    result = CliRunner().invoke(fails)
+    assert (result.exit_code, result.stderr[-len(text) :] if text else result.stderr) == (status, text)
+
+
+def test_a_bug_is_a_traceback() -> None:
+    @click.command(cls=Command)
+    def fails() -> None:
+        raise RuntimeError("a bug")
+
+    assert isinstance(CliRunner().invoke(fails).exception, RuntimeError)
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no /dev/full")
