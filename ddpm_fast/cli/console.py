@@ -74,10 +74,10 @@ class _Stream:
         return getattr(self._stream, name)
 
 
-def _output_fails(written: list[Path], error: Exception) -> None:
+def _output_fails(written: list[Path], null: TextIO, error: Exception) -> None:
     """End the command because standard output cannot be written. A reader that has left, such as `head`, is no error."""
     with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would write the rest when it ends
+        os.dup2(null.fileno(), 1)  # or Python would write the rest when it ends
     if isinstance(error, BrokenPipeError):
         raise click.exceptions.Exit(1) from error
     raise click.ClickException(f"standard output: {error}. {files_written(written)}") from error
@@ -139,7 +139,9 @@ class Commands(click.Group):
             stack.enter_context(redirect_stderr(cast("TextIO", _Stream(sys.stderr or null, lambda error: None))))
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-            stack.enter_context(redirect_stdout(cast("TextIO", _Stream(sys.stdout or null, partial(_output_fails, written)))))
+            stack.enter_context(
+                redirect_stdout(cast("TextIO", _Stream(sys.stdout or null, partial(_output_fails, written, null))))
+            )
             return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:

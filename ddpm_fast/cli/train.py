@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,7 +125,8 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
         ctx.exit(128 + signal.Signals[result.stopped_by])  # as a shell reports a process that the signal ended
     if result.stopped_by is None and is_first:
         more = " --condition path/to/images" if options["condition"] else ""
-        click.echo(f"{run_dir}: {result.step} steps done. Sample from it with: ddpm-fast sample --model {run_dir}{more}")
+        quoted = shlex.quote(str(run_dir))
+        click.echo(f"{run_dir}: {result.step} steps done. Sample from it with: ddpm-fast sample --model {quoted}{more}")
 
 
 train_command.params += [flag(declared) for struct in STRUCTS for declared in options_of(struct)]
@@ -152,4 +154,5 @@ def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
         raise Stopped(f"Stopped by Ctrl-C. {out_dir} may be incomplete.") from None
     click.get_current_context().obj.append(folder)
     size = sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors"))
-    click.echo(f"{folder}: {size / 1e6:.1f} MB of {dtype} weights. Sample from it with: ddpm-fast sample --model {folder}")
+    quoted = shlex.quote(str(folder))
+    click.echo(f"{folder}: {size / 1e6:.1f} MB of {dtype} weights. Sample from it with: ddpm-fast sample --model {quoted}")

@@ -188,7 +188,7 @@ class Saving:
             # A GPU may still wait for the lost process, or have used half of a sum.
             if not is_lost or self._task.device.type == "cpu":
                 self._try_to_save()
-            path, step, hint = self._task.folder.path, self._state.step, f"{self._last_good()}, from which --resume continues"
+            path, step, hint = self._task.folder.path, self._state.step, self._last_good()
             if isinstance(error, OSError):
                 raise OSError(f"train: expected to write to {path} at step {step}, got: {error}; {hint}") from error
             if isinstance(error, ArgumentError):  # an image is damaged that was not decoded before
@@ -211,7 +211,9 @@ class Saving:
         folder.checkpoints.remove_leftovers()
 
     def _last_good(self) -> str:
-        return f"the last good checkpoint is {self._task.folder.checkpoints.newest() or 'none'}"
+        newest = self._task.folder.checkpoints.newest()
+        found = f"the last good checkpoint is {newest}, from which --resume continues"
+        return found if newest else "there is no checkpoint yet"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

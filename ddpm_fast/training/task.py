@@ -111,9 +111,9 @@ class Task(Run):
         }
 
 
-def _described(config: Mapping[str, Any], *, with_images: bool) -> dict[str, Any]:
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a resumed run must have in common with the run that it continues, by name."""
-    names = ("shape", "classes", "condition", "condition_range", "data_range", *(["images"] if with_images else []))
+    names = ("shape", "classes", "condition", "condition_range", "data_range")
     dataset = {name: config["dataset"].get(name) for name in names}
     layers = {"model": config.get("network")}
     if config.get("unet") is not None:
@@ -132,17 +132,16 @@ def check_same(task: Task, stored: Mapping[str, Any], config: dict[str, Any], *,
         config: Its content as the run would be started now.
         warn: Warn if gradients are summed in another order than before.
     """
-    folder, with_images = task.folder, task.options.data_check != "off"
-    old, new = (_described(each, with_images=with_images) for each in (stored, config))
+    folder, old, new = task.folder, _described(stored), _described(config)
     folder.check_same({**dict.fromkeys(old), **new}, old)
-    if with_images:
+    if task.options.data_check != "off":
         before, now = stored["dataset"]["fingerprint"], config["dataset"]["fingerprint"]
         expect(
             all(before.get(kind, digest) == digest for kind, digest in now.items()),
             "train",
             "",
             f"the images that the run in {folder.path} was started with",
-            'others of the same number and size; pass data_check="off" (--data-check off) to go on with them',
+            f'{len(task.dataset)} others; pass data_check="off" (--data-check off) to go on with them',
         )
         config["dataset"]["fingerprint"] = before | now
     size = "micro_batch_size"

@@ -169,8 +169,8 @@ def test_what_cannot_be_paired_is_named(tmp_path: Path) -> None:
     pictures(dim, 20)
     with pytest.raises(ValueError, match=r"none named 10, 11, 12, 13, 14 and 9 more in .*sharp"):
         load_dataset(str(sharp), condition=dim)
-    wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder or archive of images"
-    with refused(InvalidValue("load_dataset", "condition", wanted, "'blur'")):
+    wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder, an archive or a file of arrays"
+    with refused(InvalidValue("load_dataset", "condition", wanted, "'blur', which does not exist")):
         load_dataset(str(sharp), condition="blur")
     with refused(InvalidValue("load_dataset", "condition", "to divide the images' sides, 12x8", "low-resolution:3")):
         load_dataset(str(sharp), condition="low-resolution:3")

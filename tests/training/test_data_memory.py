@@ -94,6 +94,12 @@ def test_batches_are_those_of_images_in_memory(folder: Path, image_size: int | N
         dataset[30]
 
 
+def test_more_workers_than_processors_are_no_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)  # and warnings are errors
+    dataset = load_dataset(str(folder), memory=0)
+    assert len(list(batches(dataset, drawn(dataset), 2))) == len(drawn(dataset))
+
+
 @pytest.mark.parametrize("kind", [*SOURCES, "table"])
 def test_workers_read_the_right_items(kind: str, tmp_path: Path) -> None:
     """The workers are forked when this process has already read from the same file."""

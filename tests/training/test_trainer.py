@@ -430,6 +430,13 @@ def test_a_process_that_is_lost_costs_no_step_on_a_cpu(tmp_path: Path, monkeypat
     assert_third_step_may_fail(ProcessLost("no answer"), ProcessLost, wanted, tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize(("low", "warns"), [(0.0, True), (-1.0, False)])
+def test_floats_without_negative_values_are_a_warning(low: float, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """They are those of torchvision's ToTensor."""
+    Checked([torch.linspace(low, 1, 64).view(1, 8, 8)], 1, None)
+    assert ("dataset[0] has no value below 0" in caplog.text) == warns
+
+
 def test_half_a_step_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory may run out between the new weights and their average."""
     average, calls = torch._foreach_lerp_, []
@@ -441,9 +448,7 @@ def test_half_a_step_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return average(*arguments)
 
     monkeypatch.setattr(torch, "_foreach_lerp_", fail)
-    with pytest.raises(
-        MemoryError, match=r"^train: expected memory for step 3, got: no room; the last good checkpoint is none,"
-    ):
+    with pytest.raises(MemoryError, match=r"^train: expected memory for step 3, got: no room; there is no checkpoint yet$"):
         trainer(tmp_path, steps=4).run()
 
 

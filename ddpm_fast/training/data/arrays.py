@@ -70,14 +70,16 @@ def loaded_arrays(path: str, *, mapped: bool = False) -> dict[str, NDArray[Any]]
             content = np.load(path, "r") if mapped else np.load(file)
             return {"arr_0": content} if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
     except Exception as error:  # damaged files raise errors of many types, such as a MemoryError for a huge shape
-        raise InvalidValue("load_dataset", path, "to be a whole .npy or .npz of numbers", error) from error
+        pickled = "pickle" in str(error)  # numpy takes any damaged file for one, and says how to read it unsafely
+        got = "something else" if pickled else error
+        raise InvalidValue("load_dataset", path, "to be a whole .npy or .npz of numbers", got) from error
 
 
 def only_images(place: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     """Return arr_0, or the only array next to arr_1, which has labels."""
     names = [name for name in arrays if name != "arr_1"]
     one = "arr_0" in arrays or len(names) == 1
-    expect(one, "load_dataset", place, "to hold one array, or arr_0", ", ".join(arrays) or "none")
+    expect(one, "load_dataset", place, "to hold one array, or arr_0 with labels in arr_1", ", ".join(arrays) or "none")
     return arrays.get("arr_0", arrays[names[0]])
 
 

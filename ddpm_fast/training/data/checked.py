@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,6 +14,8 @@ from torch.utils.data import IterableDataset, Subset
 
 from ...errors import InvalidType, InvalidValue, expect
 from .items import DatasetInfo, Item, ItemDataset
+
+_log = logging.getLogger("ddpm_fast")
 
 _SAMPLED: Final = 64  # items in a fingerprint's sample
 _OUTSIDE: Final = 1e-3  # the range's ends are rounded
@@ -44,6 +47,9 @@ class Checked(ItemDataset):
         self._source, self._labelled, self._classes = source, classes is not None, classes or ("",)
         first = self._item(0, channels, reads)
         self._kinds = _kinds(first)
+        if first.image.is_floating_point() and first.image.min() >= 0:
+            text = "dataset[0] has no value below 0, and floats are taken to be in [-1, 1]: map [0, 1] by 2 * x - 1"
+            _log.warning(text)
         info = DatasetInfo(
             type(source).__name__, tuple(first.image.shape), first.image.dtype, self._classes, knows_ranges=False
         )

@@ -89,8 +89,8 @@ def load_dataset(
         condition = os.fspath(condition)
         degradation = Degradation.named(condition)
         if degradation is None:
-            wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder or archive of images"
-            expect(os.path.exists(condition), "load_dataset", "condition", wanted, repr(condition))
+            wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder, an archive or a file of arrays"
+            expect(os.path.exists(condition), "load_dataset", "condition", wanted, f"{condition!r}, which does not exist")
             paired = partners(source, read_source(condition, split))
     unused = paired is None and paired_range not in (None, "measured")
     expect(not unused, "load_dataset", "condition_range", "to go with a condition that is read from files", condition_range)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Generator, Iterable
 from typing import Any, Final
 
@@ -36,17 +37,19 @@ def batches(
     """
     if num_workers is None:
         num_workers = 0 if dataset.in_memory else DECODING_WORKERS
-    loader: DataLoader[Any] = DataLoader(
-        _Batches(dataset),
-        batch_size=None,
-        sampler=(each.tolist() for each in indices),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_parent,
-        generator=torch.Generator(),  # else the loader draws from torch's generator
-    )
     others, lost = multiprocessing.active_children(), None
-    read = iter(loader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # than processors: they may wait for disks
+        loader: DataLoader[Any] = DataLoader(
+            _Batches(dataset),
+            batch_size=None,
+            sampler=(each.tolist() for each in indices),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_leave_signals_to_parent,
+            generator=torch.Generator(),  # else the loader draws from torch's generator
+        )
+        read = iter(loader)
     workers = [each for each in multiprocessing.active_children() if each not in others]
     # PyTorch's handler would raise in the middle of a training step. `next` notices a lost worker within seconds.
     handler = _watch_children(signal.SIG_DFL) if workers else None

@@ -54,8 +54,8 @@ def pictures(
     check_choice("load_dataset", "channels", channels, (None, *_NAMES))
     headers: list[tuple[int, int, bool]] = []
     broken = attempted(source, lambda index: headers.append(_read_header(source[index])))  # type: ignore[arg-type]
-    if sides is None:
-        check_whole(source, broken)
+    if sides is None and broken:
+        check_whole(source, _damaged(source))  # also those whose pixels alone are damaged
     found = channels or (1 if all(is_grey for *_, is_grey in headers) else 3)
     preparation = "as they are" if sides is None else "cropped and resized"
     preparation += f", in {_NAMES[found]}" + (" as all files are" if found == 1 and channels is None else "")
@@ -87,6 +87,11 @@ def attempted(source: Source, read: Callable[[int], object]) -> dict[int, str]:
     return {index: reason for index, reason in enumerate(reasons) if reason is not None}
 
 
+def _damaged(source: Source) -> dict[int, str]:
+    """Return by number why pictures cannot be decoded."""
+    return attempted(source, lambda index: _opened(source[index], 3))  # type: ignore[arg-type]
+
+
 def check_whole(source: Source, broken: Mapping[int, str], *, skip_broken: bool = False) -> None:
     """Raise a ValueError if there are broken pictures and they must not be left out, or if there are no others.
 
@@ -102,7 +107,7 @@ def check_whole(source: Source, broken: Mapping[int, str], *, skip_broken: bool 
 
 def without_broken(source: Source) -> tuple[Source, list[int]]:
     """Return the pictures that can be decoded, and their numbers. Classes that are sub-folders of others alone are left out."""
-    broken = attempted(source, lambda index: _opened(source[index], 3))  # type: ignore[arg-type]
+    broken = _damaged(source)
     check_whole(source, broken, skip_broken=True)
     whole = [index for index in range(len(source)) if index not in broken]
     lost = set(source.labels.tolist()) - set(source.labels[whole].tolist()) if source.by_folder else set()
