@@ -76,7 +76,9 @@ def check_choice(caller: str, name: str, value: Any, choices: Collection[Any]) -
     kinds = tuple({type(choice) for choice in choices})
     if not isinstance(value, kinds) or value not in choices or (type(value) is bool and bool not in kinds):
         kind = InvalidValue if isinstance(value, kinds) else InvalidType
-        raise kind(caller, name, f"to be one of {', '.join(map(str, choices))}", repr(value))
+        named = ", ".join(str(choice) for choice in choices if choice is not None)
+        wanted = " or ".join([*([f"one of {named}"] if named else []), *(["None"] if None in choices else [])])
+        raise kind(caller, name, f"to be {wanted}", repr(value))
 
 
 def check_ints(caller: str, name: str, value: Any, low: int, form: str) -> None:

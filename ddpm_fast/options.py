@@ -12,10 +12,10 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from inspect import Parameter, Signature
 from types import UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from .errors import InvalidType, expect
 
@@ -40,6 +40,7 @@ class Option:
         more: What concerns Python alone, for docstrings.
         default: The default of a key of a `TypedDict`. Fields of structs have their own.
         choices: Its values, if a table lists them. A Literal type lists them itself.
+        finite: Both infinities are excluded.
     """
 
     group: str
@@ -54,6 +55,22 @@ class Option:
     more: str = ""
     default: Any = None
     choices: tuple[str, ...] = ()
+    finite: bool = True
+
+
+def within(
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    finite: bool = False,
+) -> Option:
+    """Return the range of an argument, which its type declares.
+
+    `checked` reads it from a signature such as `eta: Annotated[float, within(low=0)] = 0.0`.
+    """
+    return Option("", "", low, high, above, below, finite=finite)
 
 
 class Declared(NamedTuple):
@@ -169,6 +186,41 @@ def taking(struct: type) -> Callable[[Function], Function]:
     return decorate
 
 
+def checked(owner: str = "") -> Callable[[Function], Function]:
+    """Return a decorator that checks the arguments of a function which are bool, Literal or declared with their range.
+
+    Args:
+        owner: What stands before the function's name in errors, such as "NoiseSchedule.".
+    """
+
+    def decorate(function: Function) -> Function:
+        signature, declared = inspect.signature(function), []
+        for name, hint in get_type_hints(function, include_extras=True).items():
+            kind, option = get_args(hint) if get_origin(hint) is Annotated else (hint, within())
+            members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+            plain = all(each in (bool, type(None)) or get_origin(each) is Literal for each in members)
+            if name in signature.parameters and (plain or kind is not hint):
+                declared.append(Declared(name, kind, None, option))
+        kinds = {each.name: each.kind for each in declared}
+        parameters = {
+            name: each.replace(annotation=kinds.get(name, each.annotation)) for name, each in signature.parameters.items()
+        }
+        caller = f"{owner}{function.__name__}"
+
+        @wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(parameters, args, strict=False)) | kwargs
+            for each in declared:
+                if each.name in given:
+                    checked_option(caller, each, given[each.name])
+            return function(*args, **kwargs)
+
+        wrapped.__signature__ = signature.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]
+        return cast("Function", wrapped)
+
+    return decorate
+
+
 def checked_options(caller: str, struct: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options of a call: those that are given, checked as far as they are plain, and the defaults of the others.
 
@@ -234,7 +286,7 @@ def checked_option(caller: str, declared: Declared, value: Any) -> Any:
         check_int(caller, name, value, option.low, option.high, optional=optional)  # type: ignore[arg-type]
     elif float in kinds:
         bounds = {"low": option.low, "high": option.high, "above": option.above, "below": option.below}
-        check_number(caller, name, value, **bounds, finite=True, optional=optional)
+        check_number(caller, name, value, **bounds, finite=option.finite, optional=optional)
     elif os.PathLike[str] in kinds:
         check_path(caller, name, value)
         return os.fsdecode(value)

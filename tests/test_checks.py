@@ -92,9 +92,9 @@ def test_other_numbers_do_not(value: object, bounds: dict[str, Any], error: Argu
 def test_choices_and_types() -> None:
     check_choice("f", "x", "a", ("a", None))
     check_type("f", "x", "a", str)
-    with refused(InvalidValue("f", "x", "to be one of a, None", "'b'")):
+    with refused(InvalidValue("f", "x", "to be one of a or None", "'b'")):
         check_choice("f", "x", "b", ("a", None))
-    with refused(InvalidType("f", "x", "to be one of a, None", "1")):
+    with refused(InvalidType("f", "x", "to be one of a or None", "1")):
         check_choice("f", "x", 1, ("a", None))
     with refused(InvalidType("f", "x", "to be one of 0, 1", "tensor([1., 1.])")):
         check_choice("f", "x", torch.ones(2), (0, 1))  # which has no truth value

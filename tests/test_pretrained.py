@@ -361,7 +361,7 @@ def test_a_configuration_says_which_variance_a_network_predicts(tmp_path: Path) 
         assert UNet.from_pretrained(tmp_path / variance).config["variance"] == variance
         assert (Interface.of(model).shape, Interface.of(model).predicts_variance) == ((1, 4, 4), True)
     with pytest.raises(
-        ValueError, match=r"UNet: expected variance to be one of None, learned, learned_range, got 'fixed_small'"
+        ValueError, match=r"UNet: expected variance to be one of learned, learned_range or None, got 'fixed_small'"
     ):
         UNet(**config, variance="fixed_small")
 

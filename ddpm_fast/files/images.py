@@ -7,14 +7,15 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_float, check_int, check_ints, check_number, check_path
+from ..checks import check_float, check_ints
 from ..errors import InvalidType, InvalidValue, expect
+from ..options import PathLike, checked, within
 from .writing import replacing
 
 ANIMATED: Final = ("GIF", "WEBP")
@@ -48,13 +49,17 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.detach().float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
+_Count = Annotated[int | None, within(low=1)]
+
+
+@checked()
 def image_grid(
     images: Tensor,
     *,
-    columns: int | None = None,
-    padding: int | None = None,
-    scale: int = 1,
-    background: int = 255,
+    columns: _Count = None,
+    padding: Annotated[int | None, within(low=0)] = None,
+    scale: Annotated[int, within(low=1)] = 1,
+    background: Annotated[int, within(0, 255)] = 255,
     channels: Sequence[int] | None = None,
 ) -> Tensor:
     """Tile images into one picture, row by row.
@@ -75,8 +80,6 @@ def image_grid(
         ValueError: An argument is out of range, or the images are not finite.
     """
     images = _shown("image_grid", "images", images, channels)
-    _check_layout("image_grid", columns, padding, scale)
-    check_int("image_grid", "background", background, 0, 255)
     return _tiled(images, columns, padding, scale, background)
 
 
@@ -134,13 +137,14 @@ def _layout(n: int, columns: int | None, padding: int | None) -> tuple[int, int,
     return columns, math.ceil(n / columns), (2 if n > 1 else 0) if padding is None else padding
 
 
+@checked()
 def save_grid(
     images: Tensor,
-    path: str | os.PathLike[str],
+    path: Annotated[PathLike, within()],
     *,
-    columns: int | None = None,
-    padding: int | None = None,
-    scale: int = 1,
+    columns: _Count = None,
+    padding: Annotated[int | None, within(low=0)] = None,
+    scale: Annotated[int, within(low=1)] = 1,
     channels: Sequence[int] | None = None,
     titles: Sequence[str] = (),
 ) -> Path:
@@ -163,9 +167,7 @@ def save_grid(
     Raises:
         ValueError: An argument is out of range, or Pillow cannot write such a picture in the format.
     """
-    check_path("save_grid", "path", path)
     images = _shown("save_grid", "images", images, channels)
-    _check_layout("save_grid", columns, padding, scale)
     if not isinstance(titles, (list, tuple)) or not all(isinstance(title, str) for title in titles):
         raise InvalidType("save_grid", "titles", "to be a list of texts", repr(titles))
     count, *_ = _layout(len(images), columns, padding)
@@ -176,15 +178,16 @@ def save_grid(
     return _write(path, image_format(path, grid.shape), [grid])
 
 
+@checked()
 def save_trajectory(
     trajectory: Tensor,
-    path: str | os.PathLike[str],
+    path: Annotated[PathLike, within()],
     *,
-    frames: int | None = None,
-    seconds: float = 4.0,
-    columns: int | None = None,
-    padding: int | None = None,
-    scale: int = 1,
+    frames: _Count = None,
+    seconds: Annotated[float, within(above=0, finite=True)] = 4.0,
+    columns: _Count = None,
+    padding: Annotated[int | None, within(low=0)] = None,
+    scale: Annotated[int, within(low=1)] = 1,
     channels: Sequence[int] | None = None,
 ) -> Path:
     """Write an animation (.gif, .webp) of images coming out of noise, or a strip (.png, ...) with one row an image.
@@ -206,15 +209,11 @@ def save_trajectory(
     Raises:
         ValueError: An argument is out of range, or Pillow cannot write such a picture in the format.
     """
-    check_path("save_trajectory", "path", path)
     check_float("save_trajectory", "trajectory", trajectory)
     if trajectory.dim() != 5 or trajectory.shape[0] == 0:
         raise InvalidValue("save_trajectory", "trajectory", "to be [F, N, C, H, W], F >= 1", list(trajectory.shape))
-    check_int("save_trajectory", "frames", frames, 1, optional=True)
-    check_number("save_trajectory", "seconds", seconds, above=0, finite=True)
     flat = _shown("save_trajectory", "trajectory", trajectory.flatten(0, 1), channels)
     trajectory = flat.unflatten(0, trajectory.shape[:2])
-    _check_layout("save_trajectory", columns, padding, scale)
     total = trajectory.shape[0]
     kind = image_format(path)
     if frames is None:
@@ -328,12 +327,6 @@ def _shown(function: str, name: str, images: Tensor, channels: Sequence[int] | N
         )
     expect(images.isfinite().all(), function, name, "to be finite", "NaN or infinity")
     return images
-
-
-def _check_layout(function: str, columns: int | None, padding: int | None, scale: int) -> None:
-    check_int(function, "columns", columns, 1, optional=True)
-    check_int(function, "padding", padding, 0, optional=True)
-    check_int(function, "scale", scale, 1)
 
 
 def _write(

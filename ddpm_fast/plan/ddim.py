@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
-from ..checks import check_choice, check_number, check_type
 from ..errors import InvalidValue, expect
+from ..options import within
 from ..schedule import NoiseSchedule, Objective
 from .posterior_path import PosteriorPath
 from .rows import plan_from_columns
-from .sampling_plan import PlanPrediction, SamplingPlan, builds_plan
+from .sampling_plan import Clip, PlanPrediction, SamplingPlan, builds_plan
 from .timesteps import Spacing
 
 
@@ -26,10 +26,10 @@ def ddim_plan(
     spacing: Spacing | Sequence[int] = "leading",
     previous: Sequence[int] | None = None,
     prediction: PlanPrediction | None = None,
-    eta: float = 0.0,
-    clip: float | None = 1.0,
+    eta: Annotated[float, within(low=0)] = 0.0,
+    clip: Clip = 1.0,
     use_clipped_model_output: bool = True,
-    final_alpha_bar: float = 1.0,
+    final_alpha_bar: Annotated[float, within(above=0, high=1)] = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
     """Build a plan for DDIM (Song et al. 2021, eq. 12 and 16).
@@ -60,9 +60,6 @@ def ddim_plan(
         TypeError: `schedule` is neither a NoiseSchedule nor an Objective.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
-    check_number("ddim_plan", "eta", eta, 0)
-    check_number("ddim_plan", "final_alpha_bar", final_alpha_bar, above=0, high=1)
-    check_type("ddim_plan", "use_clipped_model_output", use_clipped_model_output, bool)
     path = PosteriorPath(
         *("ddim_plan", schedule, num_steps, spacing, previous, prediction, clip, learned_variance, final_alpha_bar)
     )
@@ -90,8 +87,8 @@ def ddim_inversion_plan(
     spacing: Spacing | Sequence[int] = "leading",
     previous: Sequence[int] | None = None,
     prediction: PlanPrediction | None = None,
-    clip: float | None = 1.0,
-    initial_alpha_bar: float = 1.0,
+    clip: Clip = 1.0,
+    initial_alpha_bar: Annotated[float, within(above=0, high=1)] = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
     """Build a plan for DDIM inversion, from an image to its x_T (Song et al. 2021, section 4.3).
@@ -127,8 +124,6 @@ def ddim_inversion_plan(
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
     caller = "ddim_inversion_plan"
-    check_choice(caller, "evaluate_at", evaluate_at, ("start", "arrival"))
-    check_number(caller, "initial_alpha_bar", initial_alpha_bar, above=0, high=1)
     expect(
         evaluate_at != "start" or initial_alpha_bar == 1,
         caller,

@@ -7,11 +7,10 @@ from typing import Literal
 
 import torch
 
-from ..checks import check_choice
 from ..predictions import Variance
 from ..schedule import NoiseSchedule, Objective
 from .posterior_path import PosteriorPath
-from .sampling_plan import VARIANCE_TYPES, PlanPrediction, SamplingPlan, builds_plan
+from .sampling_plan import Clip, PlanPrediction, SamplingPlan, builds_plan
 from .timesteps import Spacing
 
 
@@ -24,7 +23,7 @@ def ddpm_plan(
     previous: Sequence[int] | None = None,
     prediction: PlanPrediction | None = None,
     variance: Variance | None = None,
-    clip: float | None = 1.0,
+    clip: Clip = 1.0,
 ) -> SamplingPlan:
     """Build a plan for ancestral sampling (Ho et al. 2020, Algorithm 2; derivation eq. 13).
 
@@ -56,8 +55,6 @@ def ddpm_plan(
         TypeError: `schedule` is neither a NoiseSchedule nor an Objective.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
-    if variance is not None:
-        check_choice("ddpm_plan", "variance", variance, VARIANCE_TYPES)
     path = PosteriorPath("ddpm_plan", schedule, num_steps, spacing, previous, prediction, clip)
     variance = path.objective.variance if variance is None else variance
     zero = torch.zeros_like(path.beta)

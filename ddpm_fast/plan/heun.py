@@ -11,7 +11,7 @@ from ..errors import expect
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective
 from .levels import RHO, LevelSpacing, noise_levels
-from .sampling_plan import SamplingPlan, builds_plan
+from .sampling_plan import Clip, SamplingPlan, builds_plan
 
 
 @builds_plan
@@ -26,7 +26,7 @@ def heun_plan(
     lambda_min: float = -math.inf,
     start: int | None = None,
     prediction: Prediction | None = None,
-    clip: float | None = 1.0,
+    clip: Clip = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
     """Build a plan for Heun's method without noise (Karras et al. 2022, Algorithm 1).

@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib import import_module
-from typing import Unpack
+from typing import Annotated, Unpack
 
-from ..checks import check_int, check_type
+from ..checks import check_type
 from ..errors import InvalidValue, expect, renaming
-from ..options import checked_options, taking
+from ..options import checked, checked_options, taking, within
 from ..samplers import DEFAULT_SAMPLER, LAMBDA_MIN, SAMPLERS, NamedSampler, PlanOptions
 from ..schedule import NoiseSchedule, Objective
-from .sampling_plan import SamplingPlan
+from .sampling_plan import Clip, SamplingPlan
 
 
+@checked()
 @taking(PlanOptions)
-def named_plan(objective: Objective, *, clip: float | None = 1.0, **options: Unpack[PlanOptions]) -> SamplingPlan:
+def named_plan(objective: Objective, *, clip: Clip = 1.0, **options: Unpack[PlanOptions]) -> SamplingPlan:
     """Build the plan of a sampler of `SAMPLERS`.
 
     Args:
@@ -52,7 +53,8 @@ def named_plan(objective: Objective, *, clip: float | None = 1.0, **options: Unp
         return _builder(named)(objective, steps or min(named.steps, most), spacing=spacing, clip=clip, **arguments)
 
 
-def default_plan(objective: Objective, *, steps: int | None = None, clip: float | None = 1.0) -> SamplingPlan:
+@checked()
+def default_plan(objective: Objective, *, steps: Annotated[int | None, within(low=1)] = None, clip: Clip = 1.0) -> SamplingPlan:
     """Build the plan of a model that brings none: DPM-Solver++(2M) with noise, which corrects a model that is not finished.
 
     Args:
@@ -65,7 +67,6 @@ def default_plan(objective: Objective, *, steps: int | None = None, clip: float 
         ValueError: `steps` or `clip` is out of range.
     """
     check_type("default_plan", "objective", objective, Objective)
-    check_int("default_plan", "steps", steps, 1, optional=True)
     named = SAMPLERS[DEFAULT_SAMPLER]
     most = _most_steps(named, objective.schedule, named.spacing)
     with renaming("default_plan"):

@@ -8,11 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number, check_type
 from ..errors import InvalidValue
 from ..schedule import NoiseSchedule, Objective, objective_of
 from .rows import plan_from_columns
-from .sampling_plan import PLAN_PREDICTIONS, PlanPrediction, SamplingPlan
+from .sampling_plan import PlanPrediction, SamplingPlan
 from .timesteps import Spacing, checked_arrivals, checked_timesteps
 
 
@@ -66,10 +65,6 @@ class PosteriorPath:
             TypeError: `schedule` is neither a NoiseSchedule nor an Objective.
             ValueError: An argument is out of range.
         """
-        check_number(caller, "clip", clip, above=0, optional=True)
-        if prediction is not None:
-            check_choice(caller, "prediction", prediction, PLAN_PREDICTIONS)
-        check_type(caller, "learned_variance", learned_variance, bool)
         # "previous_sample" is a matter of plans. The other parts of the objective hold for it.
         self.gives_mean = isinstance(schedule, NoiseSchedule) and prediction == "previous_sample"
         kind: Any = None if self.gives_mean else prediction

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Annotated
 
 import torch
 
-from ..checks import check_int, check_type
+from ..checks import check_int
 from ..errors import renaming
+from ..options import within
 from ..schedule import NoiseSchedule, Objective
 from .ddpm import ddpm_plan
-from .sampling_plan import COLUMNS, PlanPrediction, SamplingPlan, builds_plan
+from .sampling_plan import COLUMNS, Clip, PlanPrediction, SamplingPlan, builds_plan
 
 _MOST_SAMPLES = 1000  # a row for each evaluation has to fit into memory
 
@@ -20,10 +22,10 @@ def repaint_plan(
     schedule: NoiseSchedule | Objective,
     num_steps: int = 250,
     jump_length: int = 10,
-    jump_num_sample: int = 10,
+    jump_num_sample: Annotated[int, within(1, _MOST_SAMPLES)] = 10,
     *,
     prediction: PlanPrediction | None = None,
-    clip: float | None = 1.0,
+    clip: Clip = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
     """Build a plan for `inpaint` that jumps back and resamples (Lugmayr et al. 2022, section 4.2 and appendix B).
@@ -57,9 +59,7 @@ def repaint_plan(
         descent = ddpm_plan(schedule, num_steps, prediction=prediction, variance="fixed_small", clip=clip)
     total = descent.schedule.num_timesteps
     check_int(caller, "num_steps", num_steps, 1, total)
-    check_int(caller, "jump_num_sample", jump_num_sample, 1, _MOST_SAMPLES)
     check_int(caller, "jump_length", jump_length, 1, num_steps - 1 if jump_num_sample > 1 else total)
-    check_type(caller, "learned_variance", learned_variance, bool)
     learned = learned_variance or (isinstance(schedule, Objective) and schedule.predicts_variance)
     abar = torch.cat([torch.ones(1, dtype=torch.float64), descent.schedule.alpha_bars[descent.timesteps.flip(0)]])
     # A level counts the steps that are left: x_T is at level num_steps, x_0 at level 0.

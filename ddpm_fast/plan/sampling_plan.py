@@ -8,13 +8,14 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Final, Literal, ParamSpec, get_args
+from typing import TYPE_CHECKING, Annotated, Final, Literal, ParamSpec, get_args
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_int, check_strided, check_type
 from ..errors import InvalidValue, expect
+from ..options import checked, within
 from ..predictions import TARGETS, Prediction, Variance
 from ..reference import VARIANCES, PlanRow
 from ..schedule import NoiseSchedule, numbered
@@ -22,6 +23,8 @@ from ..schedule import NoiseSchedule, numbered
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Clip = Annotated[float | None, within(above=0)]
+"""The bound on x_0^."""
 PlanPrediction = Prediction | Literal["previous_sample"]
 """The meaning of a model's output: a prediction of `Objective`, or the mean of x_{t-1}."""
 
@@ -262,7 +265,8 @@ _P = ParamSpec("_P")
 
 
 def builds_plan(build: Callable[_P, SamplingPlan]) -> Callable[_P, SamplingPlan]:
-    """Make a function that builds plans record its call in `SamplingPlan.builder`."""
+    """Check the arguments of a function that builds plans, see `checked`, and record its call in `SamplingPlan.builder`."""
+    build = checked()(build)
 
     @wraps(build)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> SamplingPlan:

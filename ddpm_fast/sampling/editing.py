@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Final, Unpack
+from typing import Annotated, Any, Final, Unpack
 
 import torch
 from torch import Tensor
 
-from ..checks import check_float, check_int, check_number, check_strided, check_type
+from ..checks import check_float, check_strided, check_type
 from ..dtypes import FLOATS, opmath
 from ..errors import InvalidType, InvalidValue, expect
 from ..ops import initial_noise, noise
-from ..options import taking
+from ..options import checked, taking, within
 from ..plan import SamplingPlan
 from ..reference import STREAM_KNOWN
 from .arguments import Request
@@ -21,11 +21,13 @@ from .options import BatchOptions, Callback, EditOptions
 from .sampler import Sampler
 
 _MOST_WEIGHTS: Final = 1 << 16
+_Strength = Annotated[float, within(0, 1)]
 _LARGEST: Final = 2.0  # resampling overshoots a little; images in 0..255 are a mistake
 
 
+@checked()
 @taking(EditOptions)
-def vary(sampler: Sampler, images: Tensor, strength: float = 0.5, **options: Unpack[EditOptions]) -> Tensor:
+def vary(sampler: Sampler, images: Tensor, strength: _Strength = 0.5, **options: Unpack[EditOptions]) -> Tensor:
     """Draw variations of images: add noise, and take it away again (SDEdit, Meng et al. 2022, section 3).
 
     The images are noised to the level where the last round(strength S) of the plan's S levels begin, or the last one
@@ -46,18 +48,18 @@ def vary(sampler: Sampler, images: Tensor, strength: float = 0.5, **options: Unp
     """
     _check_sampler("vary", sampler, denoises=True)
     _check_images("vary", "images", images, sampler)
-    check_number("vary", "strength", strength, 0, 1)
     return _denoised(sampler, images, strength, _request("vary", sampler, len(images), options))
 
 
+@checked()
 @taking(EditOptions)
 def interpolate(
     sampler: Sampler,
     a: Tensor,
     b: Tensor,
-    num: int = 8,
+    num: Annotated[int, within(2, _MOST_WEIGHTS)] = 8,
     *,
-    strength: float = 0.5,
+    strength: _Strength = 0.5,
     **options: Unpack[EditOptions],
 ) -> Tensor:
     """Interpolate between pairs of images through noise (Ho et al. 2020, section 4.4 and figure 8).
@@ -85,8 +87,6 @@ def interpolate(
     _check_images(caller, "a", a, sampler)
     _check_images(caller, "b", b, sampler)
     expect(a.shape == b.shape, caller, "b", f"to have the shape of a, {list(a.shape)}", list(b.shape))
-    check_int(caller, "num", num, 2, _MOST_WEIGHTS)
-    check_number(caller, "strength", strength, 0, 1)
     pairs = _request(caller, sampler, len(a), options)
     condition = pairs.given["condition"]
     request = replace(

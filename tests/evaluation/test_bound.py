@@ -304,7 +304,7 @@ def test_progress_counts_timesteps(capsys: pytest.CaptureFixture[str]) -> None:
             InvalidValue(
                 "variational_bound",
                 "prediction",
-                "to be one of epsilon, sample, v_prediction, flow, previous_sample",
+                "to be one of epsilon, sample, v_prediction, flow, previous_sample or None",
                 "'noise'",
             ),
         ),
@@ -313,7 +313,7 @@ def test_progress_counts_timesteps(capsys: pytest.CaptureFixture[str]) -> None:
             InvalidValue(
                 "variational_bound",
                 "variance",
-                "to be one of fixed_small, fixed_small_log, fixed_large, fixed_large_log, learned, learned_range",
+                "to be one of fixed_small, fixed_small_log, fixed_large, fixed_large_log, learned, learned_range or None",
                 "'fixed'",
             ),
         ),

@@ -266,7 +266,7 @@ def test_config_round_trip_and_bookkeeping_keys() -> None:
         ("downsample_padding", 2, "one of 0, 1"),
         ("act_fn", "gelu", "one of silu, swish"),
         ("resnet_time_scale_shift", "spatial", "one of default, scale_shift"),
-        ("class_embed_type", "timestep", "one of None"),
+        ("class_embed_type", "timestep", "to be None"),
         ("down_block_types", ["DownBlock2D"], "3 types"),
         ("up_block_types", ["SkipUpBlock2D"] * 3, "a list of UpBlock2D and AttnUpBlock2D and ResnetUpsampleBlock2D"),
         ("block_out_channels", [], "1 to 16 integers"),

@@ -89,7 +89,7 @@ def test_a_learned_variance_stays_learned() -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"sampler": "euler"}, InvalidValue("named_plan", "sampler", f"to be one of None, {', '.join(SAMPLERS)}", "'euler'")),
+        ({"sampler": "euler"}, InvalidValue("named_plan", "sampler", f"to be one of {', '.join(SAMPLERS)} or None", "'euler'")),
         ({"steps": 0}, InvalidValue("named_plan", "steps", "to be a positive integer or None", "0")),
         ({"sampler": "ddim", "steps": 1001}, InvalidValue("named_plan", "steps", "to be in 1..1000 with ddim", "1001")),
         (

@@ -316,7 +316,7 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
         (
             lambda: ddpm_plan(SCHEDULE, prediction="eps"),
             InvalidValue(
-                "ddpm_plan", "prediction", "to be one of epsilon, sample, v_prediction, flow, previous_sample", "'eps'"
+                "ddpm_plan", "prediction", "to be one of epsilon, sample, v_prediction, flow, previous_sample or None", "'eps'"
             ),
         ),
         (
@@ -324,7 +324,7 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
             InvalidValue(
                 "ddpm_plan",
                 "variance",
-                "to be one of fixed_small, fixed_small_log, fixed_large, fixed_large_log, learned, learned_range",
+                "to be one of fixed_small, fixed_small_log, fixed_large, fixed_large_log, learned, learned_range or None",
                 "'small'",
             ),
         ),

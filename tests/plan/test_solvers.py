@@ -373,7 +373,7 @@ def test_zero_terminal_snr_begins_from_pure_noise() -> None:
         (
             {"prediction": "previous_sample"},
             InvalidValue(
-                "dpm_solver_plan", "prediction", "to be one of epsilon, sample, v_prediction, flow", "'previous_sample'"
+                "dpm_solver_plan", "prediction", "to be one of epsilon, sample, v_prediction, flow or None", "'previous_sample'"
             ),
         ),
         ({"clip": 0.0}, InvalidValue("dpm_solver_plan", "clip", "to be positive or None", "0.0")),

@@ -289,7 +289,7 @@ def test_conditions_are_read_as_they_were_trained(tmp_path: Path) -> None:
     assert torch.equal(read_conditions(full, rgba, (4, 8, 12), seed=4)[:, 4], boxes[:, 3])
     one = read_conditions(full / "2.png", mask, (3, 8, 12), seed=4)
     assert torch.equal(one, holes[2:3])
-    with refused(InvalidValue("sample", "channels", "to be one of None, 1, 3, 4", "2")):
+    with refused(InvalidValue("sample", "channels", "to be one of 1, 3, 4 or None", "2")):
         read_conditions(full, {"condition": "images", "in_channels": 5}, (3, 8, 12))
 
 

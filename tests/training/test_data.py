@@ -331,7 +331,7 @@ def test_turned_photographs_have_the_sides_that_are_seen(tmp_path: Path) -> None
 
 def test_channels_that_images_do_not_have_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    with refused(InvalidValue("load_dataset", "channels", "to be one of None, 1, 3, 4", "2")):
+    with refused(InvalidValue("load_dataset", "channels", "to be one of 1, 3, 4 or None", "2")):
         load_dataset(str(tmp_path), channels=2)
     with refused(InvalidValue("load_dataset", "channels", "to be those of digits, 1", "3")):
         load_dataset("digits", channels=3)
