@@ -1,9 +1,18 @@
 """The network as it samples: frozen U-Nets, their programs, and CUDA graphs."""
 
 from .adapter import Adapter
-from .frozen import FrozenUNet, adapted, frozen_unet
+from .frozen import FrozenUNet, adapted, frozen_unet, unpacked_output
 from .interface import Interface
 from .network import why_not_frozen
 from .step import StepState
 
-__all__ = ["Adapter", "FrozenUNet", "Interface", "StepState", "adapted", "frozen_unet", "why_not_frozen"]
+__all__ = [
+    "Adapter",
+    "FrozenUNet",
+    "Interface",
+    "StepState",
+    "adapted",
+    "frozen_unet",
+    "unpacked_output",
+    "why_not_frozen",
+]

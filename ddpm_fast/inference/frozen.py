@@ -51,6 +51,14 @@ def frozen_unet(
     return _frozen(model, dtype, device, num_timesteps)
 
 
+def unpacked_output(model: UNet, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+    """Return the output of a `UNet` as `freeze` reads it, in float32 on the CPU, by PyTorch's functions.
+
+    Packed weights and tables over the timesteps would take longer than this one evaluation. No layer of torch.nn is called.
+    """
+    return FrozenUNet(model, torch.float32, torch.device("cpu"), 1, packed=False)(x, t.float(), class_labels)
+
+
 def _frozen(model: UNet, dtype: torch.dtype | None, device: torch.device | str | None, num_timesteps: int | None) -> FrozenUNet:
     """Return the inference form of a U-Net that can be frozen."""
     weight = model.conv_in.weight
@@ -146,14 +154,16 @@ class FrozenUNet:
             CPU kernels do.
     """
 
-    def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int) -> None:
+    def __init__(
+        self, model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int, *, packed: bool = True
+    ) -> None:
         self.config: Mapping[str, Any] = MappingProxyType(dict(model.config))
         self.num_timesteps, self.dtype, self.device = num_timesteps, dtype, device
         self.digest = weights_digest(model)
-        self.why_not_packed = conv_ops["direct"].why_not("native", device, dtype)
+        self.why_not_packed = conv_ops["direct"].why_not("native", device, dtype) if packed else "it is evaluated once"
         # Tensors of inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad(), torch.device(device):
-            self._by_onednn = self.why_not_packed is not None and device.type == "cpu" and has_prepacked(dtype)
+            self._by_onednn = packed and self.why_not_packed is not None and device.type == "cpu" and has_prepacked(dtype)
             self._layers = self._new_layers()
             network = read_network(model, dtype, device, num_timesteps, self._layers.stored)
         self._constants = _Constants(model._config, network)

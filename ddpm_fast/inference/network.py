@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtypes import opmath
-from ..nn.comparison import why_layers_differ
+from ..nn.comparison import why_opaque
 from ..nn.layers import (
     Attention,
     GroupNormSiLU,
@@ -23,6 +23,7 @@ from ..ops.step_parts import time_terms_op
 from .program import Buffer, Builder
 
 Resample = Literal["down", "up"]
+_INERT: Final = {*vars(nn.Module()), "_compiled_call_impl", "dropout", "dropout_stream"}  # not read in eval mode
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,13 +324,25 @@ def why_not_frozen(model: nn.Module) -> str | None:
     """
     if type(model) is not UNet:
         return f"the model is a {type(model).__name__}"
-    with torch.device("meta"), WithoutDraws():
-        described = UNet(**model._config.to_dict())
-    if (why := why_layers_differ(model, described)) is not None:
+    if (why := why_opaque(model)) is not None:
         return why
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.layout != torch.strided:
-            return f"{name} is a {type(weight).__name__} of {weight.dtype} and {weight.layout}"
-        if weight.is_meta:
-            return f"{name} is on the meta device, without values"
+    with torch.device("meta"), WithoutDraws():
+        expected = _facts(UNet(**model._config.to_dict()))
+    facts = _facts(model)
+    for name in {**expected, **facts}:
+        got, wanted = facts.get(name, "absent"), expected.get(name, "absent")
+        if got != wanted:
+            return f"{name} is {got}, its configuration says {wanted}"
     return None
+
+
+def _facts(model: UNet) -> dict[str, str]:
+    """Return by name what the layers of a network are: their classes, attributes, and the shapes of their weights."""
+    facts: dict[str, str] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if name:  # the network itself has its configuration
+            facts[name] = f"of class {type(layer).__name__}"
+            facts |= {f"{name}.{key}": repr(value) for key, value in vars(layer).items() if key not in _INERT}
+        weights = {**layer._parameters, **layer._buffers}
+        facts |= {f"{name}.{key}": f"of shape {tuple(each.shape)}" for key, each in weights.items() if each is not None}
+    return facts

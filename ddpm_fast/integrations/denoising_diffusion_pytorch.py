@@ -18,8 +18,8 @@ from ..nn.checkpoint import check_weights, load_tensors
 from ..plan import SamplingPlan, ddim_plan, ddpm_plan
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule
+from .foreign import check_unpatched, unwrapped
 from .frozen_module import FrozenModule
-from .patched import check_unpatched, unwrapped
 
 _PREDICTIONS: Final[dict[str, Prediction]] = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 

@@ -9,13 +9,13 @@ from typing import Any, Final, overload
 import torch
 from torch import nn
 
-from ..checks import check_dtype, check_int, check_number
+from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_number, computing_device
 from ..errors import ArgumentError, InvalidType, InvalidValue, expect
 from ..inference import FrozenUNet, frozen_unet
 from ..nn import UNet
 from ..plan import SamplingPlan
+from .foreign import unwrapped
 from .frozen_module import FrozenModule
-from .patched import unwrapped
 
 # Class of an object or a base of it -> module here and function. The libraries are imported only if there is such an object.
 # Copies of guided-diffusion's classes stand in many packages, so these have no package's name.
@@ -77,6 +77,10 @@ scheduler of `ddpm_fast.integrations.diffusers` |
 
     Supported schedulers are DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler and DDIMInverseScheduler.
 
+    A network of another library is read by its class, configuration and weights. What these do not show (hooks, patched
+    methods, adapters, weights without values) is refused by name. Then the outputs of both are compared once, with random
+    weights in float32 on the CPU, at the smallest size. So other layers are found, too.
+
     Args:
         x: The network or pipeline.
         dtype: Dtype of weights and activations. None: that of `x`, but a float32 `UNet` becomes bfloat16 on a
@@ -87,12 +91,15 @@ scheduler of `ddpm_fast.integrations.diffusers` |
             `num_train_timesteps` of the configuration, or 1000.
 
     Raises:
-        TypeError: `x` is of another class, its layers are not those of its class, or `dtype` is not a floating
+        TypeError: `x` is of another class, layers of a `UNet` are not those of its class, or `dtype` is not a floating
             dtype. The message names the part and the reason.
-        ValueError: `num_timesteps` is out of range, `device` is unknown, or the network or the scheduler is not
-            supported. The message names the part and the reason.
+        ValueError: `num_timesteps` is out of range, `device` is unknown, the network or the scheduler is not supported, or
+            a network of another library is not what its class and configuration describe. The message names the part
+            and the reason.
     """
     check_dtype("freeze", "dtype", dtype, optional=True)
+    check_int("freeze", "num_timesteps", num_timesteps, 1, MAX_TIMESTEPS, optional=True)
+    device = None if device is None else computing_device("freeze", device)
     x = unwrapped("x", x)
     expect(
         not isinstance(x, FrozenUNet | FrozenModule),

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidType
-from ..nn.comparison import hooks_of, own_class, why_watched
+from ..nn.comparison import hooks_of, why_watched
 from ..nn.layers import GroupNormSiLU
 from ..ops import group_norm_silu
 
@@ -167,6 +167,12 @@ def swap(thing: Any, mixin: type[Swapped]) -> Any:
     """Give `mixin`'s methods priority over those of the object's class. Return the object."""
     thing.__class__ = _swapped_class(mixin, type(thing))  # type: ignore[arg-type]  # mypy: a class is not hashable
     return thing
+
+
+def own_class(thing: Any) -> type:
+    """Return the object's class before `fuse`."""
+    kind = type(thing)
+    return getattr(kind, "swapped_from", kind)
 
 
 def unswap(thing: Any) -> None:

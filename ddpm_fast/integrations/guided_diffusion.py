@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -13,16 +12,13 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_dtype, check_int, check_number, check_type, checked_device
 from ..errors import expect
-from ..inference import frozen_unet
-from ..inference.model import evaluation_mode
 from ..nn import UNet
-from ..nn.checkpoint import check_weights, load_tensors
-from ..nn.comparison import why_layers_differ
-from ..nn.unet import WithoutDraws
+from ..nn.checkpoint import load_tensors
+from ..nn.unet import unet_on_weights
 from ..plan import PlanPrediction, SamplingPlan, ddim_plan, ddpm_plan
 from ..schedule import NoiseSchedule
+from .foreign import check_unpatched, frozen_foreign
 from .frozen_module import FrozenModule
-from .patched import check_unpatched
 
 # Names of layers and blocks there and here. Blocks of input_blocks and output_blocks are added by their kinds.
 _OUTER: Final = {
@@ -51,7 +47,6 @@ _INNER: Final = {
 }
 _NAME: Final = re.compile(r"((?:input_blocks|output_blocks)\.\d+\.\d+|(?:middle_block|time_embed|out)\.\d+|label_emb)\.(.+)")
 _HEADS: Final = ("num_heads", "num_head_channels", "use_new_attention_order")
-_KNOWN: Final = "to be a UNetModel of guided-diffusion or improved-diffusion"
 _PREDICTIONS: Final[dict[str, PlanPrediction]] = {"PREVIOUS_X": "previous_sample", "START_X": "sample", "EPSILON": "epsilon"}
 
 
@@ -124,8 +119,6 @@ def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_t
         "num_head_channels": -1,
         "conv_resample": True,
         **vars(model),
-        "use_scale_shift_norm": source.middle_block[0].use_scale_shift_norm,
-        "resblock_updown": hasattr(source.output_blocks[source.num_res_blocks][-1], "in_layers"),
         # improved-diffusion has one order, the old one, under this name
         "use_new_attention_order": type(attention.attention).__name__ == "QKVAttention"
         and "n_heads" in vars(attention.attention),
@@ -136,23 +129,19 @@ def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_t
         *("freeze", "x.num_heads_upsample", f"to be num_heads, {heads}", upsample),
     )
     expect(known["conv_resample"], "freeze", "x.conv_resample", "to be True", "False")
-    with torch.device("meta"), WithoutDraws():
-        described = kind(**{name: known[name] for name in inspect.signature(kind).parameters if name in known})
-    expect((reason := why_layers_differ(model, described)) is None, "freeze", "x", _KNOWN, f"one where {reason}")
-    weights = {name: each.detach() for name, each in model.named_parameters(remove_duplicate=False)}
     config = {
         "norm_num_groups": attention.norm.num_groups,
         "norm_eps": attention.norm.eps,
         "sample_size": known.get("image_size"),
         "dropout": known["dropout"],
     }
-    unet = _converted("freeze", "x", weights, *(known[name] for name in _HEADS), **config)
-    torso = unet.conv_in.weight.dtype  # convert_to_fp16 leaves the embedding and the head in float32
-    unet = unet.to(torch.promote_types(torso, torch.float32)).eval()
-    same = _is_equal(model, unet, 1e-3 if torso.itemsize > 2 else 5e-2)
-    expect(same, "freeze", "x", _KNOWN, "one with other outputs: it may be a changed copy of the class")
-    frozen = frozen_unet(unet, dtype or torso, device=device, num_timesteps=num_timesteps)
-    return FrozenModule(model, frozen)
+
+    def read(weights: Mapping[str, Tensor]) -> UNet:
+        unet = _converted("freeze", "x", weights, *(known[name] for name in _HEADS), **config)
+        return unet.to(torch.promote_types(unet.conv_in.weight.dtype, torch.float32)).eval()
+
+    torso = source.input_blocks[0][0].weight.dtype  # convert_to_fp16 leaves the embedding and the head in float32
+    return FrozenModule(model, frozen_foreign("x", model, read, dtype or torso, device, num_timesteps))
 
 
 def plan_of_diffusion(diffusion: Any, num_steps: int | None, eta: float | None) -> SamplingPlan:
@@ -234,8 +223,6 @@ def _converted(
         else "default",
         "num_class_embeds": size("label_emb.weight", 0) if "label_emb.weight" in weights else None,
     }
-    with torch.device("meta"), WithoutDraws():
-        model = UNet(**config)
     blocks = _OUTER | _block_names(attended, depth - 1)
     renamed: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -254,9 +241,7 @@ def _converted(
             inner, _, kind = layer.rpartition(".")
             is_product = inner == "proj_out" and kind == "weight"
             renamed[f"{block}.{_INNER.get(inner, inner)}.{kind}"] = weight.flatten(1) if is_product else weight
-    check_weights(caller, path, "a UNetModel with 2D convolutions", model.state_dict(), renamed)
-    model.load_state_dict(renamed, assign=True)
-    return model
+    return unet_on_weights(caller, path, "a UNetModel with 2D convolutions", config, renamed)
 
 
 def _block_names(attended: list[bool], num_res_blocks: int) -> dict[str, str]:
@@ -291,19 +276,3 @@ def _queries_keys_values(caller: str, weight: Tensor, heads: int, new_order: boo
         return list(rows.chunk(3))
     by_head = rows.reshape(heads, 3, channels // heads, *rows.shape[1:])
     return [by_head[:, i].reshape(channels, *rows.shape[1:]) for i in range(3)]
-
-
-def _is_equal(model: nn.Module, unet: UNet, tolerance: float) -> bool:
-    """Return whether the two compute the same from one random input. A copy of the class may have other arithmetic.
-
-    Rounding differs by 1e-6 of the output in float32, and by 2e-3 in half precision. The tolerances leave room for
-    larger networks and for TF32 on GPUs.
-    """
-    weight = unet.conv_in.weight
-    side, generator = 2 ** len(unet.config["block_out_channels"]), torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.shape[1], side, side, generator=generator).to(weight.device)
-    t = torch.tensor([3, 700], device=weight.device)
-    labels = None if unet.class_embedding is None else torch.zeros_like(t)
-    with torch.no_grad(), evaluation_mode(model), torch.autocast(weight.device.type, enabled=False):
-        theirs, ours = model(x, t, labels).double(), unet(x, t, labels).double()
-    return bool((ours - theirs).norm() <= tolerance * theirs.norm())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any, Literal
 
@@ -228,6 +228,23 @@ class UNet(nn.Module):
         """
         check_path("save_pretrained", "path", path)
         save_checkpoint(path, self._config, self.state_dict())
+
+
+def unet_on_weights(
+    caller: str,
+    path: str | os.PathLike[str],
+    owner: str,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    trainable: bool = True,
+) -> UNet:
+    """Return a `UNet` of this configuration on weights by name, which are not copied. They are checked by `check_weights`."""
+    with torch.device("meta"), WithoutDraws():
+        model = UNet(**config).requires_grad_(trainable)
+    check_weights(caller, path, owner, model.state_dict(), weights)
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 class WithoutDraws(TorchFunctionMode):

@@ -459,9 +459,9 @@ def test_bad_arguments_of_freeze_are_named() -> None:
         freeze(model, torch.int8)
     with pytest.raises(TypeError, match=r"freeze: expected dtype to be float32, .* or None, got 'bfloat16'"):
         freeze(model, "bfloat16")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"freeze: expected num_timesteps to be an integer in 1\.\.100000, got -1"):
+    with pytest.raises(ValueError, match=r"freeze: expected num_timesteps to be an integer in 1\.\.100000 or None, got -1"):
         freeze(model, num_timesteps=-1)
-    with pytest.raises(TypeError, match=r"freeze: expected num_timesteps to be an integer in 1\.\.100000, got True"):
+    with pytest.raises(TypeError, match=r"freeze: expected num_timesteps to be an integer in 1\.\.100000 or None, got True"):
         freeze(model, num_timesteps=True)
     with pytest.raises(ValueError, match=r"freeze: expected device to be a torch\.device or its name, got 'nowhere'"):
         freeze(model, device="nowhere")

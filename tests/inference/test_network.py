@@ -71,6 +71,10 @@ ACCEPTED: dict[str, Change] = {
     "one weight in two places": lambda model: setattr(
         model.mid_block.resnets[0].conv1, "weight", model.mid_block.resnets[1].conv2.weight
     ),
+    "one convolution in two places": lambda model: setattr(
+        model.mid_block.resnets[0], "conv1", model.mid_block.resnets[1].conv1
+    ),
+    "one residual block in two places": lambda model: model.mid_block.resnets.__setitem__(1, model.mid_block.resnets[0]),
     "weights that are views": all_of(
         put("conv_norm_out.weight", lambda _: nn.Parameter(parameter(32).detach()[::2])),
         put("conv_out.bias", lambda _: nn.Parameter(torch.tensor([2.0]).expand(3))),
@@ -182,36 +186,37 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     "eps of the last norm": (put("conv_norm_out.eps", 0.5), r"conv_norm_out.eps is 0.5, "),
     "another number of groups": (put(f"{MID}.norm2.num_groups", 16), rf"{MID}.norm2.num_groups is 16, "),
     "no activation": (put(f"{MID}.norm1.activation", None), rf"{MID}.norm1.activation is None, its configuration says 'silu'"),
-    "no norm of the attention": (put(f"{ATTENTION}.group_norm", None), f"{ATTENTION}.group_norm is missing"),
+    "no norm of the attention": (
+        put(f"{ATTENTION}.group_norm", None),
+        f"{ATTENTION}.group_norm is absent, its configuration says of class GroupNormSiLU",
+    ),
     "other heads": (put(f"{ATTENTION}.num_heads", 4), rf"{ATTENTION}.num_heads is 4, "),
     "a factor": (put(f"{MID}.output_scale_factor", 3.0), rf"{MID}.output_scale_factor is 3.0, "),
-    "no bias of convolutions": (every(nn.Conv2d, "bias", None), "conv_in.bias is absent, its configuration says it has the"),
+    "no bias of convolutions": (
+        every(nn.Conv2d, "bias", None),
+        r"conv_in.bias is absent, its configuration says of shape \(16,\)",
+    ),
     "no bias of queries": (put(f"{ATTENTION}.to_q.bias", None), f"{ATTENTION}.to_q.bias is absent"),
     "no weights of norms": (every(GroupNormSiLU, "weight", None), r"\S+.weight is absent"),
-    "one convolution in two places": (
-        lambda model: setattr(model.mid_block.resnets[0], "conv1", model.mid_block.resnets[1].conv1),
-        r"mid_block.resnets.1.conv1 is the layer mid_block.resnets.0.conv1, ",
-    ),
-    "one residual block in two places": (
-        lambda model: model.mid_block.resnets.__setitem__(1, model.mid_block.resnets[0]),
-        "mid_block.resnets.1 is the layer mid_block.resnets.0, ",
-    ),
     "a plain convolution": (
         put("conv_in", lambda _: nn.Conv2d(2, 16, 3, padding=1)),
-        "conv_in is of class Conv2d, its configuration says Conv3x3",
+        "conv_in is of class Conv2d, its configuration says of class Conv3x3",
     ),
-    "an adapter": (put(f"{ATTENTION}.to_q", Adapter), f"{ATTENTION}.to_q is of class Adapter, its configuration says Linear"),
+    "an adapter": (
+        put(f"{ATTENTION}.to_q", Adapter),
+        f"{ATTENTION}.to_q is of class Adapter, its configuration says of class Linear",
+    ),
     "an adapter of the time embedding": (
         put("time_embedding.linear_1", Adapter),
-        "time_embedding.linear_1 is of class Adapter, its configuration says Linear",
+        "time_embedding.linear_1 is of class Adapter, its configuration says of class Linear",
     ),
     "another norm": (
         put("conv_norm_out", lambda _: nn.GroupNorm(8, 16)),
-        "conv_norm_out is of class GroupNorm, its configuration says GroupNormSiLU",
+        "conv_norm_out is of class GroupNorm, its configuration says of class GroupNormSiLU",
     ),
     "a first convolution of 1x1": (
         put("conv_in", lambda _: nn.Conv2d(2, 16, 1)),
-        "conv_in is of class Conv2d, its configuration says Conv3x3",
+        "conv_in is of class Conv2d, its configuration says of class Conv3x3",
     ),
     "resampling by another layer": (
         lambda model: model.up_blocks[0].upsamplers.__setitem__(0, resnet(48, 48, resample="up")),
@@ -219,11 +224,11 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     ),
     "an added layer": (
         lambda model: model.conv_in.add_module("extra", nn.ReLU()),
-        "its configuration has no conv_in.extra, which is of class ReLU",
+        "conv_in.extra is of class ReLU, its configuration says absent",
     ),
     "parametrized weights": (
         lambda model: nn.utils.parametrizations.weight_norm(model.conv_out),
-        "conv_out is of class ParametrizedConv3x3, its configuration says Conv3x3",
+        "conv_out is of class ParametrizedConv3x3, its configuration says of class Conv3x3",
     ),
     "pruned weights": (
         lambda model: prune.random_unstructured(model.conv_out, "weight", 0.5),
@@ -233,7 +238,7 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     "a patched forward of the model": (put("forward", lambda old: old), "it has a patched forward"),
     "a patched helper": (
         put(f"{ATTENTION}._projections", lambda old: old),
-        f"{ATTENTION} has an attribute _projections, unlike its configuration",
+        f"{ATTENTION} has another _projections",
     ),
     "a hook": (lambda model: model.mid_block.register_forward_hook(lambda *_: None), "mid_block has hooks"),
     "a hook before": (lambda model: model.conv_in.register_forward_pre_hook(lambda *_: None), "conv_in has hooks"),
@@ -252,7 +257,7 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     **{name: (put(path, value), rf"{path} is .+, its configuration says ") for name, (path, value) in BAD_GEOMETRY.items()},
     "a kernel that the weights do not have": (
         put("conv_in.weight", lambda _: parameter(16, 2, 1, 1)),
-        r"conv_in.weight has the shape \(16, 2, 1, 1\), ",
+        r"conv_in.weight is of shape \(16, 2, 1, 1\), ",
     ),
     # The geometry has to suit the place.
     "a strided last convolution without padding": (put("conv_out", lambda _: nn.Conv2d(16, 3, 3, 2)), "conv_out"),
@@ -272,20 +277,20 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     "a downsampler on the way up": (put("up_blocks.0.upsamplers.0", lambda _: Downsample(48, 1)), "up_blocks.0.upsamplers"),
     "several upsamplers": (
         lambda model: model.up_blocks[0].upsamplers.extend([Downsample(48, 1), Upsample(48)]),
-        "its configuration has no up_blocks.0.upsamplers.1",
+        "up_blocks.0.upsamplers.1 is of class Downsample, its configuration says absent",
     ),
     "another kind of layer in a place": (put("conv_in", lambda _: nn.Linear(2, 2)), "conv_in"),
     "a block in another's place": (lambda model: setattr(model, "mid_block", model.down_blocks[2]), "mid_block"),
     # Shapes within a layer.
-    "a norm's weight": (put(f"{MID}.norm1.weight", lambda _: parameter(40)), rf"{MID}.norm1.(weight|bias) has the shape"),
-    "a norm's bias": (put(f"{MID}.norm1.bias", lambda _: parameter(40)), rf"{MID}.norm1.(weight|bias) has the shape"),
+    "a norm's weight": (put(f"{MID}.norm1.weight", lambda _: parameter(40)), rf"{MID}.norm1.(weight|bias) is of shape"),
+    "a norm's bias": (put(f"{MID}.norm1.bias", lambda _: parameter(40)), rf"{MID}.norm1.(weight|bias) is of shape"),
     "a number of groups": (put("conv_norm_out.num_groups", 3), "conv_norm_out.num_groups is 3, "),
     "no groups": (put("conv_norm_out.num_groups", 0), "conv_norm_out.num_groups is 0, "),
     "a convolution's bias": (
         put("conv_out.bias", lambda _: parameter(4)),
-        r"conv_out.bias has the shape \(4,\), ",
+        r"conv_out.bias is of shape \(4,\), ",
     ),
-    "a linear layer's bias": (put(f"{ATTENTION}.to_v.bias", lambda _: parameter(4)), f"{ATTENTION}.to_v.bias has the shape"),
+    "a linear layer's bias": (put(f"{ATTENTION}.to_v.bias", lambda _: parameter(4)), f"{ATTENTION}.to_v.bias is of shape"),
     # Shapes within a block.
     "the stride of conv1": (put(f"{MID}.conv1.stride", (2, 2)), rf"{MID}\.[\w.]+ is "),
     "conv1": (put(f"{MID}.conv1", lambda _: Conv3x3(40, 48, 3, padding=1)), rf"{MID}\.[\w.]+ is "),
@@ -386,10 +391,14 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
         "class_embedding.embedding_dim is 60, ",
         CLASSES,
     ),
-    "missing classes": (put("class_embedding", None), "class_embedding is missing", CLASSES),
+    "missing classes": (
+        put("class_embedding", None),
+        "class_embedding is absent, its configuration says of class Embedding",
+        CLASSES,
+    ),
     "unexpected classes": (
         put("class_embedding", lambda _: nn.Embedding(11, 64)),
-        "its configuration has no class_embedding",
+        "class_embedding is of class Embedding, its configuration says absent",
     ),
 }
 

@@ -26,7 +26,9 @@ from ddpm_fast.integrations import diffusers as schedulers
 processors: Any = importlib.import_module("diffusers.models.attention_processor")
 
 PIPELINES = ["DDPM", "DDIM"]
-LAYERS = "freeze: expected x.unet to have the layers that its configuration describes, got one where "
+DESCRIBED = "freeze: expected x.unet to be what its class and configuration describe, got one where "
+WEIGHTS = "freeze: expected the weights in 'x.unet' to fit its configuration, got "
+OUTPUTS = "outputs differ by "
 CONFIG = "freeze: expected x.unet to have a configuration that ddpm_fast.UNet supports, got: "
 
 
@@ -352,6 +354,18 @@ def replace(path: str, by: Callable[[], nn.Module]) -> Callable[[Any], Any]:
     return lambda unet: unet.set_submodule(path, by())
 
 
+class Adapter(nn.Module):
+    """Replacement of a linear layer by a library for fine-tuning."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.down, self.up = nn.Linear(linear.in_features, 2, bias=False), nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) + 9 * self.up(self.down(x))
+
+
 class Doubled(processors.AttnProcessor):  # type: ignore[misc]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return 2 * super().__call__(*args, **kwargs)
@@ -369,34 +383,28 @@ def circular(conv: nn.Conv2d) -> Callable[..., Tensor]:
 RESNET, ATTENTION = "down_blocks.0.resnets.0", "mid_block.attentions.0"
 # name -> a change to a network, and what is said about it.
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "padding_mode": (
-        given("conv_in", padding_mode="circular"),
-        "conv_in.padding_mode is 'circular', its configuration says 'zeros'",
-    ),
+    "padding_mode": (given("conv_in", padding_mode="circular"), OUTPUTS),
     "_conv_forward": (
         lambda unet: setattr(unet.conv_in, "_conv_forward", circular(unet.conv_in)),
-        "conv_in has an attribute _conv_forward",
+        "conv_in has another _conv_forward",
     ),
-    "dilation": (given("conv_out", dilation=(2, 2), padding=(2, 2)), r"conv_out.padding is (2, 2), its configuration"),
-    "eps": (given(f"{RESNET}.norm1", eps=0.5), f"{RESNET}.norm1.eps is 0.5, its configuration says 1e-05"),
-    "num_groups": (given("conv_norm_out", num_groups=2), "conv_norm_out.num_groups is 2, its configuration says 8"),
-    "output_scale_factor": (given(RESNET, output_scale_factor=2.0), f"{RESNET}.output_scale_factor is 2.0"),
-    "skip_time_act": (given(RESNET, skip_time_act=True), f"{RESNET}.skip_time_act is True"),
-    "heads": (given(ATTENTION, heads=4), f"{ATTENTION}.heads is 4, its configuration says 1"),
-    "rescale_output_factor": (given(ATTENTION, rescale_output_factor=2.0), f"{ATTENTION}.rescale_output_factor is 2.0"),
-    "residual_connection": (given(ATTENTION, residual_connection=False), f"{ATTENTION}.residual_connection is False"),
+    "dilation": (given("conv_out", dilation=(2, 2), padding=(2, 2)), OUTPUTS),
+    "eps": (given(f"{RESNET}.norm1", eps=0.5), "eps of the norms is [1e-05, 0.5], not [1e-05]"),
+    "num_groups": (given("conv_norm_out", num_groups=2), OUTPUTS),
+    "output_scale_factor": (given(RESNET, output_scale_factor=2.0), OUTPUTS),
+    "skip_time_act": (given(RESNET, skip_time_act=True), OUTPUTS),
+    "heads": (given(ATTENTION, heads=4), OUTPUTS),
+    "rescale_output_factor": (given(ATTENTION, rescale_output_factor=2.0), OUTPUTS),
+    "residual_connection": (given(ATTENTION, residual_connection=False), OUTPUTS),
     "processor": (given(ATTENTION, processor=Doubled()), f"{ATTENTION} has the processor Doubled"),
-    "flip_sin_to_cos": (given("time_proj", flip_sin_to_cos=True), "time_proj.flip_sin_to_cos is True"),
-    "downscale_freq_shift": (given("time_proj", downscale_freq_shift=0.0), "time_proj.downscale_freq_shift is 0.0"),
-    "scale of time": (given("time_proj", scale=2), "time_proj.scale is 2"),
-    "activation": (
-        replace(f"{RESNET}.nonlinearity", nn.GELU),
-        f"{RESNET}.nonlinearity is of class GELU, its configuration says SiLU",
-    ),
-    "activation of time": (replace("time_embedding.act", nn.GELU), "time_embedding.act is of class GELU"),
-    "activation in place": (given(f"{RESNET}.nonlinearity", inplace=True), f"{RESNET}.nonlinearity.inplace is True"),
-    "head's activation": (replace("conv_act", nn.GELU), "conv_act is of class GELU"),
-    "further layer": (given("time_embedding", post_act=nn.Tanh()), "time_embedding has no attribute post_act"),
+    "flip_sin_to_cos": (given("time_proj", flip_sin_to_cos=True), OUTPUTS),
+    "downscale_freq_shift": (given("time_proj", downscale_freq_shift=0.0), OUTPUTS),
+    "scale of time": (given("time_proj", scale=2), OUTPUTS),
+    "activation": (replace(f"{RESNET}.nonlinearity", nn.GELU), OUTPUTS),
+    "activation of time": (replace("time_embedding.act", nn.GELU), OUTPUTS),
+    "activation in place": (given(f"{RESNET}.nonlinearity", inplace=True), OUTPUTS),
+    "head's activation": (replace("conv_act", nn.GELU), OUTPUTS),
+    "further layer": (given("time_embedding", post_act=nn.Tanh()), OUTPUTS),
     "hook": (
         lambda unet: unet.conv_out.register_forward_hook(lambda module, args, out: -out),
         "conv_out has hooks",
@@ -406,26 +414,34 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         "conv_out has hooks",
     ),
     "patched forward": (negating("conv_act"), "conv_act has a patched forward"),
-    "no bias": (given("conv_out", bias=None), "conv_out.bias is absent, its configuration says it has the shape (2,)"),
-    "no affine": (given("conv_norm_out", weight=None, bias=None, affine=False), "conv_norm_out.affine is False"),
-    "layer left out": (replace(f"{RESNET}.conv1", nn.Identity), f"{RESNET}.conv1 is of class Identity"),
-    "tied": (tie, "mid_block.resnets.1 is the layer mid_block.resnets.0, its configuration says mid_block.resnets.1"),
-    "config against layers": (lambda unet: unet.register_to_config(norm_eps=0.5), ".eps is 1e-05, its configuration says 0.5"),
+    "adapter": (
+        lambda unet: setattr(unet.get_submodule(ATTENTION), "to_q", Adapter(unet.get_submodule(ATTENTION).to_q)),
+        f"{ATTENTION}.to_q is of class test_freeze.Adapter",
+    ),
+    "no bias": (given("conv_out", bias=None), "missing conv_out.bias"),
+    "no affine": (given("conv_norm_out", weight=None, bias=None, affine=False), "missing conv_norm_out.bias"),
+    "layer left out": (replace(f"{RESNET}.conv1", nn.Identity), f"missing {RESNET}.conv1.bias"),
+    "tied": (tie, ""),
+    "config against layers": (lambda unet: unet.register_to_config(norm_eps=0.5), "eps of the norms is [1e-05], not [0.5]"),
     "unsupported config": (
         lambda unet: unet.register_to_config(class_embed_type="timestep"),
         "expected class_embed_type",
     ),
     "impossible config": (lambda unet: unet.register_to_config(norm_num_groups=3), "UNet: expected block_out_channels to be"),
 }
+SAME = ("tied",)  # what is frozen has the change
 WITHOUT_EFFECT = ("config against layers", "unsupported config", "impossible config")
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_change_before_is_named(what: str) -> None:
+def test_a_change_before_is_named_or_frozen(what: str) -> None:
     change, reason = CHANGES[what]
     pipe = make()
     change(pipe.unet)
-    message = rf"^(?:{re.escape(LAYERS)}|{re.escape(CONFIG)}).*{re.escape(reason)}"
+    if what in SAME:
+        assert_same(images(freeze(pipe)), images(pipe))
+        return
+    message = rf"^(?:{re.escape(DESCRIBED)}|{re.escape(WEIGHTS)}|{re.escape(CONFIG)}).*{re.escape(reason)}"
     with pytest.raises(ValueError, match=message):
         freeze(pipe)
     with pytest.raises(ValueError, match=message.replace(r"x\.unet", "x")):
@@ -469,16 +485,55 @@ def test_global_hooks_count() -> None:
 
 
 @pytest.mark.parametrize("method", ["forward", "_conv_forward", "__init__"])
-def test_patched_classes_count(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A constructor, because one that pads otherwise would make the layers that these are compared with."""
+@pytest.mark.parametrize("circular", [False, True])
+def test_patched_classes_count_by_what_they_compute(method: str, circular: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs for seamless textures patch the class, and with it layers of this package."""
     real = getattr(nn.Conv2d, method)
 
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return real(self, *args, **kwargs)
+        if method == "__init__":
+            real(self, *args, **kwargs)
+        if circular and self.padding == (1, 1):
+            self.padding_mode, self._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+        return None if method == "__init__" else real(self, *args, **kwargs)
 
     monkeypatch.setattr(nn.Conv2d, method, functools.wraps(real)(patched))
-    with pytest.raises(ValueError, match=f"Conv2d.{method} is patched by test_freeze"):
-        freeze(make())
+    pipe = make()
+    if circular:
+        with pytest.raises(ValueError, match=f"^{re.escape(DESCRIBED)}{OUTPUTS}"):
+            freeze(pipe)
+    else:
+        assert_same(images(freeze(pipe)), images(pipe))
+
+
+def test_zeros_of_a_new_network_hide_nothing() -> None:
+    """Any two networks whose last layer is zero have the same outputs."""
+    pipe = make()
+    for weight in (pipe.unet.conv_out.weight, pipe.unet.conv_out.bias):
+        nn.init.zeros_(weight)
+    freeze(pipe)
+    pipe.unet.conv_act = nn.GELU()
+    with pytest.raises(ValueError, match=OUTPUTS):
+        freeze(pipe)
+
+
+def test_a_comparison_has_no_side_effects() -> None:
+    unet = make_unet().train()
+    state, weights = torch.get_rng_state(), copy.deepcopy(unet.state_dict())
+    addresses = [weight.data_ptr() for weight in unet.parameters()]
+    freeze(unet)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(layer.training for layer in unet.modules())
+    assert [weight.data_ptr() for weight in unet.parameters()] == addresses
+    assert all(torch.equal(weight, weights[name]) for name, weight in unet.state_dict().items())
+
+
+def test_weights_without_values_are_named() -> None:
+    """Offloading leaves them on the meta device."""
+    pipe = make()
+    pipe.unet.conv_out.to("meta")
+    with pytest.raises(ValueError, match=rf"^{re.escape(DESCRIBED)}conv_out\.(weight|bias) is on the meta device"):
+        freeze(pipe)
 
 
 HARMLESS: dict[str, Callable[[Any], Any]] = {
@@ -541,7 +596,7 @@ def test_weights_of_another_class_are_named() -> None:
 
     pipe = make()
     pipe.unet.conv_out.bias = nn.Parameter(pipe.unet.conv_out.bias.detach().as_subclass(Other))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"freeze: expected .* got one where conv_out\.bias is a (Other|Parameter)"):
+    with pytest.raises(ValueError, match=rf"^{re.escape(DESCRIBED)}conv_out\.bias is a (Other|Parameter)"):
         freeze(pipe)
 
 
@@ -691,7 +746,13 @@ ERRORS: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]
         ValueError,
         "freeze: expected device to be a torch.device or its name, got 'nowhere'",
     ),
-    ("T", make, {"num_timesteps": 0}, ValueError, "freeze: expected num_timesteps to be an integer in 1..100000, got 0"),
+    (
+        "T",
+        make,
+        {"num_timesteps": 0},
+        ValueError,
+        "freeze: expected num_timesteps to be an integer in 1..100000 or None, got 0",
+    ),
     (
         "relative",
         part("unet", lambda pipe: Relative(**(SMALL | {"out_channels": 2}))),
@@ -711,29 +772,29 @@ ERRORS: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]
         changed(lambda pipe: setattr(pipe.unet, "conv_in", nn.Sequential(pipe.unet.conv_in))),
         {},
         ValueError,
-        f"{LAYERS}conv_in is of class Sequential, its configuration says Conv2d",
+        f"{WEIGHTS}missing conv_in.bias, conv_in.weight",
     ),
     (
         "hook of the network",
         changed(lambda pipe: pipe.unet.register_forward_hook(lambda *args: None)),
         {},
         ValueError,
-        f"{LAYERS}it has hooks",
+        f"{DESCRIBED}it has hooks",
     ),
-    ("patch", changed(_offloaded), {}, ValueError, f"{LAYERS}mid_block has a patched forward"),
+    ("patch", changed(_offloaded), {}, ValueError, f"{DESCRIBED}mid_block has a patched forward"),
     (
         "processor",
         changed(lambda pipe: setattr(pipe.unet.mid_block.attentions[0], "processor", nn.Identity())),
         {},
         ValueError,
-        f"{LAYERS}mid_block.attentions.0 has the processor Identity",
+        f"{DESCRIBED}mid_block.attentions.0 has the processor Identity",
     ),
     (
         "parametrization",
         changed(lambda pipe: nn.utils.parametrize.register_parametrization(pipe.unet.conv_in, "weight", nn.Tanh())),
         {},
         ValueError,
-        f"{LAYERS}conv_in is of class ParametrizedConv2d, its configuration says Conv2d",
+        f"{WEIGHTS}missing conv_in.weight",
     ),
     (
         "scheduler",

@@ -260,37 +260,38 @@ def given(path: str, **attributes: Any) -> Callable[[Any], Any]:
     return lambda network: [setattr(network.get_submodule(path), key, value) for key, value in attributes.items()]
 
 
+OUTPUTS = "outputs differ by "
 # name -> a change to a network, and what is said about it.
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "eps": (given("out.0", eps=1e-3), "out.0.eps is 0.001, its configuration says 1e-05"),
-    "padding": (given("input_blocks.0.0", padding_mode="circular"), "input_blocks.0.0.padding_mode is 'circular'"),
-    "heads": (given("middle_block.1.attention", n_heads=2), "middle_block.1.attention.n_heads is 2"),
-    "activation": (
-        lambda network: network.out.__setitem__(1, nn.GELU()),
-        "out.1 is of class GELU, its configuration says SiLU",
-    ),
-    "another SiLU": (lambda network: network.out.__setitem__(1, OtherSiLU()), "out.1 is of class OtherSiLU"),
+    "eps": (given("out.0", eps=1e-3), r"eps of the norms is \[1e-05, 0.001\], not \[1e-05\]"),
+    "padding": (given("input_blocks.0.0", padding_mode="circular"), OUTPUTS),
+    "heads": (given("middle_block.1.attention", n_heads=2), OUTPUTS),
+    "activation": (lambda network: network.out.__setitem__(1, nn.GELU()), OUTPUTS),
+    "another SiLU": (lambda network: network.out.__setitem__(1, OtherSiLU()), ""),
+    "cut embeddings": (given("label_emb", max_norm=0.5), OUTPUTS),
     "hook": (lambda network: network.out.register_forward_hook(lambda *args: None), "out has hooks"),
     "hook of the network": (lambda network: network.register_forward_hook(lambda *args: None), "it has hooks"),
     "patched": (lambda network: setattr(network, "forward", lambda x, *args: -x), "it has a patched forward"),
-    "fork": (
-        lambda network: setattr(network, "__class__", ForkedUNetModel),
-        "one with other outputs: it may be a changed copy of the class",
-    ),
-    "layer left out": (lambda network: network.__delattr__("out"), "out is missing"),
+    "fork": (lambda network: setattr(network, "__class__", ForkedUNetModel), OUTPUTS),
+    "layer left out": (lambda network: network.__delattr__("out"), "none named out.2.weight"),
     "no convolutions between levels": (given("", conv_resample=False), "conv_resample to be True, got False"),
     "parametrized": (
         lambda network: nn.utils.parametrize.register_parametrization(network.out[2], "weight", nn.Tanh()),
-        "out.2 is of class ParametrizedConv2d",
+        "none named out.2.weight",
     ),
 }
+SAME = ("another SiLU",)  # what is frozen computes the same
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_changed_network_is_refused(what: str) -> None:
+@torch.no_grad()
+def test_a_changed_network_is_refused_or_frozen(what: str) -> None:
     change, reason = CHANGES[what]
-    network = make()
+    network, (x, t, y) = make(), inputs("dhariwal-nichol")
     change(network)
+    if what in SAME:
+        torch.testing.assert_close(freeze(network)(x, t, y=y), network(x, t, y), rtol=1e-4, atol=1e-4)
+        return
     with pytest.raises(ValueError, match=rf"^freeze: expected x\b.*(?:{reason})"):
         freeze(network)
 
@@ -305,10 +306,44 @@ def test_other_heads_on_the_way_up_are_refused(dtype: torch.dtype) -> None:
 
 def test_a_network_that_fails_is_named() -> None:
     network = make()
+    network.out[1] = nn.Sequential(nn.SiLU(), nn.Flatten())
+    with pytest.raises(ValueError, match=r"^freeze: expected x to be .*, a UNetModel of .*, got: "):
+        freeze(network)
+
+
+@torch.no_grad()
+def test_only_weights_may_keep_a_network_from_running() -> None:
+    """They are read one by one, and what is frozen has one dtype."""
+    network, (x, t, y) = make(), inputs("dhariwal-nichol")
+    expected = network(x, t, y)
     network.input_blocks.half()  # and its input is float32
     network.out.half()
-    with pytest.raises(ValueError, match=r"^freeze: expected x to be .*, a UNetModel of .*, got: mixed dtype"):
-        freeze(network)
+    with pytest.raises(RuntimeError, match="dtype"):
+        network(x, t, y)
+    assert 0 < relative_error(freeze(network, torch.float32)(x, t, y=y), expected) < 2e-3
+
+
+class Casting(UNetModel):
+    """A network that casts its activations to an attribute, as the original does."""
+
+    def __init__(self, *args: Any, dtype: torch.dtype, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        assert self.input_blocks[0][0].weight.dtype == self.dtype
+        return super().forward(x.type(self.dtype), timesteps, y).type(x.dtype)
+
+
+Casting.__name__ = "UNetModel"
+
+
+@torch.no_grad()
+def test_a_network_that_casts_is_compared_in_float32() -> None:
+    network = randomised(Casting(**(BASE | CASES["dhariwal-nichol"]), dtype=torch.float16)).half()
+    x, t, y = inputs("dhariwal-nichol")
+    assert 0 < relative_error(freeze(network)(x, t, y=y), make()(x, t, y)) < 2e-2
+    assert vars(network)["dtype"] == torch.float16
 
 
 def test_relatives_of_the_network_are_refused() -> None:

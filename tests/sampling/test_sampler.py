@@ -436,7 +436,7 @@ def test_a_network_with_layers_of_another_make_runs_as_it_is(captures: Captures,
     plain = draw(model, dtype=torch.float32)
     model.conv_out.__class__ = Doubled
     with pytest.warns(
-        RuntimeWarning, match="not frozen, because conv_out is of class Doubled, its configuration says Conv3x3"
+        RuntimeWarning, match="not frozen, because conv_out is of class Doubled, its configuration says of class Conv3x3"
     ) as warned:
         doubled = draw(model)
     assert len(warned) == 1

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import copy
 import inspect
-from itertools import starmap
+from functools import partial
 from typing import Any, Final, cast
 
 import diffusers
 import torch
+from diffusers.models import attention_processor
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from ...errors import InvalidType, InvalidValue, expect, renaming
-from ...inference import FrozenUNet, frozen_unet
-from ...nn import UNet, UNetConfig
-from ...nn.comparison import own_class, why_layers_differ, why_patched
-from ...nn.unet import WithoutDraws
+from ...inference import FrozenUNet
+from ...nn import UNetConfig
+from ...nn.unet import unet_on_weights
 from ...plan import SamplingPlan
+from ..foreign import check_described, check_unpatched, frozen_foreign, unwrapped
 from ..frozen_module import FrozenModule
-from ..patched import check_unpatched, unwrapped
+from ..fuse import own_class
 from .schedulers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-# Attention processors of diffusers that compute the same, with their attributes.
-PROCESSORS: Final[dict[str, tuple[str, ...]]] = {
-    "AttnProcessor": (),
-    "AttnProcessor2_0": (),
-    "SlicedAttnProcessor": ("slice_size",),  # a part of the heads at a time
-    "XFormersAttnProcessor": ("attention_op",),  # the kernel
-}
+# Attention processors of diffusers that compute the same: a part of the heads at a time, or by another kernel.
+_PROCESSORS: Final[tuple[Any, ...]] = (
+    attention_processor.AttnProcessor2_0,
+    attention_processor.AttnProcessor,
+    attention_processor.SlicedAttnProcessor,
+    attention_processor.XFormersAttnProcessor,
+)
 _SCHEDULERS: Final = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, DDIMInverseScheduler)
 
 
@@ -61,30 +62,29 @@ def frozen_network(
     if own_class(unet) is not diffusers.UNet2DModel:
         advice = "is frozen already" if isinstance(unet, FrozenModule) else "ddpm_fast.fuse may make faster"
         raise InvalidType("freeze", name, "to be a UNet2DModel", f"a {type(unet).__name__}, which {advice}")
-    build: Any = diffusers.UNet2DModel
     # A configuration may have keys that diffusers does not read. from_config leaves out those that it has noted as defaults.
-    arguments = {key: unet.config[key] for key in inspect.signature(build).parameters if key in unet.config}
+    known = inspect.signature(diffusers.UNet2DModel).parameters
     try:
-        config = UNetConfig.from_dict(arguments)
-        with torch.device("meta"), WithoutDraws():
-            described, model = build(**arguments), UNet(**config.to_dict()).requires_grad_(False)
-    except Exception as error:  # any value may be in a configuration, and diffusers may raise anything
+        config = UNetConfig.from_dict({key: unet.config[key] for key in known if key in unet.config})
+    except Exception as error:  # any value may be in a configuration
         raise InvalidValue("freeze", name, "to have a configuration that ddpm_fast.UNet supports", error) from error
-    processors = ((place, layer.processor) for place, layer in unet.named_modules() if hasattr(layer, "processor"))
-    why = next(filter(None, starmap(_why_processor_differs, processors)), None) or why_layers_differ(unet, described)
-    expect(why is None, "freeze", name, "to have the layers that its configuration describes", f"one where {why}")
-    # Not state_dict(), which hooks may change.
-    model.load_state_dict({key: each.detach() for key, each in unet.named_parameters(remove_duplicate=False)}, assign=True)
-    frozen = frozen_unet(model, dtype or unet.dtype, device=device, num_timesteps=num_timesteps)
+    check_described(name, _why_of_another_library(unet))
+    read = partial(unet_on_weights, "freeze", name, "its configuration", config.to_dict(), trainable=False)
+    # On the CPU, where not every processor runs.
+    processors = {id(layer.processor): _PROCESSORS[0]() for layer in unet.modules() if hasattr(layer, "processor")}
+    frozen = frozen_foreign(name, unet, read, dtype or unet.dtype, device, num_timesteps, processors)
     return FrozenUNet2DModel(unet, frozen)
 
 
-def _why_processor_differs(where: str, processor: Any) -> str | None:
-    kind = type(processor)
-    known = kind.__module__.startswith("diffusers.") and vars(processor).keys() <= set(PROCESSORS.get(kind.__name__, ()))
-    if kind.__name__ not in PROCESSORS or not known:
-        return f"{where} has the processor {kind.__name__}"
-    return why_patched(kind, ("diffusers",))
+def _why_of_another_library(unet: Any) -> str | None:
+    """Return which layer or attention processor of a network is neither torch's nor diffusers', such as an adapter, or None."""
+    for place, layer in unet.named_modules():
+        kind = own_class(layer)
+        if kind.__module__.partition(".")[0] not in ("torch", "diffusers"):
+            return f"{place} is of class {kind.__module__}.{kind.__name__}"
+        if hasattr(layer, "processor") and type(layer.processor) not in _PROCESSORS:
+            return f"{place} has the processor {type(layer.processor).__name__}"
+    return None
 
 
 def frozen_pipeline(pipe: Any, dtype: torch.dtype | None, device: Any, num_timesteps: int | None) -> Any:
