@@ -15,7 +15,7 @@ from small_unets import randomise
 from torch import Tensor, nn
 
 from ddpm_fast import UNet, fuse, unfuse
-from ddpm_fast.integrations.fuse import Swapped, own_class
+from ddpm_fast.integrations.fused_blocks import Swapped, own_class
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
@@ -248,7 +248,7 @@ def test_our_own_network_has_nothing_left_to_fuse() -> None:
         UNet(block_out_channels=[8], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], norm_num_groups=4)
     )
     assert not report.fused
-    assert set(report.left.values()) == {"it is one of this package's, which are fused"}
+    assert not report.left
 
 
 def test_classes_keep_their_names_and_relatives() -> None:
@@ -265,11 +265,11 @@ def test_classes_keep_their_names_and_relatives() -> None:
 def test_what_was_done_can_be_read() -> None:
     text = str(fuse(make("UNet2DModel")[0]))
     assert text.startswith("17 of 21 group norms fused")
-    assert (
-        "ResnetBlock2D: time added, GroupNorm, SiLU: down_blocks.0.resnets.0.norm2, down_blocks.1.resnets.0.norm2, ... (8)"
-        in text
-    )
-    assert "left: nothing is known of a SiLU after it in Attention" in text
+    assert text.splitlines()[1:] == [
+        "  1 fused: UNet2DModel",
+        "  16 fused: ResnetBlock2D",
+        "  4 left: nothing is known of a SiLU after it in Attention",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- nn.Sequential
@@ -286,7 +286,7 @@ def test_any_sequential(dims: int) -> None:
     expected, slice_of_it = model(x), model[1:3](x)
     report = fuse(model)
     assert report.fused.keys() == {"1", "4"}
-    assert report.left == {"6": "it is the last of a Sequential"}
+    assert report.left == {"6": "nothing is known of a SiLU after it in Sequential"}
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(model[1:3](x), slice_of_it)
     torch.testing.assert_close(model[2:](model[:2](x)), expected)  # cut between norm and SiLU
@@ -304,7 +304,8 @@ def test_modules_of_a_sequential_still_serve_alone() -> None:
     inputs = normal(2, 16, 8, 8), normal(2, 12)
     expected = model(*inputs)
     report = fuse(model)
-    assert report.fused == {"in_layers.0": "Sequential: GroupNorm, SiLU", "out_layers.0": "Sequential: GroupNorm, SiLU"}
+    assert report.fused == {"in_layers.0": "Sequential", "out_layers.0": "Sequential"}
+    assert report.left == {}
     torch.testing.assert_close(model(*inputs), expected)
 
 
@@ -341,25 +342,20 @@ LEFT: list[tuple[str, Callable[[nn.Module], Any], str, str]] = [
         f"{MID}.norm1",
         "ResnetBlock2D.nonlinearity has hooks",
     ),
-    ("UNet2DModel", patched(MID), f"{MID}.norm1", "a ResnetBlock2D whose forward is patched"),
+    ("UNet2DModel", patched(MID), f"{MID}.norm1", "ResnetBlock2D has another forward than the known class"),
+    ("UNet2DModel", patched(""), "conv_norm_out", "UNet2DModel has another forward than the known class"),
     ("UNet2DModel", patched(f"{MID}.norm1"), f"{MID}.norm1", "ResnetBlock2D.norm1 has a patched forward"),
-    ("UNet2DModel", replaced(f"{MID}.nonlinearity", nn.Mish()), f"{MID}.norm2", "ResnetBlock2D.nonlinearity is Mish, not SiLU"),
+    ("UNet2DModel", replaced(f"{MID}.nonlinearity", nn.Mish()), f"{MID}.norm2", "ResnetBlock2D.nonlinearity is a Mish"),
     ("UNet2DModel", replaced(f"{MID}.norm2", nn.BatchNorm2d(32)), f"{MID}.norm1", "ResnetBlock2D.norm2 is a BatchNorm2d"),
     ("UNet2DModel", hooked("conv_norm_out", "register_forward_hook"), "conv_norm_out", "UNet2DModel.conv_norm_out has hooks"),
     ("UNet2DModel", hooked("conv_act", "register_forward_hook"), "conv_norm_out", "UNet2DModel.conv_act has hooks"),
-    ("UNet2DModel", replaced("conv_act", nn.GELU()), "conv_norm_out", "UNet2DModel.conv_act is GELU, not SiLU"),
-    (
-        "UNet2DModel",
-        replaced("conv_norm_out", GroupNorm32(2, 16)),
-        "conv_norm_out",
-        "UNet2DModel.conv_norm_out is a GroupNorm32",
-    ),
+    ("UNet2DModel", replaced("conv_act", nn.GELU()), "conv_norm_out", "UNet2DModel.conv_act is a GELU"),
     ("UNet2DModel", shared, "conv_norm_out", "UNet2DModel.conv_act is used elsewhere, too"),
-    ("guided-diffusion", hooked("out.1", "register_forward_hook"), "out.0", "the SiLU in a Sequential has hooks"),
-    ("guided-diffusion", patched("out"), "out.0", "a Sequential whose forward is patched"),
-    ("guided-diffusion", replaced("out.1", nn.Dropout(0.1)), "out.0", "Dropout follows it"),
+    ("guided-diffusion", hooked("out.1", "register_forward_hook"), "out.0", "Sequential.1 has hooks"),
+    ("guided-diffusion", patched("out"), "out.0", "Sequential has another forward than the known class"),
+    ("guided-diffusion", replaced("out.1", nn.Dropout(0.1)), "out.0", "nothing is known of a SiLU after it in Sequential"),
     ("EDM", hooked(f"{EDM}.norm0", "register_forward_hook"), f"{EDM}.norm1", "UNetBlock.norm0 has hooks"),
-    ("EDM", patched(EDM), f"{EDM}.norm1", "a UNetBlock whose forward is patched"),
+    ("EDM", patched(EDM), f"{EDM}.norm1", "UNetBlock has another forward than the known class"),
 ]
 
 
@@ -432,8 +428,16 @@ LATER: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
 }  # fmt: skip
 
 
+# Changes that a fused module sees at its next call. Others are of what it does not call.
+SEEN = (
+    *("norm without weights", "eps", "groups", "dropout", "convolution hooked", "scale", "time without SiLU", "head's eps"),
+    *("ResBlock's eps", "Sequential's activation"),
+)
+
+
 @pytest.mark.parametrize("what", LATER)
 def test_what_changes_later_counts(what: str) -> None:
+    """At the next call, or after another `fuse`."""
     name, change = LATER[what]
     model, inputs = make(name)
     plain = copy.deepcopy(model)
@@ -444,37 +448,24 @@ def test_what_changes_later_counts(what: str) -> None:
         each.eval()
     expected = output(plain, inputs)
     assert relative_error(expected, before) > 1e-4  # it matters
+    if what in SEEN:
+        assert relative_error(output(model, inputs), expected) < 1e-5
+    fuse(model)
     assert relative_error(output(model, inputs), expected) < 1e-5
     unfuse(model)
     assert relative_error(output(model, inputs), expected) < 1e-5
 
 
-def test_global_hooks_see_every_layer() -> None:
+def test_a_head_with_another_group_norm_is_tried() -> None:
     model, inputs = make("UNet2DModel")
-    plain = copy.deepcopy(model)
-    fuse(model)
-    kinds = (nn.GroupNorm, nn.SiLU)
-    handle = nn.modules.module.register_module_forward_hook(
-        lambda module, args, out: -out if isinstance(module, kinds) else None
-    )
-    try:
-        assert relative_error(output(model, inputs), output(plain, inputs)) < 1e-5
-    finally:
-        handle.remove()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [f"{MID}.nonlinearity", pytest.param("conv_act", marks=pytest.mark.slow)])
-def test_compiled_code_follows_a_change(path: str) -> None:
-    model, inputs = make("UNet2DModel")
-    plain = copy.deepcopy(model)
-    fuse(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        assert relative_error(output(compiled, inputs), output(plain, inputs)) < 1e-5
-        for each in (model, plain):
-            replaced(path, nn.GELU())(each)
-        assert relative_error(output(compiled, inputs), output(plain, inputs)) < 1e-5
+    replaced("conv_norm_out", GroupNorm32(2, 16))(model)
+    expected = output(model, inputs)
+    assert "conv_norm_out" in fuse(model).fused
+    assert relative_error(output(model, inputs), expected) < 1e-5
+    replaced("conv_act", SiLULookalike())(model)
+    expected = output(model, inputs)
+    assert fuse(model).left["conv_norm_out"] == "UNet2DModel computes something else than the known class of that name"
+    unfuse(model)
 
 
 # ------------------------------------------------------------------------------------------------------ classes of one name
@@ -510,12 +501,9 @@ def further_argument(self: Any, x: Tensor, emb: Tensor, context: Tensor) -> Tens
 
 def test_subclasses_are_taken_if_they_inherit_the_forward() -> None:
     inheriting = Inheriting(16, 12, out_channels=16, use_scale_shift_norm=True)
-    assert set(fuse(inheriting).fused.values()) == {
-        "Inheriting: GroupNorm, SiLU",
-        "Inheriting: GroupNorm, scale and shift of time, SiLU",
-    }
+    assert fuse(inheriting).fused == dict.fromkeys(("in_layers.0", "out_layers.0"), "Inheriting")
     overriding = Overriding(16, 16, 12, adaptive_scale=True)
-    assert fuse(overriding).left == dict.fromkeys(("norm0", "norm1"), "Overriding overrides forward")
+    assert fuse(overriding).left == dict.fromkeys(("norm0", "norm1"), "Overriding has another forward than the known class")
 
 
 @pytest.mark.parametrize("forward", [other_modulation, further_argument])
@@ -531,7 +519,7 @@ def test_a_class_that_only_has_the_name_and_the_parts_is_found_out(forward: Call
     assert report.fused.keys() == {"0.in_layers.0", "0.out_layers.0"}
     patched("0.in_layers")(model)
     patched("0.out_layers")(model)
-    assert fuse(model).left == dict.fromkeys(report.fused, "a Sequential whose forward is patched")
+    assert fuse(model).left == dict.fromkeys(report.fused, "Sequential has another forward than the known class")
 
 
 def test_an_activation_that_only_has_the_name_is_found_out() -> None:

@@ -20,7 +20,7 @@ from ...nn.unet import unet_on_weights
 from ...plan import SamplingPlan
 from ..foreign import check_described, check_unpatched, frozen_foreign, unwrapped
 from ..frozen_module import FrozenModule
-from ..fuse import own_class
+from ..fused_blocks import own_class
 from .schedulers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 # Attention processors of diffusers that compute the same: a part of the heads at a time, or by another kernel.

@@ -1,0 +1,166 @@
+"""Fused modules: GroupNorm, modulation and SiLU in one pass, in the forwards of other libraries' blocks."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.group_norm_silu import group_norm_silu
+
+
+class Swapped:
+    """First base of a class made by `swap`. The object's own class is the second base and gives the name.
+
+    A patched method (`block.forward = ...`) is copied to places where it does not belong. Replicas would
+    call the original's method, and pickle cannot store it. A class has neither problem and leaves nothing
+    in the object. Names stay the same, because libraries depend on them for adapters, offloading and
+    configurations.
+    """
+
+    swapped_from: type
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy the object by its own class, because the swapped class is in no module."""
+        return _remake, (type(self).__mro__[1], self.swapped_from), self.__getstate__()
+
+
+def swap(thing: Any, mixin: type[Swapped]) -> Any:
+    """Give `mixin`'s methods priority over those of the object's class. Return the object."""
+    thing.__class__ = _swapped_class(mixin, type(thing))  # type: ignore[arg-type]  # mypy: a class is not hashable
+    return thing
+
+
+def own_class(thing: Any) -> type:
+    """Return the object's class before `fuse`."""
+    kind = type(thing)
+    return getattr(kind, "swapped_from", kind)
+
+
+@cache  # one class of a kind, so that compiled code finds the class it was compiled for
+def _swapped_class(mixin: type[Swapped], own: type) -> type:
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__, "swapped_from": own}
+    return type(own.__name__, (mixin, own), names)
+
+
+def _remake(mixin: type[Swapped], own: type) -> Any:
+    """Return an object without state."""
+    kind: Any = _swapped_class(mixin, own)  # type: ignore[arg-type]  # as above
+    return kind.__new__(kind)
+
+
+# ------------------------------------------------------------------------------------------------------- the fused forwards
+
+
+class ResnetBlock2D(Swapped):
+    """Block of diffusers, diffusers/models/resnet.py."""
+
+    def forward(self: Any, input_tensor: Tensor, temb: Any = None) -> Tensor:
+        """Return the block's output as diffusers' forward does."""
+        x, h = input_tensor, _norm_silu(self.norm1, input_tensor)
+        if self.upsample is not None and len(x) >= 64:
+            # PyTorch's nearest interpolation of large channels_last batches was wrong, so diffusers does this
+            x, h = x.contiguous(), h.contiguous()
+        resample = self.downsample if self.upsample is None else self.upsample
+        if resample is not None:
+            x, h = resample(x), resample(h)
+        if self.time_emb_proj is not None:
+            temb = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
+        h = _norm_silu(self.norm2, self.conv1(h), temb, modulates=self.time_embedding_norm == "scale_shift")
+        if self.conv_shortcut is not None:
+            # contiguous in training, as in diffusers: DistributedDataParallel warns of gradients in another memory format
+            x = self.conv_shortcut(x.contiguous() if self.training else x)
+        return (x + self.conv2(self.dropout(h))) / self.output_scale_factor  # type: ignore[no-any-return]
+
+
+class ResBlock(Swapped):
+    """Block of openai/guided-diffusion, guided_diffusion/unet.py. improved-diffusion's has no resampling."""
+
+    def _forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
+        norm, _, conv = self.in_layers
+        h = _norm_silu(norm, x)
+        if getattr(self, "updown", False):
+            x, h = self.x_upd(x), self.h_upd(h)
+        norm, _, *layers = self.out_layers
+        h = _norm_silu(norm, conv(h), self.emb_layers(emb), modulates=self.use_scale_shift_norm)
+        for layer in layers:
+            h = layer(h)
+        return self.skip_connection(x) + h  # type: ignore[no-any-return]
+
+
+class UNetBlock(Swapped):
+    """Block of NVlabs/edm, training/networks.py."""
+
+    def forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
+        """Return the block's output as EDM's forward does."""
+        h = self.conv0(_norm_silu(self.norm0, x))
+        h = _norm_silu(self.norm1, h, self.affine(emb), modulates=self.adaptive_scale)
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        return self._attend(x) if self.num_heads else x
+
+    def _attend(self: Any, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        qkv = self.qkv(self.norm2(x)).reshape(n * self.num_heads, c // self.num_heads, 3, height * width).transpose(1, 3)
+        h = F.scaled_dot_product_attention(*qkv.unbind(2))  # q, k and v are each [N heads, HW, C / heads]
+        return (self.proj(h.transpose(1, 2).reshape(n, c, height, width)) + x) * self.skip_scale  # type: ignore[no-any-return]
+
+
+class FusedSequential(Swapped):
+    """A `Sequential` that computes a norm and the SiLU after it at once. Its slices do the same."""
+
+    def forward(self: Any, input: Any) -> Any:
+        """Return the output of the last layer."""
+        layers = list(self)
+        fused = [is_group_norm(norm) and is_silu(silu) for norm, silu in pairwise([*layers, None])]
+        for layer, with_next, with_previous in zip(layers, fused, [False, *fused[:-1]], strict=True):
+            if not with_previous:
+                input = _norm_silu(layer, input) if with_next else layer(input)
+        return input
+
+
+class HeadPart(Swapped):
+    """The norm of a diffusers head, which also computes SiLU, or the activation, which returns its input."""
+
+    def forward(self, input: Tensor) -> Any:
+        """Return SiLU(norm(input)) for the norm, and the input for the activation."""
+        return input if is_silu(self) else _norm_silu(self, input)
+
+
+def _norm_silu(norm: Any, x: Tensor, time: Tensor | None = None, *, modulates: bool = False) -> Tensor:
+    """Return SiLU(norm(x)) with the time embedding.
+
+    `time` is [N, C] or [1, C], added before the norm. With `modulates` it is a scale and a shift after the
+    norm, [N, 2 C] or [1, 2 C].
+    """
+    time = None if time is None else _fitting(time, x).expand(len(x), -1)
+    return group_norm_silu(
+        x,
+        norm.num_groups,
+        _fitting(norm.weight, x),
+        _fitting(norm.bias, x),
+        norm.eps,
+        shift=None if modulates else time,
+        scale_shift=time.chunk(2, dim=1) if modulates and time is not None else None,
+    )
+
+
+def _fitting(value: Any, x: Tensor) -> Any:
+    """Return `value` in a dtype that the op accepts beside x."""
+    return value if value is None or value.dtype in (x.dtype, torch.float32) else value.to(x.dtype)
+
+
+def is_group_norm(module: Any) -> bool:
+    """Return whether a module is nn.GroupNorm, guided-diffusion's GroupNorm32 or EDM's GroupNorm."""
+    return type(module).__name__ in ("GroupNorm", "GroupNorm32") and all(
+        hasattr(module, name) for name in ("num_groups", "eps", "weight", "bias")
+    )
+
+
+def is_silu(module: Any) -> bool:
+    """Return whether a module is nn.SiLU or improved-diffusion's."""
+    return type(module).__name__ == "SiLU"
