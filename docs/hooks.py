@@ -44,7 +44,8 @@ PUBLIC_MODULES = (
     "ddpm_fast.integrations.fuse",
     "ddpm_fast.integrations.guided_diffusion",
 )
-INTERNAL = {"ddpm_fast.plan.spaced_timesteps", "ddpm_fast.schedule.numbered"}  # helpers of other modules
+# Helpers of other modules.
+INTERNAL = {"ddpm_fast.plan.checked_timesteps", "ddpm_fast.plan.spaced_timesteps", "ddpm_fast.schedule.numbered"}
 
 log = logging.getLogger("mkdocs.hooks")
 

@@ -16,4 +16,5 @@ from .sampling_plan import VARIANCE_TYPES as VARIANCE_TYPES
 from .sampling_plan import PlanPrediction as PlanPrediction
 from .sampling_plan import SamplingPlan as SamplingPlan
 from .timesteps import Spacing as Spacing
+from .timesteps import checked_timesteps as checked_timesteps
 from .timesteps import spaced_timesteps as spaced_timesteps

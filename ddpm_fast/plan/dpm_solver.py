@@ -33,6 +33,7 @@ def dpm_solver_plan(
     rho: float = RHO,
     final: Literal["zero", "sigma_min"] = "zero",
     lower_order_final: bool = True,
+    euler_at_final: bool = False,
     lambda_min: float = -math.inf,
     start: int | None = None,
     prediction: Prediction | None = None,
@@ -84,6 +85,7 @@ def dpm_solver_plan(
             the argument `sigma_min` is.
         lower_order_final: In plans of fewer than 15 steps, take order 1 in the last step and at most 2 in the one before.
             With final="zero" the last step always has order 1.
+        euler_at_final: Take order 1 in the last step of any plan.
         lambda_min: Leave out timesteps with a smaller lambda. Cosine schedules need -5.1 with orders 2 and 3.
         start: Begin at this timestep of the plan instead of the first, with a step of order 1.
         prediction: The meaning of the model's output, see `Objective`. None: that of an objective, or "epsilon".
@@ -104,6 +106,7 @@ def dpm_solver_plan(
     expect(order < 3 or eta in (0, 1), caller, "eta", "to be 0 or 1 with order 3", eta)
     check_choice(caller, "solver", solver, ("midpoint", "heun"))
     check_type(caller, "lower_order_final", lower_order_final, bool)
+    check_type(caller, "euler_at_final", euler_at_final, bool)
     levels = noise_levels(
         caller,
         schedule,
@@ -123,7 +126,7 @@ def dpm_solver_plan(
     ends_low = lower_order_final and levels.num_steps < FEW_STEPS
     if ends_low:
         orders[-2:] = orders[-2:].clamp(max=2)
-    if ends_low or final == "zero":
+    if ends_low or euler_at_final or final == "zero":
         orders[-1] = 1
     alpha, sigma = levels.alpha, levels.sigma
     # Karras's last level is timestep 0 up to rounding, which must not make a step to that level go back.

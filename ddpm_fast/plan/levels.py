@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -101,13 +100,8 @@ def noise_levels(
     check_number(caller, "sigma_max", sigma_max, optional=True)
     check_number(caller, "rho", rho, 1, _MOST_RHO)
     check_int(caller, "start", start, 0, schedule.num_timesteps - 1, optional=True)
-    ratios = ((1 - schedule.alpha_bars) / schedule.alpha_bars).sqrt()  # sigma / alpha of each timestep, ascending
-    # The timesteps 0..last - 1 have lambda >= lambda_min.
-    last = int((-ratios.log() >= lambda_min).sum())
-    expect(len(ratios) >= 2, caller, "schedule", "to have at least 2 timesteps", len(ratios))
-    if last < 2:
-        highest = -math.log(float(ratios[1]))
-        raise InvalidValue(caller, "lambda_min", f"to be at most {highest:.4g}, lambda at timestep 1", lambda_min)
+    ratios = noise_ratios(schedule.alpha_bars)  # ascending
+    last = count_levels(caller, schedule, lambda_min)
     if isinstance(spacing, str) and spacing == "karras":  # an array would be compared item by item
         ratio, timesteps = _karras(caller, ratios[:last], num_steps, sigma_min, sigma_max, rho)
     else:
@@ -130,6 +124,36 @@ def noise_levels(
     return Levels(timesteps[first:], alpha[first:], sigma[first:], len(timesteps), objective)
 
 
+def noise_ratios(alpha_bars: Tensor) -> Tensor:
+    """Return sigma / alpha."""
+    return ((1 - alpha_bars) / alpha_bars).sqrt()
+
+
+def count_levels(caller: str, schedule: NoiseSchedule, lambda_min: float) -> int:
+    """Return how many timesteps have lambda >= lambda_min. They are the first ones. Raise if they are fewer than two."""
+    log_snr = -noise_ratios(schedule.alpha_bars).log()
+    expect(len(log_snr) >= 2, caller, "schedule", "to have at least 2 timesteps", len(log_snr))
+    last = int((log_snr >= lambda_min).sum())
+    expect(last >= 2, caller, "lambda_min", f"to be at most {log_snr[1]:.4g}, lambda at timestep 1", lambda_min)
+    return last
+
+
+def spaced_levels(last: int, total: int, num_steps: int, spacing: str) -> Tensor:
+    """Return timesteps of a named spacing in 0..last-1, int64, descending, as diffusers' solver rounds them.
+
+    Steps of "trailing" are `total` / `num_steps` apart. For some numbers of steps they end with -1, and for more steps
+    than levels a timestep is listed twice.
+    """
+    descending: np.ndarray
+    if spacing == "leading":
+        descending = np.arange(num_steps, 0, -1) * (last // (num_steps + 1))
+    elif spacing == "trailing":
+        descending = np.arange(last, 0, -total / num_steps).round() - 1
+    else:
+        descending = np.linspace(0, last - 1, num_steps + 1).round()[1:][::-1]  # torch.compile reads [:0:-1] wrong
+    return torch.from_numpy(descending.astype(np.int64))
+
+
 def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing | Sequence[int]) -> Tensor:
     """Return timesteps in 0..last - 1, int64 [S], strictly descending.
 
@@ -141,13 +165,7 @@ def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing
     check_choice(caller, "spacing", spacing, ("linspace", "leading", "trailing", "karras"))
     if spacing == "trailing":
         return spaced_timesteps(caller, last, _checked_num_steps(caller, num_steps, last), spacing)
-    num_steps = _checked_num_steps(caller, num_steps, last - 1)
-    descending: np.ndarray
-    if spacing == "leading":
-        descending = np.arange(num_steps, 0, -1) * (last // (num_steps + 1))
-    else:
-        descending = np.linspace(0, last - 1, num_steps + 1).round()[1:][::-1]  # torch.compile reads [:0:-1] wrong
-    return torch.from_numpy(descending.astype(np.int64))
+    return spaced_levels(last, last, _checked_num_steps(caller, num_steps, last - 1), spacing)
 
 
 def _karras(

@@ -205,6 +205,19 @@ def test_a_last_step_from_a_level_to_itself_changes_nothing(spacing: Any, num_st
         assert sigma <= math.sqrt(2 * h)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_last_step_may_be_eulers_in_a_plan_that_ends_at_a_level(order: int) -> None:
+    """The row is that of order 1, the others stay, and a start at a timestep keeps it."""
+    options: Any = {"final": "sigma_min", "lower_order_final": False}
+    plan, first = (dpm_solver_plan(NoiseSchedule.linear(), 20, order=o, euler_at_final=True, **options) for o in (order, 1))
+    without = dpm_solver_plan(NoiseSchedule.linear(), 20, order=order, **options)
+    assert torch.equal(plan.coefficients[-1], first.coefficients[-1])
+    assert torch.equal(plan.coefficients[:-1], without.coefficients[:-1])
+    assert torch.equal(plan.coefficients, without.coefficients) == (order == 1)
+    later = plan.starting_at(int(plan.timesteps[10]))
+    assert torch.equal(later.coefficients[-1], plan.coefficients[-1])
+
+
 def textbook_heun(schedule: Schedule, levels: Any, x: Tensor, prediction: str, clip: float | None) -> Tensor:
     """Run Karras et al. 2022, algorithm 1 in y = x / alpha: its derivative by r = sigma / alpha is (y - x_0^) / r."""
     timesteps, ratios = levels
