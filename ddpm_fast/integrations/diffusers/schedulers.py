@@ -11,20 +11,17 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
-from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as DDIMInverseSchedulerOutput
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.schedulers import scheduling_ddim, scheduling_ddim_inverse, scheduling_ddpm, scheduling_utils
 from torch import Tensor
 
 from ...checks import check_choice, check_int, check_number, check_one_of, check_range
-from ...errors import InvalidValue, expect
-from ...ops.reverse_step import reverse_step
-from ...plan import VARIANCE_TYPES, SamplingPlan, ddim_inversion_plan, ddim_plan, ddpm_plan, dpm_solver_plan
+from ...errors import expect
+from ...ops import reverse_step
+from ...plan import VARIANCE_TYPES, SamplingPlan, checked_timesteps, ddim_inversion_plan, ddim_plan, ddpm_plan, dpm_solver_plan
+from ...plan.levels import count_levels, noise_ratios, spaced_levels
 from ...plan.rows import plan_from_columns
-from ...plan.timesteps import checked_timesteps
 from ...schedule import NoiseSchedule, Objective
-from .plan_scheduler import Betas, PlanScheduler, Tables
+from .plan_scheduler import Betas, PlanScheduler, Steps
 
 _ZERO_SNR = 2**-24  # diffusers puts it in the place of abar = 0, so that sigma / alpha is finite
 
@@ -96,7 +93,7 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> scheduling_ddpm.DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """Return the sample at the previous timestep of the chain.
 
         Args:
@@ -116,20 +113,14 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
                 chain.
             TypeError: An argument has an unsupported type or dtype.
         """
-        known = self._known(timestep, model_output, sample)
-        tables = self._tables()
-        outside = [t for t in known or () if tables.rows[t] >= len(self._chain)]
-        if outside:
-            raise InvalidValue(
-                f"{type(self).__name__}.step",
-                "timestep",
-                f"to be one of the {len(self._chain)} of set_timesteps",
-                outside[0],
-            )
+        t, known = self._read(timestep, model_output, sample)
+        steps = self._steps()
+        outside = [each for each in known if steps.rows[each] >= steps.chain.num_steps]
+        expect(not outside, f"{type(self).__name__}.step", "timestep", "to be one of the scheduler's timesteps", outside)
         # At t = 0 sigma is 0, and diffusers draws nothing.
-        noise = self._noise(model_output, sample, generator) if known is None or any(known) else torch.zeros_like(sample)
-        x_prev, x_0 = self._advance(tables, known, timestep, model_output, sample, noise)
-        return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0) if return_dict else (x_prev, x_0)
+        noise = self._noise(model_output, sample, generator) if not known or any(known) else torch.zeros_like(sample)
+        pair = self._advance(steps, t, known, model_output, sample, noise)
+        return scheduling_ddpm.DDPMSchedulerOutput(*pair) if return_dict else pair
 
     def _plan(self, timesteps: Sequence[int], previous: Sequence[int] | None) -> SamplingPlan:
         return ddpm_plan(
@@ -206,7 +197,7 @@ class DDIMScheduler(PlanScheduler, diffusers.DDIMScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> scheduling_ddim.DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """Return the sample T // num_inference_steps below `timestep`, or x_0.
 
         In "linspace", and in "trailing" if num_inference_steps does not divide T, that may be between two timesteps of
@@ -233,11 +224,11 @@ class DDIMScheduler(PlanScheduler, diffusers.DDIMScheduler):
         """
         eta = eta.item() if isinstance(eta, np.generic) else eta
         check_number(f"{type(self).__name__}.step", "eta", eta, 0, finite=True)
-        known = self._known(timestep, model_output, sample)
-        tables = self._tables(eta, bool(use_clipped_model_output))
+        t, known = self._read(timestep, model_output, sample)
+        steps = self._steps(eta, bool(use_clipped_model_output))
         noise = self._noise(model_output, sample, generator, variance_noise) if eta > 0 else None
-        x_prev, x_0 = self._advance(tables, known, timestep, model_output, sample, noise)
-        return DDIMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0) if return_dict else (x_prev, x_0)
+        pair = self._advance(steps, t, known, model_output, sample, noise)
+        return scheduling_ddim.DDIMSchedulerOutput(*pair) if return_dict else pair
 
     def _plan(
         self, timesteps: Sequence[int], previous: Sequence[int] | None, eta: float, use_clipped_model_output: bool
@@ -287,16 +278,9 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
     ) -> None:
         if kwargs.get("set_alpha_to_zero") is not None:  # its deprecated name
             set_alpha_to_one = kwargs["set_alpha_to_zero"]
+        self._starts_at_x_0 = set_alpha_to_one
         self._set_up()
-        expect(
-            prediction_type != "sample" or not set_alpha_to_one,
-            type(self).__name__,
-            "prediction_type",
-            'to be "epsilon" or "v_prediction" with set_alpha_to_one, as an image alone does not determine epsilon',
-            "'sample'",
-        )
         self.initial_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
-        self._initial_alpha_bar = 1.0 if set_alpha_to_one else float(self.schedule.alpha_bars[0])
         self._timesteps = torch.arange(num_train_timesteps)
 
     def _spaced(self, name: str, num_steps: Any) -> Tensor:
@@ -307,7 +291,7 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
-    ) -> DDIMInverseSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> scheduling_ddim_inverse.DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """Return the sample at `timestep`, from the one T // num_inference_steps below it, or from the image.
 
         In "trailing", if num_inference_steps does not divide T, that may be between two timesteps of the chain, as in
@@ -328,9 +312,9 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
             ValueError: An argument has an unsupported value or shape, or set_timesteps was not called.
             TypeError: An argument has an unsupported type or dtype.
         """
-        known = self._known(timestep, model_output, sample)
-        x_next, x_0 = self._advance(self._tables(), known, timestep, model_output, sample, None)
-        return DDIMInverseSchedulerOutput(prev_sample=x_next, pred_original_sample=x_0) if return_dict else (x_next, x_0)
+        t, known = self._read(timestep, model_output, sample)
+        pair = self._advance(self._steps(), t, known, model_output, sample, None)
+        return scheduling_ddim_inverse.DDIMSchedulerOutput(*pair) if return_dict else pair
 
     def _plan(self, timesteps: Sequence[int], previous: Sequence[int] | None) -> SamplingPlan:
         return ddim_inversion_plan(
@@ -341,7 +325,7 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
             previous=None if previous is None else previous[::-1],
             prediction=self.config.prediction_type,
             clip=self._clip,
-            initial_alpha_bar=self._initial_alpha_bar,
+            initial_alpha_bar=1.0 if self._starts_at_x_0 else float(self.schedule.alpha_bars[0]),
         )
 
     def _has_step(self) -> Tensor:
@@ -393,15 +377,12 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
     ) -> None:
-        if algorithm_type == "deis":  # configurations of other solvers, as in diffusers
-            self.register_to_config(algorithm_type="dpmsolver++")
-        if solver_type in ("logrho", "bh1", "bh2"):
-            self.register_to_config(solver_type="midpoint")
+        self.register_to_config(  # configurations of other solvers, as in diffusers
+            algorithm_type="dpmsolver++" if algorithm_type == "deis" else algorithm_type,
+            solver_type="midpoint" if solver_type in ("logrho", "bh1", "bh2") else solver_type,
+        )
         config, name = self.config, type(self).__name__
-        check_choice(name, "solver_order", solver_order, (1, 2, 3))
         check_choice(name, "algorithm_type", config.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
-        check_choice(name, "solver_type", config.solver_type, ("midpoint", "heun"))
-        check_choice(name, "final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
         check_number(name, "lambda_min_clipped", lambda_min_clipped)
         for key in (
             "use_exponential_sigmas",
@@ -418,10 +399,9 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
                 f"{config[key]}: timestep_spacing and use_karras_sigmas are supported",
             )
         self._set_up(_schedule)
-        ratios = _ratios(self.schedule.alpha_bars)
+        ratios = noise_ratios(self.schedule.alpha_bars)
         self.lambda_t, self.sigmas = -ratios.log().float(), ratios.float()
-        self.alpha_t = self.schedule.sqrt_alpha_bars.float()
-        self.sigma_t = self.schedule.sqrt_one_minus_alpha_bars.float()
+        self.alpha_t, self.sigma_t = self.schedule.sqrt_alpha_bars.float(), self.schedule.sqrt_one_minus_alpha_bars.float()
         self._timesteps = self._timesteps.float()
         self._restart()
 
@@ -464,27 +444,14 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
 
     def _spaced(self, name: str, num_steps: Any) -> Tensor:
         config, total = self.config, self.config.num_train_timesteps
-        last = int((-_ratios(self.schedule.alpha_bars).log() >= config.lambda_min_clipped).sum())
-        expect(
-            last >= 2,
-            name,
-            "lambda_min_clipped",
-            f"to be at most {float(self.lambda_t[:2][-1]):.4g}, lambda at timestep 1",
-            config.lambda_min_clipped,
-        )
-        is_leading = config.timestep_spacing == "leading" and not config.use_karras_sigmas
-        check_int(name, "num_inference_steps", num_steps, 1, last - 1 if is_leading else total)
-        if config.use_karras_sigmas:
+        spacing = "karras" if config.use_karras_sigmas else config.timestep_spacing
+        last = count_levels(name, self.schedule, config.lambda_min_clipped)
+        check_int(name, "num_steps", num_steps, 1, last - 1 if spacing == "leading" else total)
+        if spacing == "karras":
             return self._karras(name, num_steps)
-        if is_leading:
-            return self._with_offset(name, torch.arange(num_steps, 0, -1) * (last // (num_steps + 1)))
-        if config.timestep_spacing == "linspace":
-            descending = np.linspace(0, last - 1, num_steps + 1).round()[:0:-1]
-        else:
-            descending = np.arange(last, 0, -total / num_steps).round() - 1
-        timesteps = torch.from_numpy(descending.astype(np.int64))
+        timesteps = spaced_levels(last, total, num_steps, spacing) + (config.steps_offset if spacing == "leading" else 0)
         # diffusers lists -1 for some numbers of "trailing", and a timestep twice for as many as there are.
-        return cast(Tensor, timesteps[timesteps >= 0].unique_consecutive())
+        return timesteps[timesteps >= 0].unique_consecutive() if spacing != "leading" else timesteps
 
     def _karras(self, name: str, num_steps: int) -> Tensor:
         """Return the timesteps of Karras's levels, int64 [S].
@@ -492,72 +459,60 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         diffusers rounds them, and truncates those of cosine betas. Either depends on the last bits of its
         float32 table, which is therefore computed as there.
         """
-        config = self.config
+        config, theirs = self.config, cast(Any, super())  # methods of diffusers' class
         for key in ("sigma_min", "sigma_max"):  # keys of another scheduler, which diffusers reads
             expect(config.get(key) is None, name, "", f"no {key} with use_karras_sigmas", config.get(key))
         alpha_bars = torch.cumprod(1 - NoiseSchedule.from_diffusers(config).betas.float(), dim=0)
-        if config.rescale_betas_zero_snr:
-            alpha_bars[-1] = _ZERO_SNR
-        ratios = _ratios(alpha_bars).numpy()
-        usable = (ratios > 0) & np.isfinite(ratios)
-        t = int(usable.argmin())  # the first that is not
+        alpha_bars[-1] = _ZERO_SNR if config.rescale_betas_zero_snr else alpha_bars[-1]
+        ratios = noise_ratios(alpha_bars).numpy()
+        t = int(((ratios > 0) & np.isfinite(ratios)).argmin())  # the first that is not usable, if any
         expect(
-            usable[t],
+            0 < ratios[t] < np.inf,
             name,
             "use_karras_sigmas",
             "to be false, or betas with a positive and finite sqrt((1 - abar) / abar) in float32",
             f"abar = {float(alpha_bars[t]):.3g} at timestep {t}",
         )
-        theirs: Any = self  # methods of diffusers' class
         levels = theirs._convert_to_karras(ratios[::-1].copy(), num_steps)
-        timesteps = np.array([theirs._sigma_to_t(level, np.log(ratios)) for level in levels])
-        if config.beta_schedule != "squaredcos_cap_v2":
-            timesteps = timesteps.round()
-        return torch.from_numpy(timesteps.astype(np.int64))
+        timesteps = theirs._sigma_to_t(levels, np.log(ratios))
+        rounded = timesteps if config.beta_schedule == "squaredcos_cap_v2" else timesteps.round()
+        return torch.from_numpy(rounded.astype(np.int64))
 
     # ------------------------------------------------------------------------------------------------------------- plans
 
-    def _build(self, *options: Any) -> Tables:
-        """Return the chain's plan, then the tables of `step`: p and q of x_0^, one for each order, levels of `add_noise`.
-
-        Row i of each is the step from `timesteps[i]`. The levels are those of the chain and of its end, then one for each
-        timestep of the schedule.
-        """
-        config, count = self.config, len(self._chain)
+    def _build(self, *options: Any) -> Steps:
+        config, count, spacing = self.config, len(self._chain), self._chain.tolist()
+        levels: dict[str, Any] = {"spacing": "karras", "num_steps": count} if config.use_karras_sigmas else {}
         # With thresholding, the steps take x_0^ in the place of the model's output.
-        prediction = "sample" if config.thresholding else config.prediction_type
-        x_0 = self._of_order(1, config.prediction_type)
-        first, *higher = (self._of_order(order, prediction) for order in range(1, config.solver_order + 1))
-        end = first.coefficients[-1:]
-        for i, plan in enumerate(higher):
-            if config.euler_at_final and not torch.equal(plan.coefficients[-1:], end):
-                higher[i] = replace(plan, coefficients=torch.cat([plan.coefficients[:-1], end]))
-        chain = [first, *higher][-1]
-        chain = replace(chain, variance="learned_range") if self._is_learned else chain
-        abar = torch.cat([first.alpha_bars, first.alpha_bars_prev[-1:], self.schedule.alpha_bars])
-        self.sigmas = _ratios(abar[: count + 1]).float()
+        given: dict[str, Any] = {"prediction": "sample", **levels} if config.thresholding else levels
+        orders = tuple(self._plan(spacing, order=order, **given) for order in range(1, config.solver_order + 1))
+        chain = self._plan(spacing, learned_variance=self._is_learned, **levels)
+        chain = chain if torch.equal(chain.timesteps, self._chain) else replace(chain, timesteps=self._chain)
+        abar = torch.cat([chain.alpha_bars, chain.alpha_bars_prev[-1:], self.schedule.alpha_bars])
+        self.sigmas = noise_ratios(abar[: count + 1]).float()
         unused, columns = torch.zeros_like(abar), {"k1": abar.sqrt(), "k2": (1 - abar).sqrt()}
-        levels = plan_from_columns(Objective(self.schedule), unused.long(), abar, abar, None, p=unused, **columns)
+        plan = plan_from_columns(Objective(self.schedule), unused.long(), abar, abar, None, p=unused, **columns)
         rows = torch.arange(count + 1, len(abar))
-        for t in self._chain.tolist():
+        for t in spacing:
             rows[t] = self.index_for_timestep(t, self._chain)  # type: ignore[attr-defined]  # diffusers'
-        return Tables((chain, x_0, first, *higher, levels), rows)
+        return Steps(chain, plan, rows.tolist(), {}, orders)
 
-    def _of_order(self, order: int, prediction: Any) -> SamplingPlan:
+    def _plan(self, timesteps: Sequence[int], previous: Sequence[int] | None = None, **options: Any) -> SamplingPlan:
+        """Return the plan of steps from timesteps. Options stand in for the arguments of `dpm_solver_plan`."""
         config = self.config
-        plan = dpm_solver_plan(
-            self.schedule,
-            len(self._chain),
-            order=order,
-            eta=1.0 if config.algorithm_type == "sde-dpmsolver++" else 0.0,
-            solver=config.solver_type,
-            spacing="karras" if config.use_karras_sigmas else self._chain.tolist(),
-            final=config.final_sigmas_type,
-            lower_order_final=bool(config.lower_order_final),
-            prediction=prediction,
-            clip=None,
-        )
-        return plan if torch.equal(plan.timesteps, self._chain) else replace(plan, timesteps=self._chain)
+        arguments = {
+            "num_steps": None,
+            "order": config.solver_order,
+            "eta": 1.0 if config.algorithm_type == "sde-dpmsolver++" else 0.0,
+            "solver": config.solver_type,
+            "spacing": timesteps,
+            "final": config.final_sigmas_type,
+            "lower_order_final": bool(config.lower_order_final),
+            "euler_at_final": bool(config.euler_at_final),
+            "prediction": config.prediction_type,
+            "clip": None,
+        }
+        return dpm_solver_plan(self.schedule, **{**arguments, **options})
 
     @property
     def _is_learned(self) -> bool:
@@ -574,7 +529,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> scheduling_utils.SchedulerOutput | tuple[Tensor]:
         """Return the sample at the next timestep of the chain.
 
         The scheduler counts its steps and remembers x_0^ of the last ones in `model_outputs`, as diffusers
@@ -598,18 +553,15 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
                 chain has ended.
             TypeError: An argument has an unsupported type or dtype.
         """
-        name, steps = f"{type(self).__name__}.step", len(self.timesteps)
-        expect(not isinstance(timestep, Tensor) or timestep.numel() == 1, name, "timestep", "to have 1 element", timestep)
-        known = self._known(timestep, model_output, sample)
-        _, x_0_plan, *by_order, _ = self._tables().plans
+        t, steps = self._read(timestep, model_output, sample, 1)[0], self._steps()
         if self._step_index is None:
-            self._init_step_index(timestep if known is None else known[0])  # type: ignore[attr-defined]  # diffusers'
+            self._init_step_index(t)  # type: ignore[attr-defined]  # diffusers'
         index = cast(int, self._step_index)
         expect(
-            0 <= index < steps,
-            name,
+            0 <= index < len(self._chain),
+            f"{type(self).__name__}.step",
             "",
-            f"one of the {steps} steps of set_timesteps",
+            f"one of the {len(self._chain)} steps of set_timesteps",
             f"step {index}: call set_timesteps again to begin another chain",
         )
         noise = (
@@ -620,15 +572,13 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         if self._is_learned and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
         if self._thresholds:
-            model_output = self._thresholded(x_0_plan, index, model_output, sample)
-        plan = by_order[min(self.lower_order_nums, len(by_order) - 1)]
-        x_0_prev = self.model_outputs[-1] if plan.needs_x_0_prev else None
-        x_0_prev2 = self.model_outputs[-2] if plan.needs_x_0_prev2 else None
-        x_prev, x_0 = self._reverse_step(plan, index, model_output, sample, noise, x_0_prev, x_0_prev2)
+            model_output = self._thresholded(steps.chain, index, model_output, sample)
+        plan = steps.orders[min(self.lower_order_nums, len(steps.orders) - 1)]
+        x_prev, x_0 = self._reverse_step(plan, index, model_output, sample, noise, *reversed(self.model_outputs))
         self.model_outputs = [*self.model_outputs[1:], x_0]
         self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
         self._step_index = index + 1
-        return SchedulerOutput(prev_sample=x_prev) if return_dict else (x_prev,)
+        return scheduling_utils.SchedulerOutput(prev_sample=x_prev) if return_dict else (x_prev,)
 
     # ---------------------------------------------------------------------------------------------------- forward process
 
@@ -649,9 +599,9 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
             return super().add_noise(original_samples, noise, timesteps)
         x_0, noise, t = self._broadcast("add_noise", "original_samples", original_samples, noise, timesteps)
         check_range(f"{type(self).__name__}.add_noise", "timesteps", t, self.schedule.num_timesteps)
-        tables, index = self._tables(), self._begin_index if self._step_index is None else self._step_index
-        row = tables.find(None, t, x_0.device) if self._begin_index is None else cast(int, index)
-        return cast(Tensor, reverse_step(x_0, noise, row, tables.plans[-1]))
+        steps, index = self._steps(), self._begin_index if self._step_index is None else self._step_index
+        row = steps.row(t, [], x_0.device) if self._begin_index is None else cast(int, index)
+        return cast(Tensor, reverse_step(x_0, noise, row, steps.plan))
 
 
 def _schedule(config: Any) -> NoiseSchedule:
@@ -665,8 +615,3 @@ def _schedule(config: Any) -> NoiseSchedule:
     steps_left = torch.arange(schedule.num_timesteps - 1, -1, -1, dtype=torch.float64)
     alpha_bars = torch.maximum(schedule.alpha_bars, _ZERO_SNR * (1 + 1e-6 * steps_left))
     return NoiseSchedule(1 - alpha_bars / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]]))
-
-
-def _ratios(alpha_bars: Tensor) -> Tensor:
-    """Return sigma / alpha."""
-    return ((1 - alpha_bars) / alpha_bars).sqrt()
