@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Final, Unpack
 
 import torch
 from torch import Tensor
 
 from . import plan
-from .checks import check_dtype, check_float, check_path, check_type, computing_device
+from .checks import check_dtype, check_float, check_type, computing_device
 from .errors import InvalidValue, expect, renaming
 from .files.images import in_range
 from .files.writing import read_json
 from .inference import Interface
 from .nn.unet import UNet
-from .options import checked_options, taking
+from .options import PathLike, checked, checked_options, taking, within
 from .plan import SamplingPlan, named_plan
 from .resources import no_folder
 from .samplers import DEFAULT_SAMPLER, PlanOptions
@@ -170,8 +169,9 @@ def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | 
         return load_folder(BUILTIN, device, dtype)
 
 
+@checked()
 def load_folder(
-    path: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    path: Annotated[PathLike, within()], device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Pretrained:
     """Load a trained model from a folder.
 
@@ -186,7 +186,6 @@ def load_folder(
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or describes a model that is not supported. The message names it.
     """
-    check_path("load_folder", "path", path)
     check_dtype("load_folder", "dtype", dtype, optional=True)
     device = None if device is None else computing_device("load_folder", device)
     folder = Path(path)

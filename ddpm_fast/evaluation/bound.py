@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -12,16 +13,15 @@ from .. import ops
 from ..checks import (
     check_callable,
     check_dtype,
-    check_int,
     check_map,
-    check_type,
     computing_device,
 )
 from ..dtypes import opmath
 from ..errors import InvalidValue, expect, renaming
 from ..inference import Interface, adapted
 from ..inference.model import Model, device_and_dtype, evaluation_mode
-from ..plan import COLUMNS, PlanPrediction, ddpm_plan
+from ..options import checked, within
+from ..plan import COLUMNS, Clip, PlanPrediction, ddpm_plan
 from ..predictions import Variance
 from ..sampling.arguments import check_condition, check_model, resolve_labels, resolve_seeds
 from ..sampling.options import ClassLabels
@@ -71,6 +71,7 @@ class VariationalBound:
         return self.prior + self.terms.sum(dim=1)
 
 
+@checked()
 def variational_bound(
     model: Model,
     x_0: Tensor,
@@ -78,13 +79,13 @@ def variational_bound(
     *,
     prediction: PlanPrediction | None = None,
     variance: Variance | None = None,
-    clip: float | None = 1.0,
+    clip: Clip = 1.0,
     class_labels: ClassLabels = None,
     condition: Tensor | None = None,
     seed: int | Tensor = 0,
     noise: Callable[[int], Tensor] | None = None,
     exact_cdf: bool = False,
-    batch_size: int | None = None,
+    batch_size: Annotated[int | None, within(low=1)] = None,
     progress: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -135,10 +136,7 @@ def variational_bound(
         variance = schedule.variance if isinstance(schedule, Objective) else "fixed_small"
     schedule, gives_mean = plan.schedule, plan.prediction == "previous_sample"
     check_callable(caller, "noise", noise)
-    check_type(caller, "exact_cdf", exact_cdf, bool)
-    check_type(caller, "progress", progress, bool)
     check_dtype(caller, "dtype", dtype, optional=True)
-    check_int(caller, "batch_size", batch_size, 1, optional=True)
     total = len(x_0)
     interface = Interface.of(model, predicts_variance=variance.startswith("learned"))
     interface.check_images(caller, "x_0", tuple(x_0.shape[1:]))

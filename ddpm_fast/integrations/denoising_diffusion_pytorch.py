@@ -37,7 +37,10 @@ def frozen_process(process: Any, dtype: torch.dtype | None, device: Any, num_tim
         raise InvalidType("freeze", "x.model", "to be a ddpm_fast.UNet", got)
     expect(
         model.class_embedding is None,
-        *("freeze", "x.model", "to have no classes, which the process does not know", "num_class_embeds"),
+        "freeze",
+        "x.model",
+        "to have no classes, which the process does not know",
+        "num_class_embeds",
     )
     num_timesteps = process.num_timesteps if num_timesteps is None else num_timesteps
     frozen = frozen_unet(model, dtype or model.conv_in.weight.dtype, device=device, num_timesteps=num_timesteps)
@@ -62,7 +65,10 @@ def plan_of_process(process: Any, num_steps: int | None, eta: float | None) -> S
     check_int("plan_of", "num_steps", num_steps, 1, process.num_timesteps, optional=True)
     expect(
         not process.self_condition,
-        *("plan_of", "x", "to have a network without self-conditioning, which reads x_0 too", "one with it"),
+        "plan_of",
+        "x",
+        "to have a network without self-conditioning, which reads x_0 too",
+        "one with it",
     )
     check_choice("plan_of", "x.objective", process.objective, _PREDICTIONS)
     schedule, prediction = NoiseSchedule.from_betas(process.betas.cpu().double()), _PREDICTIONS[process.objective]

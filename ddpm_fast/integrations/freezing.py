@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, Final, overload
+from typing import Annotated, Any, Final, overload
 
 import torch
 from torch import nn
 
-from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_number, computing_device
+from ..checks import MAX_TIMESTEPS, check_dtype, computing_device
 from ..errors import ArgumentError, InvalidType, InvalidValue, expect
 from ..inference import FrozenUNet, frozen_unet
 from ..nn import UNet
+from ..options import checked, within
 from ..plan import SamplingPlan
 from .foreign import unwrapped
 from .frozen_module import FrozenModule
@@ -33,31 +34,34 @@ _PLANNERS: Final = {
 
 
 @overload
+@checked()
 def freeze(
     x: UNet,
     dtype: torch.dtype | None = None,
     *,
     device: torch.device | str | None = None,
-    num_timesteps: int | None = None,
+    num_timesteps: Annotated[int | None, within(1, MAX_TIMESTEPS)] = None,
 ) -> FrozenUNet: ...
 
 
 @overload
+@checked()
 def freeze(
     x: Any,
     dtype: torch.dtype | None = None,
     *,
     device: torch.device | str | None = None,
-    num_timesteps: int | None = None,
+    num_timesteps: Annotated[int | None, within(1, MAX_TIMESTEPS)] = None,
 ) -> Any: ...
 
 
+@checked()
 def freeze(
     x: Any,
     dtype: torch.dtype | None = None,
     *,
     device: torch.device | str | None = None,
-    num_timesteps: int | None = None,
+    num_timesteps: Annotated[int | None, within(1, MAX_TIMESTEPS)] = None,
 ) -> Any:
     """Return the inference form of a network, or a pipeline with one. `x` is not modified.
 
@@ -98,12 +102,14 @@ scheduler of `ddpm_fast.integrations.diffusers` |
             and the reason.
     """
     check_dtype("freeze", "dtype", dtype, optional=True)
-    check_int("freeze", "num_timesteps", num_timesteps, 1, MAX_TIMESTEPS, optional=True)
     device = None if device is None else computing_device("freeze", device)
     x = unwrapped("x", x)
     expect(
         not isinstance(x, FrozenUNet | FrozenModule),
-        *("freeze", "x", "to be what is not frozen", f"a {type(x).__name__}, which is frozen already"),
+        "freeze",
+        "x",
+        "to be what is not frozen",
+        f"a {type(x).__name__}, which is frozen already",
     )
     if isinstance(x, UNet):
         return frozen_unet(x, dtype, device=device, num_timesteps=num_timesteps)
@@ -114,7 +120,13 @@ scheduler of `ddpm_fast.integrations.diffusers` |
     return _call("freeze", x, _FREEZERS, wanted, dtype, device, num_timesteps)
 
 
-def plan_of(x: Any, num_steps: int | None = None, *, eta: float | None = None) -> SamplingPlan:
+@checked()
+def plan_of(
+    x: Any,
+    num_steps: Annotated[int | None, within(low=1)] = None,
+    *,
+    eta: Annotated[float | None, within(low=0, finite=True)] = None,
+) -> SamplingPlan:
     """Return what a sampler of another library does as a plan for `Sampler`, `sample` and `write_samples`.
 
     Args:
@@ -127,8 +139,6 @@ def plan_of(x: Any, num_steps: int | None = None, *, eta: float | None = None) -
         TypeError: `x` is of another class.
         ValueError: An argument is out of range, or no plan can do what `x` does. The message names the part and the reason.
     """
-    check_int("plan_of", "num_steps", num_steps, 1, optional=True)
-    check_number("plan_of", "eta", eta, 0, finite=True, optional=True)
     x = getattr(x, "scheduler", x)  # a pipeline's
     plan: SamplingPlan = _call(
         "plan_of", x, _PLANNERS, "a scheduler or pipeline of diffusers, or a GaussianDiffusion", num_steps, eta

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Final, cast
+from typing import Annotated, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_dtype, check_int, check_number, check_type, checked_device
+from ..checks import check_choice, check_dtype, checked_device
 from ..errors import expect
 from ..nn import UNet
 from ..nn.checkpoint import load_tensors
 from ..nn.unet import unet_on_weights
+from ..options import checked, within
 from ..plan import PlanPrediction, SamplingPlan, ddim_plan, ddpm_plan
 from ..schedule import NoiseSchedule
 from .foreign import check_unpatched, frozen_foreign
@@ -50,14 +51,15 @@ _HEADS: Final = ("num_heads", "num_head_channels", "use_new_attention_order")
 _PREDICTIONS: Final[dict[str, PlanPrediction]] = {"PREVIOUS_X": "previous_sample", "START_X": "sample", "EPSILON": "epsilon"}
 
 
+@checked()
 def load_guided_diffusion(
     path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor],
     *,
-    num_heads: int = 4,
-    num_head_channels: int = -1,
+    num_heads: Annotated[int, within(1, 1 << 16)] = 4,
+    num_head_channels: Annotated[int, within(-1, 1 << 16)] = -1,
     use_new_attention_order: bool = False,
-    image_size: int | None = None,
-    dropout: float = 0.0,
+    image_size: Annotated[int | None, within(1, 1 << 16)] = None,
+    dropout: Annotated[float, within(0, below=1)] = 0.0,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> UNet:
@@ -85,12 +87,7 @@ def load_guided_diffusion(
         ValueError: A flag is out of range, or the weights are not those of a UNetModel with 2D convolutions.
     """
     op = "load_guided_diffusion"
-    check_int(op, "num_heads", num_heads, 1, 1 << 16)
-    check_int(op, "num_head_channels", num_head_channels, -1, 1 << 16)
     expect(num_head_channels != 0, op, "num_head_channels", "to be -1 or positive", 0)
-    check_type(op, "use_new_attention_order", use_new_attention_order, bool)
-    check_int(op, "image_size", image_size, 1, 1 << 16, optional=True)
-    check_number(op, "dropout", dropout, 0, below=1)
     check_dtype(op, "dtype", dtype, optional=True)
     device = None if device is None else checked_device(op, device)
     path, weights = "path_or_state_dict", cast(Any, path_or_state_dict)
@@ -98,7 +95,10 @@ def load_guided_diffusion(
         path, weights = os.fspath(path_or_state_dict), load_tensors(op, path_or_state_dict)
     expect(
         isinstance(weights, Mapping) and weights and all(isinstance(each, Tensor) for each in weights.values()),
-        *(op, "path_or_state_dict", "to be or to hold tensors by name", type(weights).__name__),
+        op,
+        "path_or_state_dict",
+        "to be or to hold tensors by name",
+        type(weights).__name__,
     )
     model = _converted(
         *(op, path, weights, num_heads, num_head_channels, use_new_attention_order), sample_size=image_size, dropout=dropout
@@ -111,7 +111,9 @@ def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_t
     kind, source = type(model), cast(Any, model)
     expect(
         kind.__name__ == "UNetModel",
-        *("freeze", "x", "to be a UNetModel itself"),
+        "freeze",
+        "x",
+        "to be a UNetModel itself",
         f"a {kind.__name__}: load_guided_diffusion takes weights of super-resolution models",
     )
     attention = source.middle_block[1]
@@ -126,7 +128,10 @@ def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_t
     heads, upsample = known["num_heads"], known["num_heads_upsample"]
     expect(
         known["num_head_channels"] != -1 or upsample in (-1, heads),
-        *("freeze", "x.num_heads_upsample", f"to be num_heads, {heads}", upsample),
+        "freeze",
+        "x.num_heads_upsample",
+        f"to be num_heads, {heads}",
+        upsample,
     )
     expect(known["conv_resample"], "freeze", "x.conv_resample", "to be True", "False")
     config = {
@@ -156,7 +161,9 @@ def plan_of_diffusion(diffusion: Any, num_steps: int | None, eta: float | None) 
     expect(num_steps is None, "plan_of", "num_steps", f"to be None, as the process has {len(timesteps)}", num_steps)
     expect(
         not getattr(diffusion, "rescale_timesteps", False) or total == 1000,
-        *("plan_of", "x.rescale_timesteps", "to be False, or x to have 1000 timesteps"),
+        "plan_of",
+        "x.rescale_timesteps",
+        "to be False, or x to have 1000 timesteps",
         f"True and {total}, which gives timesteps between integers",
     )
     steps: dict[str, Any] = {"spacing": timesteps[::-1], "prediction": prediction, "clip": 1.0}
@@ -269,7 +276,10 @@ def _queries_keys_values(caller: str, weight: Tensor, heads: int, new_order: boo
     channels = weight.shape[0] // 3
     expect(
         weight.shape[0] % (3 * heads) == 0,
-        *(caller, "heads", f"to divide {channels} channels of an attention", f"{heads} heads"),
+        caller,
+        "heads",
+        f"to divide {channels} channels of an attention",
+        f"{heads} heads",
     )
     rows = weight.reshape(channels * 3, *weight.shape[1:2])
     if new_order:

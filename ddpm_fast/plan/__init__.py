@@ -13,6 +13,7 @@ from .named import named_plan as named_plan
 from .repaint import repaint_plan as repaint_plan
 from .sampling_plan import COLUMNS as COLUMNS
 from .sampling_plan import VARIANCE_TYPES as VARIANCE_TYPES
+from .sampling_plan import Clip as Clip
 from .sampling_plan import PlanPrediction as PlanPrediction
 from .sampling_plan import SamplingPlan as SamplingPlan
 from .timesteps import Spacing as Spacing

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_int, check_number, check_type
 from ..errors import expect
+from ..options import within
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective
-from .levels import RHO, LevelSpacing, noise_levels
-from .sampling_plan import SamplingPlan, builds_plan
+from .levels import RHO, LambdaMin, Level, LevelSpacing, Rho, noise_levels
+from .sampling_plan import Clip, SamplingPlan, builds_plan
 
 FEW_STEPS = 15  # plans with fewer steps end with steps of lower order (`lower_order_final`)
 
@@ -24,20 +24,20 @@ def dpm_solver_plan(
     schedule: NoiseSchedule | Objective,
     num_steps: int | None = 20,
     *,
-    order: int = 2,
-    eta: float = 0.0,
+    order: Annotated[int, within(1, 3)] = 2,
+    eta: Annotated[float, within(0, 1)] = 0.0,
     solver: Literal["midpoint", "heun"] = "midpoint",
     spacing: LevelSpacing | Sequence[int] = "linspace",
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float = RHO,
+    sigma_min: Level = None,
+    sigma_max: Level = None,
+    rho: Rho = RHO,
     final: Literal["zero", "sigma_min"] = "zero",
     lower_order_final: bool = True,
     euler_at_final: bool = False,
-    lambda_min: float = -math.inf,
+    lambda_min: LambdaMin = -math.inf,
     start: int | None = None,
     prediction: Prediction | None = None,
-    clip: float | None = 1.0,
+    clip: Clip = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
     """Build a plan for DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095).
@@ -101,12 +101,7 @@ def dpm_solver_plan(
             is 0.
     """
     caller = "dpm_solver_plan"
-    check_int(caller, "order", order, 1, 3)
-    check_number(caller, "eta", eta, 0, 1)
     expect(order < 3 or eta in (0, 1), caller, "eta", "to be 0 or 1 with order 3", eta)
-    check_choice(caller, "solver", solver, ("midpoint", "heun"))
-    check_type(caller, "lower_order_final", lower_order_final, bool)
-    check_type(caller, "euler_at_final", euler_at_final, bool)
     levels = noise_levels(
         caller,
         schedule,

@@ -10,7 +10,7 @@ import torch
 from ..errors import expect
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective
-from .levels import RHO, LevelSpacing, noise_levels
+from .levels import RHO, LambdaMin, Level, LevelSpacing, Rho, noise_levels
 from .sampling_plan import Clip, SamplingPlan, builds_plan
 
 
@@ -20,10 +20,10 @@ def heun_plan(
     num_steps: int | None = 10,
     *,
     spacing: LevelSpacing | Sequence[int] = "linspace",
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float = RHO,
-    lambda_min: float = -math.inf,
+    sigma_min: Level = None,
+    sigma_max: Level = None,
+    rho: Rho = RHO,
+    lambda_min: LambdaMin = -math.inf,
     start: int | None = None,
     prediction: Prediction | None = None,
     clip: Clip = 1.0,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_int, check_number, check_type
+from ..checks import check_choice, check_int
 from ..errors import InvalidValue, expect
+from ..options import within
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective, objective_of
 from .rows import plan_from_columns
@@ -21,7 +22,9 @@ from .timesteps import checked_timesteps, spaced_timesteps
 LevelSpacing = Literal["linspace", "leading", "trailing", "karras"]
 
 RHO = 7.0  # Karras et al. 2022, section 3 and table 1
-_MOST_RHO = 100  # a level's relative rounding error grows with rho
+Rho = Annotated[float, within(1, 100)]  # a level's relative rounding error grows with rho
+Level = Annotated[float | None, within()]
+LambdaMin = Annotated[float, within()]
 _SLACK = 1e-4  # a level may be rounded, such as 0.01 for the lowest one of the linear schedule
 _APART = 1 + 1e-6  # closer levels would be equal after the power 1 / rho
 
@@ -82,23 +85,17 @@ def noise_levels(
     clip: float | None,
     learned_variance: bool,
 ) -> Levels:
-    """Check the arguments that these solvers share, and return the levels.
+    """Return the levels of these solvers.
 
-    `caller` is the function that error messages name. The other arguments are those of `dpm_solver_plan`.
+    `caller` is the function that error messages name. The other arguments are those of `dpm_solver_plan`, which `checked` has
+    checked.
 
     Raises:
         TypeError: An argument has an unsupported type.
         ValueError: An argument is out of range.
     """
-    check_type(caller, "learned_variance", learned_variance, bool)
     objective = objective_of(caller, schedule, prediction, "learned_range" if learned_variance else None)
     schedule = objective.schedule
-    check_choice(caller, "final", final, ("zero", "sigma_min"))
-    check_number(caller, "clip", clip, above=0, optional=True)
-    check_number(caller, "lambda_min", lambda_min)
-    check_number(caller, "sigma_min", sigma_min, optional=True)
-    check_number(caller, "sigma_max", sigma_max, optional=True)
-    check_number(caller, "rho", rho, 1, _MOST_RHO)
     check_int(caller, "start", start, 0, schedule.num_timesteps - 1, optional=True)
     ratios = noise_ratios(schedule.alpha_bars)  # ascending
     last = count_levels(caller, schedule, lambda_min)

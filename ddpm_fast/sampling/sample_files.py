@@ -10,19 +10,19 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, Unpack
+from typing import Annotated, Any, Final, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import Ranges, check_int, check_path, check_type
+from ..checks import Ranges, check_int, check_type
 from ..distributed import Processes, joined
 from ..errors import InvalidValue, UnusablePath, expect
 from ..files.images import in_range, to_uint8
 from ..files.writing import write_json
 from ..inference.model import model_config
-from ..options import taking
+from ..options import PathLike, checked, taking, within
 from ..plan import SamplingPlan
 from .options import EditOptions
 from .progress import progress_bar
@@ -36,9 +36,10 @@ _APART: Final = timedelta(hours=24)  # between the ends of the first process and
 _POLL: Final = 0.1  # seconds
 
 
+@checked()
 @taking(EditOptions)
 def write_samples(
-    out: str | os.PathLike[str],
+    out: Annotated[PathLike, within()],
     sampler: Sampler,
     num_samples: int,
     *,
@@ -87,9 +88,7 @@ def write_samples(
         ProcessLost: Another process has failed or ended. It is a RuntimeError.
         KeyboardInterrupt: The call was interrupted. The message says how many images are written.
     """
-    check_path(_CALLER, "out", out)
     check_type(_CALLER, "sampler", sampler, Sampler)
-    check_type(_CALLER, "share_gpu", share_gpu, bool)
     batch_size, seed, shape = options.get("batch_size"), options.get("seed", 0), sampler.shape
     batch_size = 64 if batch_size is None else batch_size
     check_int(_CALLER, "batch_size", batch_size, 1, 1 << 32)

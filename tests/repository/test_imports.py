@@ -36,14 +36,27 @@ ALLOWED = {
     "schemas": {"checks", "predictions", "schedule", "nn"},
     "inference": {"dtypes", "checks", "reference", "plan", "ops", "nn", "inference"},
     "integrations": {
-        *("dtypes", "checks", "predictions", "reference", "schedule", "plan", "ops", "nn", "inference", "integrations"),
+        *(
+            "dtypes",
+            "checks",
+            "options",
+            "predictions",
+            "reference",
+            "schedule",
+            "plan",
+            "ops",
+            "nn",
+            "inference",
+            "integrations",
+        ),
     },
     "sampling": {
         *("distributed", "dtypes", "resources", "checks", "files", "options", "reference", "plan", "ops", "schemas"),
         *("inference", "sampling"),
     },
     "evaluation": {
-        *("dtypes", "checks", "predictions", "schedule", "plan", "ops", "variational", "inference", "sampling", "evaluation"),
+        *("dtypes", "checks", "options", "predictions", "schedule", "plan", "ops", "variational", "inference", "sampling"),
+        "evaluation",
     },
     "training": {
         *("version", "allocator", "distributed", "resources", "checks", "files", "options", "predictions", "schedule"),

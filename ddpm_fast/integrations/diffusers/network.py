@@ -106,7 +106,10 @@ def plan_of_scheduler(scheduler: Any, num_steps: int | None, eta: float | None) 
             own.set_timesteps(num_steps)
         expect(
             own.num_inference_steps is not None or isinstance(own, DDPMScheduler),
-            *("plan_of", "num_steps", "to be given, or x to have timesteps that were set", "neither"),
+            "plan_of",
+            "num_steps",
+            "to be given, or x to have timesteps that were set",
+            "neither",
         )
         return cast(SamplingPlan, own.sampling_plan() if eta is None else own.sampling_plan(eta))
 
