@@ -186,8 +186,17 @@ def taking(struct: type) -> Callable[[Function], Function]:
     return decorate
 
 
+def _is_plain(members: tuple[Any, ...]) -> bool:
+    """Return whether a type of these members is checked without a range: a bool, texts, a dtype or a class of this package."""
+    classes = [each for each in members if isinstance(each, type) and each not in (bool, type(None))]
+    ours = all(each.__module__.startswith("ddpm_fast") or each.__name__ == "dtype" for each in classes)
+    return ours and len(classes) <= 1 and all(isinstance(each, type) or get_origin(each) is Literal for each in members)
+
+
 def checked(owner: str = "") -> Callable[[Function], Function]:
-    """Return a decorator that checks the arguments of a function which are bool, Literal or declared with their range.
+    """Return a decorator that checks the arguments of a function.
+
+    These are the arguments of type bool, Literal, dtype or a class of this package, and those that declare their range.
 
     Args:
         owner: What stands before the function's name in errors, such as "NoiseSchedule.".
@@ -198,8 +207,7 @@ def checked(owner: str = "") -> Callable[[Function], Function]:
         for name, hint in get_type_hints(function, include_extras=True).items():
             kind, option = get_args(hint) if get_origin(hint) is Annotated else (hint, within())
             members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-            plain = all(each in (bool, type(None)) or get_origin(each) is Literal for each in members)
-            if name in signature.parameters and (plain or kind is not hint):
+            if name in signature.parameters and (kind is not hint or _is_plain(members)):
                 declared.append(Declared(name, kind, None, option))
         kinds = {each.name: each.kind for each in declared}
         parameters = {
@@ -240,8 +248,11 @@ def checked_options(caller: str, struct: type, given: Mapping[str, Any]) -> dict
 
 def checked_option(caller: str, declared: Declared, value: Any) -> Any:
     """Return an option in its plain form: a path as text, numbers as a tuple. Raise unless it is as declared."""
+    import torch
+
     from .checks import (
         check_choice,
+        check_dtype,
         check_int,
         check_ints,
         check_number,
@@ -290,6 +301,8 @@ def checked_option(caller: str, declared: Declared, value: Any) -> Any:
     elif os.PathLike[str] in kinds:
         check_path(caller, name, value)
         return os.fsdecode(value)
+    elif (wanted := next((each for each in kinds if isinstance(each, type) and each is not type(None)), str)) is torch.dtype:
+        check_dtype(caller, name, value, optional=optional)
     else:
-        check_type(caller, name, value, str, optional=optional)
+        check_type(caller, name, value, wanted, optional=optional)
     return value

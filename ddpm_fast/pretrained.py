@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import plan
-from .checks import check_dtype, check_float, check_type, computing_device
+from .checks import check_float, check_type, computing_device
 from .errors import InvalidValue, expect, renaming
 from .files.images import in_range
 from .files.writing import read_json
@@ -186,7 +186,6 @@ def load_folder(
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or describes a model that is not supported. The message names it.
     """
-    check_dtype("load_folder", "dtype", dtype, optional=True)
     device = None if device is None else computing_device("load_folder", device)
     folder = Path(path)
     if not folder.is_dir():

@@ -136,7 +136,6 @@ def variational_bound(
         variance = schedule.variance if isinstance(schedule, Objective) else "fixed_small"
     schedule, gives_mean = plan.schedule, plan.prediction == "previous_sample"
     check_callable(caller, "noise", noise)
-    check_dtype(caller, "dtype", dtype, optional=True)
     total = len(x_0)
     interface = Interface.of(model, predicts_variance=variance.startswith("learned"))
     interface.check_images(caller, "x_0", tuple(x_0.shape[1:]))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, overload
 import torch
 from torch import nn
 
-from ..checks import MAX_TIMESTEPS, check_dtype, computing_device
+from ..checks import MAX_TIMESTEPS, computing_device
 from ..errors import ArgumentError, InvalidType, InvalidValue, expect
 from ..inference import FrozenUNet, frozen_unet
 from ..nn import UNet
@@ -101,7 +101,6 @@ scheduler of `ddpm_fast.integrations.diffusers` |
             a network of another library is not what its class and configuration describe. The message names the part
             and the reason.
     """
-    check_dtype("freeze", "dtype", dtype, optional=True)
     device = None if device is None else computing_device("freeze", device)
     x = unwrapped("x", x)
     expect(

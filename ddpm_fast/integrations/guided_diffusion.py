@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_dtype, checked_device
+from ..checks import check_choice, checked_device
 from ..errors import expect
 from ..nn import UNet
 from ..nn.checkpoint import load_tensors
@@ -88,7 +88,6 @@ def load_guided_diffusion(
     """
     op = "load_guided_diffusion"
     expect(num_head_channels != 0, op, "num_head_channels", "to be -1 or positive", 0)
-    check_dtype(op, "dtype", dtype, optional=True)
     device = None if device is None else checked_device(op, device)
     path, weights = "path_or_state_dict", cast(Any, path_or_state_dict)
     if isinstance(path_or_state_dict, str | os.PathLike):

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Number
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from ..checks import (
 )
 from ..errors import InvalidType, InvalidValue
 from ..ops.modes import runs_eagerly
+from ..options import PathLike, checked, within
 from ..reference import STREAM_DROPOUT
 from .checkpoint import check_finite, check_weights, load_checkpoint, save_checkpoint
 from .config import UNetConfig
@@ -215,7 +216,8 @@ class UNet(nn.Module):
         model.load_state_dict(converted, assign=True)
         return model.eval()
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+    @checked()
+    def save_pretrained(self, path: Annotated[PathLike, within()]) -> None:
         """Write config.json and diffusion_pytorch_model.safetensors in diffusers' layout.
 
         Each file is written atomically. Weights of a network with another configuration are not overwritten.
@@ -226,7 +228,6 @@ class UNet(nn.Module):
         Raises:
             ValueError: The folder holds another network.
         """
-        check_path("save_pretrained", "path", path)
         save_checkpoint(path, self._config, self.state_dict())
 
 

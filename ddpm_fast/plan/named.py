@@ -7,7 +7,6 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Unpack
 
-from ..checks import check_type
 from ..errors import InvalidValue, expect, renaming
 from ..options import checked, checked_options, taking, within
 from ..samplers import DEFAULT_SAMPLER, LAMBDA_MIN, SAMPLERS, NamedSampler, PlanOptions
@@ -30,7 +29,6 @@ def named_plan(objective: Objective, *, clip: Clip = 1.0, **options: Unpack[Plan
         ValueError: There is no such sampler, it does not take an option, or an option is out of range.
     """
     caller = "named_plan"
-    check_type(caller, "objective", objective, Objective)
     chosen = checked_options(caller, PlanOptions, options)
     name = chosen.pop("sampler") or DEFAULT_SAMPLER
     named = SAMPLERS[name]
@@ -66,7 +64,6 @@ def default_plan(objective: Objective, *, steps: Annotated[int | None, within(lo
         TypeError: An argument has an unsupported type.
         ValueError: `steps` or `clip` is out of range.
     """
-    check_type("default_plan", "objective", objective, Objective)
     named = SAMPLERS[DEFAULT_SAMPLER]
     most = _most_steps(named, objective.schedule, named.spacing)
     with renaming("default_plan"):

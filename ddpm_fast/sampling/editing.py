@@ -106,6 +106,7 @@ def interpolate(
     return _denoised(sampler, mixed, strength, request).reshape(len(a), num, *sampler.shape)
 
 
+@checked()
 @taking(BatchOptions)
 def invert(sampler: Sampler, images: Tensor, **options: Unpack[BatchOptions]) -> Tensor:
     """Find the x_T from which DDIM draws images (Song et al. 2021, section 4.3).
@@ -140,6 +141,7 @@ def invert(sampler: Sampler, images: Tensor, **options: Unpack[BatchOptions]) ->
     return x_T
 
 
+@checked()
 @taking(EditOptions)
 def inpaint(sampler: Sampler, images: Tensor, mask: Tensor, **options: Unpack[EditOptions]) -> Tensor:
     """Paint a region of images and keep the rest (Lugmayr et al. 2022, algorithm 1).
@@ -215,7 +217,6 @@ def _denoised(sampler: Sampler, images: Tensor, strength: float, request: Reques
 
 def _check_sampler(caller: str, sampler: Sampler, *, denoises: bool) -> None:
     """Raise unless this is a Sampler, and with `denoises` one whose plan goes from noise to an image."""
-    check_type(caller, "sampler", sampler, Sampler)
     expect(len(sampler.shape) == 3, caller, "sampler", "to draw images (C, H, W)", sampler.shape)
     if denoises and not _denoises(sampler.plan):
         raise InvalidValue(caller, "sampler", "to have a plan from noise to an image", f"\n{sampler.plan}")

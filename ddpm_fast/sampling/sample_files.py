@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import Ranges, check_int, check_type
+from ..checks import Ranges, check_int
 from ..distributed import Processes, joined
 from ..errors import InvalidValue, UnusablePath, expect
 from ..files.images import in_range, to_uint8
@@ -88,7 +88,6 @@ def write_samples(
         ProcessLost: Another process has failed or ended. It is a RuntimeError.
         KeyboardInterrupt: The call was interrupted. The message says how many images are written.
     """
-    check_type(_CALLER, "sampler", sampler, Sampler)
     batch_size, seed, shape = options.get("batch_size"), options.get("seed", 0), sampler.shape
     batch_size = 64 if batch_size is None else batch_size
     check_int(_CALLER, "batch_size", batch_size, 1, 1 << 32)

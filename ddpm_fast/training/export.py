@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
-from ..checks import check_dtype, check_path
 from ..errors import expect
 from ..files.writing import write_json, write_text
 from ..inference import Interface
 from ..nn import UNet
+from ..options import PathLike, checked, within
 from ..predictions import DIFFUSERS_PREDICTIONS
 from ..resources import check_writable
 from ..schedule import Objective
@@ -23,8 +22,9 @@ if TYPE_CHECKING:
     from ..schemas import Checkpoint
 
 
+@checked()
 def export_checkpoint(
-    run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], dtype: torch.dtype = torch.float16
+    run_dir: Annotated[PathLike, within()], out_dir: Annotated[PathLike, within()], dtype: torch.dtype = torch.float16
 ) -> Path:
     """Write the averaged network of a run's newest checkpoint for sampling, with the record of its training.
 
@@ -44,9 +44,6 @@ def export_checkpoint(
         ValueError: `out_dir` is the run's folder, or within its checkpoints.
         OSError: `out_dir` cannot be written.
     """
-    check_path("export_checkpoint", "run_dir", run_dir)
-    check_path("export_checkpoint", "out_dir", out_dir)
-    check_dtype("export_checkpoint", "dtype", dtype)
     run, out = RunFolder(run_dir), Path(out_dir)
     checkpoints = run.checkpoints.path
     for holds, wanted in (

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..checks import check_callable, check_int, check_path, check_type
 from ..distributed import joined
-from ..options import AnyOptions
+from ..options import AnyOptions, PathLike, checked, within
 from ..schedule import NoiseSchedule, Objective
 from .data import DATASETS, Degradation
 from .log import Logger
@@ -133,8 +133,9 @@ class Trainer:
 # -------------------------------------------------------------------------------------------------- a run made from options
 
 
+@checked()
 def train(
-    run_dir: str | os.PathLike[str],
+    run_dir: Annotated[PathLike, within()],
     options: TrainOptions | None = None,
     data: DataOptions | None = None,
     model: ModelOptions | None = None,
@@ -174,9 +175,6 @@ def train(
     options = TrainOptions() if options is None else options
     data = DataOptions() if data is None else data
     model = ModelOptions() if model is None else model
-    for name, value, kind in (("options", options, TrainOptions), ("data", data, DataOptions), ("model", model, ModelOptions)):
-        check_type("train", name, value, kind)
-    check_path("train", "run_dir", run_dir)
     return train_in(RunFolder(run_dir), options, data, model)
 
 
