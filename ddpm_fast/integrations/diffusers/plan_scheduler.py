@@ -269,14 +269,16 @@ class PlanScheduler:
             sample: As in `step`.
             most: None: the number of samples.
         """
-        name = f"{type(self).__name__}.step"
+        name, last = f"{type(self).__name__}.step", self.schedule.num_timesteps - 1
         check_float(name, "model_output", model_output)
         check_float(name, "sample", sample)
         check_device(name, "model_output", model_output, "sample", sample)
         t, most = self._checked(name, "timestep", timestep), most or sample.shape[0]
         expect(len(t) in (1, most), name, "timestep", f"to have 1 element{f' or {most}' * (most != 1)}", len(t))
-        check_range(name, "timestep", t, self.schedule.num_timesteps)
-        return t, [] if torch.compiler.is_compiling() or t.device.type != "cpu" else t.tolist()
+        known = [] if torch.compiler.is_compiling() or t.device.type != "cpu" else t.tolist()
+        outside = [each for each in known if not 0 <= each <= last]
+        expect(not outside, name, "timestep", f"in 0..{last}", outside)
+        return t, known
 
     def _noise(
         self, model_output: Tensor, sample: Tensor, generator: Any, given: Tensor | None = None, dtype: Any = None
