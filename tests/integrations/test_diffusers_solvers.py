@@ -723,7 +723,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: _set().step(X, 900, X.int()), f"{NAME}.step: expected sample to be float32, .*, got torch.int32"),
     (lambda: _set().step(X, None, X), f"{NAME}.step: expected timestep to be an int or an int64 tensor, got NoneType"),
     (lambda: _set().step(X, 900.0, X), f"{NAME}.step: expected timestep to be an int or an int64 tensor, got float"),
-    (lambda: _set().step(X, 1000, X), f"{NAME}.step: expected timestep in 0..999, got 1000"),
+    (lambda: _set().step(X, 1000, X), f"{NAME}.step: expected timestep to be in 0..999, got 1000"),
     (lambda: _set().step(X, torch.tensor([9, 8]), X), "expected timestep to have 1 element, got 2"),
     (lambda: _set().step(X[:, :2], 900, X), r"expected model_output to have shape \[3, 3, 6, 6\], got \[3, 2, 6, 6\]"),
     (
@@ -743,7 +743,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: DDIMInverseScheduler().sampling_plan(), "DDIMInverseScheduler: expected set_timesteps to have been"),
     (
         lambda: _set(kind=DDIMInverseScheduler).step(X, 1000, X),
-        "DDIMInverseScheduler.step: expected timestep in 0..999",
+        "DDIMInverseScheduler.step: expected timestep to be in 0..999",
     ),
     (lambda: _set(2000, DDIMInverseScheduler), "expected num_inference_steps to be an integer in 1..1000, got 2000"),
 ]

@@ -258,8 +258,8 @@ class PlanScheduler:
         t = t.reshape(-1).to(torch.int64 if t.dtype in _INTEGERS else t.dtype)
         return index_tensor(caller, name, t, self.schedule.num_timesteps, len(t), device or t.device)
 
-    def _read(self, timestep: Any, model_output: Tensor, sample: Tensor, most: int | None = None) -> tuple[Tensor, list[int]]:
-        """Return the timesteps of a step, 1 or `most`, and as ints if they are on the host, else none.
+    def _read(self, timestep: Any, model_output: Tensor, sample: Tensor, most: int | None = None) -> tuple[Any, list[int]]:
+        """Return the timesteps of a step, 1 or `most`: as int64 or an int, and as ints if they are on the host, else none.
 
         Reading a device would synchronize. The arguments that `reverse_step` does not check are checked here.
 
@@ -273,11 +273,16 @@ class PlanScheduler:
         check_float(name, "model_output", model_output)
         check_float(name, "sample", sample)
         check_device(name, "model_output", model_output, "sample", sample)
-        t, most = self._checked(name, "timestep", timestep), most or sample.shape[0]
-        expect(len(t) in (1, most), name, "timestep", f"to have 1 element{f' or {most}' * (most != 1)}", len(t))
-        known = [] if torch.compiler.is_compiling() or t.device.type != "cpu" else t.tolist()
+        t, most, traced = timestep, most or sample.shape[0], torch.compiler.is_compiling()
+        if type(t) is int and not traced:  # no tensor is made, which would take as long as the rest
+            known = [t]
+        else:
+            is_index = isinstance(t, Tensor) and t.dtype == torch.int64 and t.layout is torch.strided
+            t = t.reshape(-1) if is_index else self._checked(name, "timestep", t)
+            expect(len(t) in (1, most), name, "timestep", f"to have 1 element{f' or {most}' * (most != 1)}", len(t))
+            known = [] if traced or t.device.type != "cpu" else t.tolist()
         outside = [each for each in known if not 0 <= each <= last]
-        expect(not outside, name, "timestep", f"in 0..{last}", outside)
+        expect(not outside, name, "timestep", f"to be in 0..{last}", ", ".join(map(str, outside)))
         return t, known
 
     def _noise(
