@@ -77,7 +77,8 @@ def check_choice(caller: str, name: str, value: Any, choices: Collection[Any]) -
     if not isinstance(value, kinds) or value not in choices or (type(value) is bool and bool not in kinds):
         kind = InvalidValue if isinstance(value, kinds) else InvalidType
         named = ", ".join(str(choice) for choice in choices if choice is not None)
-        wanted = " or ".join([*([f"one of {named}"] if named else []), *(["None"] if None in choices else [])])
+        some = [f"one of {named}" if ", " in named else named] if named else []
+        wanted = " or ".join([*some, *(["None"] if None in choices else [])])
         raise kind(caller, name, f"to be {wanted}", repr(value))
 
 
@@ -165,7 +166,8 @@ def check_number(
     low_enough = (high is None or value <= high) and (below is None or value < below)
     if not (high_enough and low_enough and (not finite or -math.inf < value < math.inf)):
         words = {"at least": low, "above": above, "at most": high, "below": below}
-        bounds = [f"{word} {bound}" for word, bound in words.items() if bound is not None] + ["finite"] * finite
+        bounds = [f"{word} {bound}" for word, bound in words.items() if bound is not None]
+        bounds += ["finite"] * (finite and len(bounds) < 2)
         wanted = " and ".join("positive" if bound == "above 0" else bound for bound in bounds)
         raise InvalidValue(caller, name, f"to be {wanted}{or_none}", repr(value))
 

@@ -217,7 +217,10 @@ def checked(owner: str = "") -> Callable[[Function], Function]:
 
         @wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(parameters, args, strict=False)) | kwargs
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError:  # the call itself says it better
+                return function(*args, **kwargs)
             for each in declared:
                 if each.name in given:
                     checked_option(caller, each, given[each.name])

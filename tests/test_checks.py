@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from ddpm_fast.checks import (
     computing_device,
 )
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
+from ddpm_fast.options import checked, within
 
 
 @pytest.mark.parametrize(
@@ -92,9 +94,9 @@ def test_other_numbers_do_not(value: object, bounds: dict[str, Any], error: Argu
 def test_choices_and_types() -> None:
     check_choice("f", "x", "a", ("a", None))
     check_type("f", "x", "a", str)
-    with refused(InvalidValue("f", "x", "to be one of a or None", "'b'")):
+    with refused(InvalidValue("f", "x", "to be a or None", "'b'")):
         check_choice("f", "x", "b", ("a", None))
-    with refused(InvalidType("f", "x", "to be one of a or None", "1")):
+    with refused(InvalidType("f", "x", "to be a or None", "1")):
         check_choice("f", "x", 1, ("a", None))
     with refused(InvalidType("f", "x", "to be one of 0, 1", "tensor([1., 1.])")):
         check_choice("f", "x", torch.ones(2), (0, 1))  # which has no truth value
@@ -149,3 +151,27 @@ def test_other_arguments_pass() -> None:
 def test_other_wrong_arguments_do_not(call: Callable[[], None], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^f: .*{message}"):
         call()
+
+
+@checked()
+def _called(a: Annotated[int, within(low=1)], *, b: Annotated[float, within(0, 1)] = 0.0, c: bool = False) -> tuple[Any, ...]:
+    return a, b, c
+
+
+def test_a_signature_declares_what_is_checked() -> None:
+    assert _called(1, b=0.5) == (1, 0.5, False)
+    assert str(inspect.signature(_called)).startswith("(a: int, *, b: float = 0.0, c: bool = False)")
+    for call, error in (
+        (lambda: _called(0), InvalidValue("_called", "a", "to be a positive integer", "0")),
+        (lambda: _called(a=1, b=2.0), InvalidValue("_called", "b", "to be at least 0 and at most 1", "2.0")),
+        (lambda: _called(1, c=1), InvalidType("_called", "c", "to be a bool", "int")),
+    ):
+        with refused(error):
+            call()
+
+
+def test_a_call_that_does_not_fit_the_signature_is_pythons_error() -> None:
+    for call in (lambda: _called(1, 2.0), lambda: _called(b=2.0), lambda: _called(1, a=0), lambda: _called(1, d=1)):
+        with pytest.raises(TypeError, match=r"^_called\(\) ") as error:
+            call()
+        assert type(error.value) is TypeError

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -74,13 +73,12 @@ class _Stream:
         return getattr(self._stream, name)
 
 
-def _output_fails(written: list[Path], null: TextIO, error: Exception) -> None:
-    """End the command because standard output cannot be written. A reader that has left, such as `head`, is no error."""
-    with suppress(OSError):
-        os.dup2(null.fileno(), 1)  # or Python would write the rest when it ends
-    if isinstance(error, BrokenPipeError):
-        raise click.exceptions.Exit(1) from error
-    raise click.ClickException(f"standard output: {error}. {files_written(written)}") from error
+class _OutputFails(Exception):
+    """Standard output cannot be written, which is no error of another file."""
+
+
+def _raise_output_fails(error: Exception) -> None:
+    raise _OutputFails(str(error)) from error
 
 
 class Command(click.Command):
@@ -126,6 +124,8 @@ class Commands(click.Group):
     The context's object is the list of the files that the command has written.
     """
 
+    command_class = Command
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command with streams that may fail."""
         written = kwargs.setdefault("obj", [])
@@ -139,10 +139,17 @@ class Commands(click.Group):
             stack.enter_context(redirect_stderr(cast("TextIO", _Stream(sys.stderr or null, lambda error: None))))
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-            stack.enter_context(
-                redirect_stdout(cast("TextIO", _Stream(sys.stdout or null, partial(_output_fails, written, null))))
-            )
-            return super().main(*args, **kwargs)
+            stack.enter_context(redirect_stdout(cast("TextIO", _Stream(sys.stdout or null, _raise_output_fails))))
+            try:
+                return super().main(*args, **kwargs)
+            except (OSError, _OutputFails) as error:  # an OSError is of bytes, such as those of shell completion
+                if not kwargs.get("standalone_mode", True):
+                    raise
+                with suppress(OSError, ValueError):
+                    os.dup2(null.fileno(), sys.stdout.fileno())  # or Python would try to write the rest when it ends
+                if not isinstance(error.__cause__ or error, BrokenPipeError):  # a reader that has left, such as `head`
+                    click.echo(f"Error: standard output: {error}. {files_written(written)}", err=True)
+                sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command, and say at Ctrl-C what it has written."""

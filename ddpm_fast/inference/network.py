@@ -23,7 +23,10 @@ from ..ops.step_parts import time_terms_op
 from .program import Buffer, Builder
 
 Resample = Literal["down", "up"]
-_INERT: Final = {*vars(nn.Module()), "_compiled_call_impl", "dropout", "dropout_stream"}  # not read in eval mode
+_INERT: Final = {  # attributes that are not read in eval mode
+    *vars(nn.Module()),
+    *("_compiled_call_impl", "_is_hf_initialized", "dropout", "dropout_stream", "gradient_checkpointing"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,9 +333,9 @@ def why_not_frozen(model: nn.Module) -> str | None:
         expected = _facts(UNet(**model._config.to_dict()))
     facts = _facts(model)
     for name in {**expected, **facts}:
-        got, wanted = facts.get(name, "absent"), expected.get(name, "absent")
+        got, wanted = facts.get(name, "missing"), expected.get(name, "missing")
         if got != wanted:
-            return f"{name} is {got}, its configuration says {wanted}"
+            return f"{name} is {got}, by its configuration it is {wanted}"
     return None
 
 
@@ -341,7 +344,7 @@ def _facts(model: UNet) -> dict[str, str]:
     facts: dict[str, str] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if name:  # the network itself has its configuration
-            facts[name] = f"of class {type(layer).__name__}"
+            facts[name] = f"a layer of class {type(layer).__name__}"
             facts |= {f"{name}.{key}": repr(value) for key, value in vars(layer).items() if key not in _INERT}
         weights = {**layer._parameters, **layer._buffers}
         facts |= {f"{name}.{key}": f"of shape {tuple(each.shape)}" for key, each in weights.items() if each is not None}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import expect
+from ..errors import InvalidValue, expect
 from ..inference import FrozenUNet, frozen_unet, unpacked_output
 from ..inference.model import predict
 from ..nn import UNet
@@ -61,14 +61,20 @@ def frozen_foreign(
         instead: Objects that the copy has in place of others, by their id. None: no others.
 
     Raises:
-        ValueError: The network is another. The message names the part and the reason.
+        ValueError: The network is another. The message has the reason.
     """
     check_described(name, why_opaque(network))
     model = read(_weights(network))
     # Outputs of random weights show other eps in their last digits only, so these are compared as numbers.
     eps, wanted = ({layer.eps for layer in each.modules() if isinstance(layer, nn.GroupNorm)} for each in (network, model))
     check_described(name, None if eps == wanted else f"eps of the norms is {sorted(eps)}, not {sorted(wanted)}")
-    error = _error(random_copy(network, instead), read)
+    try:
+        twin = random_copy(network, instead)
+    except Exception as failed:  # an attribute may refuse, such as a lock
+        raise InvalidValue(
+            "freeze", name, "to be a network that copy.deepcopy can copy, to compare outputs", failed
+        ) from failed
+    error = _error(twin, read)
     # float32's rounding gives 2e-6, and another layer more than 1e-3.
     check_described(name, None if error < 1e-4 else f"outputs differ by {error:.2g} of their norm, as those of other layers do")
     return frozen_unet(model, dtype, device=device, num_timesteps=num_timesteps)

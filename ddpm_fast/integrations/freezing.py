@@ -34,7 +34,6 @@ _PLANNERS: Final = {
 
 
 @overload
-@checked()
 def freeze(
     x: UNet,
     dtype: torch.dtype | None = None,
@@ -45,7 +44,6 @@ def freeze(
 
 
 @overload
-@checked()
 def freeze(
     x: Any,
     dtype: torch.dtype | None = None,
@@ -96,10 +94,9 @@ scheduler of `ddpm_fast.integrations.diffusers` |
 
     Raises:
         TypeError: `x` is of another class, layers of a `UNet` are not those of its class, or `dtype` is not a floating
-            dtype. The message names the part and the reason.
+            dtype. The message names the part.
         ValueError: `num_timesteps` is out of range, `device` is unknown, the network or the scheduler is not supported, or
-            a network of another library is not what its class and configuration describe. The message names the part
-            and the reason.
+            a network of another library is not what its class and configuration describe. The message has the reason.
     """
     device = None if device is None else computing_device("freeze", device)
     x = unwrapped("x", x)

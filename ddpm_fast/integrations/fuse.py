@@ -76,8 +76,8 @@ def fuse(model: nn.Module) -> FuseReport:
     classes. A block is therefore fused only if a copy with random weights gives the same outputs both ways.
     Modules are left alone if fusing would skip their hooks.
 
-    A fused module does not call its norms and activations. If these are replaced, patched or given hooks later, call
-    `fuse` again. It starts from the unfused model.
+    A fused module does not call its norms and activations as before. If these are replaced, patched or given hooks later, its
+    results may be wrong: call `fuse` again. It starts from the unfused model.
 
     Args:
         model: Any module, on any device.

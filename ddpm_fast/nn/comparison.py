@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+
+_METHODS: Final = ("__init__", "__call__", "forward", "_conv_forward")
 
 
 def why_watched(module: nn.Module) -> str | None:
@@ -31,10 +33,17 @@ def patched_methods(thing: object) -> list[str]:
 def why_opaque(network: nn.Module) -> str | None:
     """Return by name what keeps a network's class, configuration and weights from describing it, or None.
 
-    Such are hooks, patched methods, and weights without dense floating values.
+    Such are hooks, patched methods of layers and of their classes in torch, and weights without dense floating values.
     """
     if torch_module._has_any_global_hook():
         return "torch's global hooks are called for every layer (torch.nn.modules.module)"
+    for kind in {
+        type(layer): None for layer in network.modules() if type(layer).__module__.startswith(("torch.", "ddpm_fast."))
+    }:
+        for method in _METHODS:  # a patch of a class changes new networks, too, so no comparison with one shows it
+            origin = getattr(getattr(kind, method, None), "__globals__", {}).get("__name__", "torch")
+            if origin.partition(".")[0] not in ("torch", "ddpm_fast"):
+                return f"{kind.__name__}.{method} is patched by {origin}"
     for name, layer in network.named_modules():
         if (why := why_watched(layer)) is not None:
             return f"{name or 'it'} {why}"

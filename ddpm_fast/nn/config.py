@@ -41,7 +41,7 @@ OWN_KEYS: tuple[str, ...] = (
     "variance",
 )
 
-# Bounds beyond any network of the literature. within them the sizes of all tensors are below 2^63.
+# Bounds beyond any network of the literature. Within them the sizes of all tensors are below 2^63.
 _MAX_LEVELS = 16
 _MAX_NUMBER = 1 << 24  # channels, groups, heads, classes, timesteps
 MAX_LAYERS = 64

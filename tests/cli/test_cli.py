@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +303,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--out", "there.png", "--gif", "link.png"], "expected --gif to be another file than --out"),
         (["--out", "there.png", "--gif", "hard.png"], "expected --gif to be another file than --out"),
         (["--guidance", "1e300"], r"expected --guidance to be .*, got 1e\+300"),
-        (["--guidance", "nan"], "expected --guidance to be at least -10000.0 and at most 10000.0 and finite or None, got nan"),
+        (["--guidance", "nan"], "expected --guidance to be at least -10000.0 and at most 10000.0 or None, got nan"),
         (["--sampler", "ddim", "--eta", "inf"], "expected --eta to be at least 0 and finite or None, got inf"),
         (["--sampler", "ddim", "--eta", "1e9"], "expected --eta to be at most"),
         (
@@ -760,6 +762,27 @@ def test_a_full_standard_output_is_an_error_of_one_line(arguments: str) -> None:
         1,
         "Error: standard output: [Errno 28] No space left on device. Nothing was written.\n",
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no /dev/full")
+def test_bytes_for_a_full_standard_output_are_an_error_of_one_line() -> None:
+    """Shell completion writes below the text stream."""
+    code = "from ddpm_fast.cli import main; main(prog_name='ddpm-fast')"
+    command = f'_DDPM_FAST_COMPLETE=bash_source {sys.executable} -W ignore -c "{code}" >/dev/full'
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("Error: standard output: [Errno 28]")
+
+
+def test_a_stream_in_place_of_standard_output_that_fails_leaves_the_file_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with redirect_stdout(Full()), pytest.raises(SystemExit):
+        main(["info"])
+    print("after")
+    assert capfd.readouterr().out == "after\n"
 
 
 def test_ctrl_c_ends_sample_and_evaluate_with_130(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

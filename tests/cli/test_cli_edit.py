@@ -337,7 +337,7 @@ def test_a_picture_that_cannot_be_written_is_an_error_of_one_line(folder: Path, 
         ),
         (
             "--guidance=nan",
-            "expected --guidance to be at least -10000.0 and at most 10000.0 and finite or None, got nan|"
+            "expected --guidance to be at least -10000.0 and at most 10000.0 or None, got nan|"
             "expected --guidance to be 1, as inversion",
         ),
         ("--classes=d", "expected --classes to be"),

@@ -182,41 +182,44 @@ BAD_GEOMETRY = {
 # Name -> change, the reason, and changes of the configuration.
 REFUSALS: dict[str, tuple[Any, ...]] = {
     # Attributes of a layer that its configuration does not mean.
-    "eps of a norm": (put(f"{MID}.norm1.eps", 0.5), rf"{MID}.norm1.eps is 0.5, its configuration says "),
+    "eps of a norm": (put(f"{MID}.norm1.eps", 0.5), rf"{MID}.norm1.eps is 0.5, by its configuration it is "),
     "eps of the last norm": (put("conv_norm_out.eps", 0.5), r"conv_norm_out.eps is 0.5, "),
     "another number of groups": (put(f"{MID}.norm2.num_groups", 16), rf"{MID}.norm2.num_groups is 16, "),
-    "no activation": (put(f"{MID}.norm1.activation", None), rf"{MID}.norm1.activation is None, its configuration says 'silu'"),
+    "no activation": (
+        put(f"{MID}.norm1.activation", None),
+        rf"{MID}.norm1.activation is None, by its configuration it is 'silu'",
+    ),
     "no norm of the attention": (
         put(f"{ATTENTION}.group_norm", None),
-        f"{ATTENTION}.group_norm is absent, its configuration says of class GroupNormSiLU",
+        f"{ATTENTION}.group_norm is missing, by its configuration it is a layer of class GroupNormSiLU",
     ),
     "other heads": (put(f"{ATTENTION}.num_heads", 4), rf"{ATTENTION}.num_heads is 4, "),
     "a factor": (put(f"{MID}.output_scale_factor", 3.0), rf"{MID}.output_scale_factor is 3.0, "),
     "no bias of convolutions": (
         every(nn.Conv2d, "bias", None),
-        r"conv_in.bias is absent, its configuration says of shape \(16,\)",
+        r"conv_in.bias is missing, by its configuration it is of shape \(16,\)",
     ),
-    "no bias of queries": (put(f"{ATTENTION}.to_q.bias", None), f"{ATTENTION}.to_q.bias is absent"),
-    "no weights of norms": (every(GroupNormSiLU, "weight", None), r"\S+.weight is absent"),
+    "no bias of queries": (put(f"{ATTENTION}.to_q.bias", None), f"{ATTENTION}.to_q.bias is missing"),
+    "no weights of norms": (every(GroupNormSiLU, "weight", None), r"\S+.weight is missing"),
     "a plain convolution": (
         put("conv_in", lambda _: nn.Conv2d(2, 16, 3, padding=1)),
-        "conv_in is of class Conv2d, its configuration says of class Conv3x3",
+        "conv_in is a layer of class Conv2d, by its configuration it is a layer of class Conv3x3",
     ),
     "an adapter": (
         put(f"{ATTENTION}.to_q", Adapter),
-        f"{ATTENTION}.to_q is of class Adapter, its configuration says of class Linear",
+        f"{ATTENTION}.to_q is a layer of class Adapter, by its configuration it is a layer of class Linear",
     ),
     "an adapter of the time embedding": (
         put("time_embedding.linear_1", Adapter),
-        "time_embedding.linear_1 is of class Adapter, its configuration says of class Linear",
+        "time_embedding.linear_1 is a layer of class Adapter, by its configuration it is a layer of class Linear",
     ),
     "another norm": (
         put("conv_norm_out", lambda _: nn.GroupNorm(8, 16)),
-        "conv_norm_out is of class GroupNorm, its configuration says of class GroupNormSiLU",
+        "conv_norm_out is a layer of class GroupNorm, by its configuration it is a layer of class GroupNormSiLU",
     ),
     "a first convolution of 1x1": (
         put("conv_in", lambda _: nn.Conv2d(2, 16, 1)),
-        "conv_in is of class Conv2d, its configuration says of class Conv3x3",
+        "conv_in is a layer of class Conv2d, by its configuration it is a layer of class Conv3x3",
     ),
     "resampling by another layer": (
         lambda model: model.up_blocks[0].upsamplers.__setitem__(0, resnet(48, 48, resample="up")),
@@ -224,11 +227,11 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     ),
     "an added layer": (
         lambda model: model.conv_in.add_module("extra", nn.ReLU()),
-        "conv_in.extra is of class ReLU, its configuration says absent",
+        "conv_in.extra is a layer of class ReLU, by its configuration it is missing",
     ),
     "parametrized weights": (
         lambda model: nn.utils.parametrizations.weight_norm(model.conv_out),
-        "conv_out is of class ParametrizedConv3x3, its configuration says of class Conv3x3",
+        "conv_out is a layer of class ParametrizedConv3x3, by its configuration it is a layer of class Conv3x3",
     ),
     "pruned weights": (
         lambda model: prune.random_unstructured(model.conv_out, "weight", 0.5),
@@ -248,13 +251,13 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     ),
     "circular padding": (
         put("conv_in.padding_mode", "circular"),
-        "conv_in.padding_mode is 'circular', its configuration says 'zeros'",
+        "conv_in.padding_mode is 'circular', by its configuration it is 'zeros'",
     ),
     "reflected padding of a shortcut": (
         put("up_blocks.0.resnets.0.conv_shortcut.padding_mode", "reflect"),
         "up_blocks.0.resnets.0.conv_shortcut.padding_mode is 'reflect', ",
     ),
-    **{name: (put(path, value), rf"{path} is .+, its configuration says ") for name, (path, value) in BAD_GEOMETRY.items()},
+    **{name: (put(path, value), rf"{path} is .+, by its configuration it is ") for name, (path, value) in BAD_GEOMETRY.items()},
     "a kernel that the weights do not have": (
         put("conv_in.weight", lambda _: parameter(16, 2, 1, 1)),
         r"conv_in.weight is of shape \(16, 2, 1, 1\), ",
@@ -277,7 +280,7 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     "a downsampler on the way up": (put("up_blocks.0.upsamplers.0", lambda _: Downsample(48, 1)), "up_blocks.0.upsamplers"),
     "several upsamplers": (
         lambda model: model.up_blocks[0].upsamplers.extend([Downsample(48, 1), Upsample(48)]),
-        "up_blocks.0.upsamplers.1 is of class Downsample, its configuration says absent",
+        "up_blocks.0.upsamplers.1 is a layer of class Downsample, by its configuration it is missing",
     ),
     "another kind of layer in a place": (put("conv_in", lambda _: nn.Linear(2, 2)), "conv_in"),
     "a block in another's place": (lambda model: setattr(model, "mid_block", model.down_blocks[2]), "mid_block"),
@@ -378,7 +381,7 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     # Classes.
     "renormalized embeddings": (
         put("class_embedding.max_norm", 1.0),
-        "class_embedding.max_norm is 1.0, its configuration says None",
+        "class_embedding.max_norm is 1.0, by its configuration it is None",
         CLASSES,
     ),
     "a number of classes": (
@@ -393,12 +396,12 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     ),
     "missing classes": (
         put("class_embedding", None),
-        "class_embedding is absent, its configuration says of class Embedding",
+        "class_embedding is missing, by its configuration it is a layer of class Embedding",
         CLASSES,
     ),
     "unexpected classes": (
         put("class_embedding", lambda _: nn.Embedding(11, 64)),
-        "class_embedding is of class Embedding, its configuration says absent",
+        "class_embedding is a layer of class Embedding, by its configuration it is missing",
     ),
 }
 
@@ -440,3 +443,13 @@ def test_only_this_class_is_frozen() -> None:
     assert why_not_frozen(other) == "the model is a OtherUNet"
     assert why_not_frozen(nn.Identity()) == "the model is a Identity"
     assert why_not_frozen(model) is None
+
+
+@pytest.mark.parametrize(("kind", "method"), [(Conv3x3, "forward"), (nn.Linear, "forward"), (nn.Conv2d, "__init__")])
+def test_a_class_that_is_patched_is_named(kind: type, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new network has the same patch, so a comparison with it would not show that."""
+    original = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda *arguments, **options: original(*arguments, **options))
+    model, _ = make_unet(layers_per_block=1)
+    with pytest.raises(TypeError, match=rf"got one where \w+\.{method} is patched by test_network"):
+        freeze(model)

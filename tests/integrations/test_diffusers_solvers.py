@@ -733,7 +733,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: _set().add_noise(X, X, torch.tensor([1000])), "expected timesteps in 0..999, got values from 1000 to 1000"),
     (
         lambda: DDIMInverseScheduler(prediction_type="sample"),
-        "DDIMInverseScheduler: expected prediction_type to be .* with initial_alpha_bar below 1, .* got 'sample'",
+        "DDIMInverseScheduler: expected prediction_type to be .* with set_alpha_to_one, .* got 'sample'",
     ),
     (
         lambda: _set(kind=DDIMInverseScheduler, timestep_spacing="linspace"),

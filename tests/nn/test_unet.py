@@ -258,8 +258,8 @@ def test_config_round_trip_and_bookkeeping_keys() -> None:
     ("key", "value", "wanted"),
     [
         ("colour", "blue", "expected keys among sample_size, .*, got 'colour'"),
-        ("time_embedding_type", "fourier", "one of positional"),
-        ("mid_block_type", None, "one of UNetMidBlock2D"),
+        ("time_embedding_type", "fourier", "to be positional"),
+        ("mid_block_type", None, "to be UNetMidBlock2D"),
         ("downsample_type", "pool", "one of conv, resnet"),
         ("num_attention_heads", 5, "None or a divisor"),
         ("time_input_dim", 33, "even first"),

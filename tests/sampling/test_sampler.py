@@ -436,7 +436,8 @@ def test_a_network_with_layers_of_another_make_runs_as_it_is(captures: Captures,
     plain = draw(model, dtype=torch.float32)
     model.conv_out.__class__ = Doubled
     with pytest.warns(
-        RuntimeWarning, match="not frozen, because conv_out is of class Doubled, its configuration says of class Conv3x3"
+        RuntimeWarning,
+        match="not frozen, because conv_out is a layer of class Doubled, by its configuration it is a layer of class Conv3x3",
     ) as warned:
         doubled = draw(model)
     assert len(warned) == 1

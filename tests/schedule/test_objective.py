@@ -300,7 +300,7 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
         ),
         (
             lambda: Objective(SMALL, loss_weight="p2"),  # type: ignore[arg-type]
-            InvalidValue("Objective", "loss_weight", "to be one of min_snr or None", "'p2'"),
+            InvalidValue("Objective", "loss_weight", "to be min_snr or None", "'p2'"),
         ),
         (lambda: Objective(SMALL, gamma=0), InvalidValue("Objective", "gamma", "to be positive and finite", "0")),
         (

@@ -21,7 +21,7 @@ from PIL import Image
 from refusals import refused
 from runs import NAMES, QUIET, assert_same_weights, log_rows, newest_checkpoint, train
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 import ddpm_fast
 from ddpm_fast import Logger, NoiseSchedule, Trainer, TrainOptions, UNet, export_checkpoint, load_folder
@@ -224,6 +224,7 @@ def test_resuming_as_something_else_is_refused(tmp_path: Path) -> None:
             "schedule to be NoiseSchedule",
             Trainer(network(), NoiseSchedule.cosine(), Digits(), TrainOptions(**SHARED, steps=3, resume=True), tmp_path),
         ),
+        ("the images that the run", trainer(tmp_path, Subset(Digits(), range(1499)), resume=True)),
         (
             "the images that the run",
             trainer(tmp_path, Digits(lambda index, image, label: (image.flip(-1), label)), resume=True),

@@ -175,7 +175,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     ("option", "value", "wanted"),
     [
         ("schedule", "exponential", "one of linear, scaled_linear"),
-        ("loss_weight", "p2", "one of min_snr or None"),
+        ("loss_weight", "p2", "min_snr or None"),
         ("precision", "fp8", "one of float32, bf16"),
         ("steps", 0, "a positive integer"),
         ("lr_decay_steps", -1, "an integer of at least 0"),

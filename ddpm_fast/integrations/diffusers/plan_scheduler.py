@@ -24,6 +24,7 @@ Betas = np.ndarray[Any, Any] | Sequence[float] | None
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _KEYS = {  # an argument of a plan's builder -> the key of the configuration that it comes from
+    "schedule": "num_train_timesteps",
     "prediction": "prediction_type",
     "clip": "clip_sample_range",
     "order": "solver_order",

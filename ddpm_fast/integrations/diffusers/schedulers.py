@@ -279,6 +279,10 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
         if kwargs.get("set_alpha_to_zero") is not None:  # its deprecated name
             set_alpha_to_one = kwargs["set_alpha_to_zero"]
         self._starts_at_x_0 = set_alpha_to_one
+        # Its plan's builder would say so of an argument that this scheduler has not.
+        wanted = 'to be "epsilon" or "v_prediction" with set_alpha_to_one, as an image alone does not determine epsilon'
+        fits = prediction_type != "sample" or not set_alpha_to_one
+        expect(fits, type(self).__name__, "prediction_type", wanted, "'sample'")
         self._set_up()
         self.initial_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
         self._timesteps = torch.arange(num_train_timesteps)

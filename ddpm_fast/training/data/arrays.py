@@ -70,8 +70,8 @@ def loaded_arrays(path: str, *, mapped: bool = False) -> dict[str, NDArray[Any]]
             content = np.load(path, "r") if mapped else np.load(file)
             return {"arr_0": content} if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
     except Exception as error:  # damaged files raise errors of many types, such as a MemoryError for a huge shape
-        pickled = "pickle" in str(error)  # numpy takes any damaged file for one, and says how to read it unsafely
-        got = "something else" if pickled else error
+        unsafe = isinstance(error, ValueError) and "allow_pickle" in str(error)  # numpy says so of any odd file
+        got = "Python objects, as images of different sizes are, or a damaged file" if unsafe else error
         raise InvalidValue("load_dataset", path, "to be a whole .npy or .npz of numbers", got) from error
 
 

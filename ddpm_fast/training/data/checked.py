@@ -47,9 +47,6 @@ class Checked(ItemDataset):
         self._source, self._labelled, self._classes = source, classes is not None, classes or ("",)
         first = self._item(0, channels, reads)
         self._kinds = _kinds(first)
-        if first.image.is_floating_point() and first.image.min() >= 0:
-            text = "dataset[0] has no value below 0, and floats are taken to be in [-1, 1]: map [0, 1] by 2 * x - 1"
-            _log.warning(text)
         info = DatasetInfo(
             type(source).__name__, tuple(first.image.shape), first.image.dtype, self._classes, knows_ranges=False
         )
@@ -59,6 +56,8 @@ class Checked(ItemDataset):
         if isinstance(whole, ItemDataset):
             self.in_memory, of = whole.in_memory, whole.info  # a part of it keeps its ranges
             info = replace(info, data_range=of.data_range, condition_range=of.condition_range, knows_ranges=of.knows_ranges)
+        elif first.image.is_floating_point() and first.image.min() >= 0:
+            _log.warning("dataset[0] has no value below 0, and floats are taken to be in [-1, 1]: map [0, 1] by 2 * x - 1")
         if first.condition is not None:
             info = replace(info, condition="images", condition_channels=first.condition.shape[0])
         self.info = info
