@@ -533,7 +533,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"model": freeze(tiny_unet(), num_timesteps=19)}, InvalidValue("sample", "plan", "to have timesteps below 19", "19")),
         (
             {"class_labels": 1, "guidance_scale": math.nan},
-            InvalidValue("sample", "guidance_scale", "to be at least -10000.0 and at most 10000.0 and finite or None", "nan"),
+            InvalidValue("sample", "guidance_scale", "to be at least -10000.0 and at most 10000.0 or None", "nan"),
         ),
         ({"class_labels": 1, "guidance_scale": "2"}, InvalidType("sample", "guidance_scale", "to be a number or None", "str")),
         (
@@ -650,7 +650,7 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
             "expected --variance to be fixed_small or fixed_large for this model, got learned",
         ),
         ("--classes none --guidance 2", "expected --guidance to be None or 1, as there are no class_labels, got 2.0"),
-        ("--guidance nan", "expected --guidance to be at least -10000.0 and at most 10000.0 and finite or None, got nan"),
+        ("--guidance nan", "expected --guidance to be at least -10000.0 and at most 10000.0 or None, got nan"),
         ("--device meta", "expected --device to be one that computes, got meta"),
         ("--out /dev/null/a.png", "/dev/null"),
         ("--out /proc/a.png", "/proc"),
