@@ -246,7 +246,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: group_norm_silu(X, 2, eps=0.0), InvalidValue("group_norm_silu", "eps", "to be positive and finite", "0.0")),
     (
         lambda: group_norm_silu(X, 2, activation="relu"),
-        InvalidValue("group_norm_silu", "activation", "to be one of silu, None", "'relu'"),
+        InvalidValue("group_norm_silu", "activation", "to be silu or None", "'relu'"),
     ),
     (
         lambda: denoising_loss(X, X, 3, SCHEDULE, seeds=SEEDS, prediction="x0"),
@@ -299,7 +299,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         InvalidType("conv3x3", "affine", "to have the dtype of the statistics, torch.float32", "torch.float16"),
     ),
     (lambda: conv3x3(X, W, affine=X), InvalidValue("conv3x3", "affine", "to have shape [2, 3, 4]", "[2, 4, 3, 3]")),
-    (lambda: conv3x3(X, W, activation="relu"), InvalidValue("conv3x3", "activation", "to be one of silu, None", "'relu'")),
+    (lambda: conv3x3(X, W, activation="relu"), InvalidValue("conv3x3", "activation", "to be silu or None", "'relu'")),
     (lambda: conv3x3(X, W, residual=X), InvalidValue("conv3x3", "residual", "to have shape [2, 5, 3, 3]", "[2, 4, 3, 3]")),
     (
         lambda: conv3x3(X, W, residual=torch.zeros(2, 5, 3, 3), upsample=True),
