@@ -478,7 +478,8 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
             f"abar = {float(alpha_bars[t]):.3g} at timestep {t}",
         )
         levels = theirs._convert_to_karras(ratios[::-1].copy(), num_steps)
-        timesteps = theirs._sigma_to_t(levels, np.log(ratios))
+        # One level at a time, as diffusers does: numpy below 2 computes in float32 with a number, and in float64 with an array.
+        timesteps = np.array([theirs._sigma_to_t(level, np.log(ratios)) for level in levels])
         rounded = timesteps if config.beta_schedule == "squaredcos_cap_v2" else timesteps.round()
         return torch.from_numpy(rounded.astype(np.int64))
 
