@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -15,20 +16,33 @@ def {name}(a, b):
 """
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> ModuleType:
-    """The module, with a small package in place of this one."""
+def _module() -> ModuleType:
     spec = spec_from_file_location("run", Path(__file__).with_name("run.py"))
     assert spec is not None
     assert spec.loader is not None
-    run = module_from_spec(spec)
-    spec.loader.exec_module(run)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> ModuleType:
+    """The module, with a small package in place of this one."""
+    run = _module()
     for file in ("area/one.py", "area/inner/two.py", "area/inner/most/three.py", "area/inner/cuda_four.py", "other/five.py"):
         path = tmp_path / "ddpm_fast" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(SOURCE.format(name=path.stem))
     run.ROOT, run.QUOTAS = tmp_path, {"area": 3, "other/five.py": 1}
     return run
+
+
+def test_every_mutation_finds_its_place() -> None:
+    run = _module()
+    listed = json.loads(run.FILE.read_text())
+    for each in listed["mutations"] + listed["skipped"]:
+        mutation = run.Mutation(*map(each.get, run.Mutation._fields))
+        run.mutated((run.ROOT / mutation.file).read_text(), mutation)  # or it exits, and says which to port
 
 
 def test_an_area_has_its_sub_folders(run: ModuleType) -> None:
