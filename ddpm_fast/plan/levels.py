@@ -87,8 +87,8 @@ def noise_levels(
 ) -> Levels:
     """Return the levels of these solvers.
 
-    `caller` is the function that error messages name. The other arguments are those of `dpm_solver_plan`, which `checked` has
-    checked.
+    `caller` is the function that error messages name. The other arguments are those of `dpm_solver_plan`, whose signature
+    checks their ranges.
 
     Raises:
         TypeError: An argument has an unsupported type.
