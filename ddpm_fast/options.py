@@ -15,7 +15,19 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from inspect import Parameter, Signature
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from .errors import InvalidType, expect
 
@@ -187,33 +199,41 @@ def taking(struct: type) -> Callable[[Function], Function]:
 
 
 def _is_plain(members: tuple[Any, ...]) -> bool:
-    """Return whether a type of these members is checked without a range: a bool, texts, a dtype or a class of this package."""
-    classes = [each for each in members if isinstance(each, type) and each not in (bool, type(None))]
-    ours = all(each.__module__.startswith("ddpm_fast") or each.__name__ == "dtype" for each in classes)
-    return ours and len(classes) <= 1 and all(isinstance(each, type) or get_origin(each) is Literal for each in members)
+    """Return whether a type says all that is checked. An int has a range, and a tensor a shape."""
+    kinds = [each for each in members if each is not type(None)]
+    if all(get_origin(each) is Literal for each in kinds) or {*kinds} == {str, os.PathLike[str]}:
+        return True
+    kind, optional = kinds[0], len(kinds) < len(members)
+    if len(kinds) > 1 or not isinstance(kind, type):
+        return len(kinds) == 1 and (get_origin(kind) in (Mapping, dict) or (get_origin(kind) is Callable and optional))
+    return kind.__module__.startswith("ddpm_fast") or kind.__name__ in ("bool", "dtype", "Module")
 
 
 def checked(owner: str = "") -> Callable[[Function], Function]:
     """Return a decorator that checks the arguments of a function.
 
-    These are the arguments of type bool, Literal, dtype or a class of this package, and those that declare their range.
+    These are the arguments that declare their range, and those of type bool, Literal, path, dtype, Mapping, dict,
+    Callable | None, nn.Module or a class of this package.
 
     Args:
-        owner: What stands before the function's name in errors, such as "NoiseSchedule.".
+        owner: What stands before the function's name in errors, such as "NoiseSchedule.". For `__init__`, the class.
     """
 
     def decorate(function: Function) -> Function:
         signature, declared = inspect.signature(function), []
-        for name, hint in get_type_hints(function, include_extras=True).items():
+        # Without the type of the result, which may be a class that is not made yet.
+        arguments = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
+        struct = type("", (), {"__annotations__": arguments, "__module__": function.__module__})
+        for name, hint in get_type_hints(struct, include_extras=True).items():
             kind, option = get_args(hint) if get_origin(hint) is Annotated else (hint, within())
             members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-            if name in signature.parameters and (kind is not hint or _is_plain(members)):
+            if kind is not hint or _is_plain(members):
                 declared.append(Declared(name, kind, None, option))
         kinds = {each.name: each.kind for each in declared}
         parameters = {
             name: each.replace(annotation=kinds.get(name, each.annotation)) for name, each in signature.parameters.items()
         }
-        caller = f"{owner}{function.__name__}"
+        caller = owner if function.__name__ == "__init__" else f"{owner}{function.__name__}"
 
         @wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -254,6 +274,7 @@ def checked_option(caller: str, declared: Declared, value: Any) -> Any:
     import torch
 
     from .checks import (
+        check_callable,
         check_choice,
         check_dtype,
         check_int,
@@ -304,8 +325,12 @@ def checked_option(caller: str, declared: Declared, value: Any) -> Any:
     elif os.PathLike[str] in kinds:
         check_path(caller, name, value)
         return os.fsdecode(value)
-    elif (wanted := next((each for each in kinds if isinstance(each, type) and each is not type(None)), str)) is torch.dtype:
+    elif torch.dtype in kinds:
         check_dtype(caller, name, value, optional=optional)
     else:
-        check_type(caller, name, value, wanted, optional=optional)
+        kind = next(get_origin(each) or each for each in kinds if each is not type(None))
+        if kind is Callable:
+            check_callable(caller, name, value)
+        else:
+            check_type(caller, name, value, kind, optional=optional)
     return value

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Unpack
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .files.images import in_range
 from .files.writing import read_json
 from .inference import Interface
 from .nn.unet import UNet
-from .options import PathLike, checked, checked_options, taking, within
+from .options import checked, checked_options, taking
 from .plan import SamplingPlan, named_plan
 from .resources import no_folder
 from .samplers import DEFAULT_SAMPLER, PlanOptions
@@ -171,7 +172,7 @@ def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | 
 
 @checked()
 def load_folder(
-    path: Annotated[PathLike, within()], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    path: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Pretrained:
     """Load a trained model from a folder.
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import (
-    check_callable,
     check_dtype,
     check_map,
     computing_device,
@@ -135,7 +134,6 @@ def variational_bound(
     if variance is None:
         variance = schedule.variance if isinstance(schedule, Objective) else "fixed_small"
     schedule, gives_mean = plan.schedule, plan.prediction == "previous_sample"
-    check_callable(caller, "noise", noise)
     total = len(x_0)
     interface = Interface.of(model, predicts_variance=variance.startswith("learned"))
     interface.check_images(caller, "x_0", tuple(x_0.shape[1:]))

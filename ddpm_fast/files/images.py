@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check_float, check_ints
 from ..errors import InvalidType, InvalidValue, expect
-from ..options import PathLike, checked, within
+from ..options import checked, within
 from .writing import replacing
 
 ANIMATED: Final = ("GIF", "WEBP")
@@ -140,7 +140,7 @@ def _layout(n: int, columns: int | None, padding: int | None) -> tuple[int, int,
 @checked()
 def save_grid(
     images: Tensor,
-    path: Annotated[PathLike, within()],
+    path: str | os.PathLike[str],
     *,
     columns: _Count = None,
     padding: Annotated[int | None, within(low=0)] = None,
@@ -181,7 +181,7 @@ def save_grid(
 @checked()
 def save_trajectory(
     trajectory: Tensor,
-    path: Annotated[PathLike, within()],
+    path: str | os.PathLike[str],
     *,
     frames: _Count = None,
     seconds: Annotated[float, within(above=0, finite=True)] = 4.0,

@@ -100,7 +100,7 @@ def adapted(caller: str, model: Model, device: torch.device, dtype: torch.dtype 
         warnings.warn(
             f"ddpm_fast: this UNet is not frozen, because {reason}. It runs as it is, which is slower.",
             RuntimeWarning,
-            stacklevel=3,  # the caller of `Sampler`
+            stacklevel=4,  # the caller of `Sampler`, whose arguments a wrapper checks
         )
     network = placed(caller, model, device, dtype)
     return FrozenAdapter(network) if isinstance(network, FrozenUNet) else Adapter(network, dtype)

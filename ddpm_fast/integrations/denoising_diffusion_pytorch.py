@@ -10,11 +10,12 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
-from ..checks import check_choice, check_int, check_path
+from ..checks import check_choice, check_int
 from ..errors import InvalidType, expect
 from ..inference import frozen_unet
 from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
+from ..options import checked
 from ..plan import SamplingPlan, ddim_plan, ddpm_plan
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule
@@ -107,6 +108,7 @@ def _check_tables(process: Any, schedule: NoiseSchedule) -> None:
         expect(same.all(), "plan_of", f"x.{name}", "to be what x.betas give, up to float32's rounding", "other values")
 
 
+@checked()
 def load_checkpoint(process: nn.Module, path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema") -> int:
     """Load a checkpoint of denoising-diffusion-pytorch's Trainer (model-N.pt) without running its code.
 
@@ -124,8 +126,6 @@ def load_checkpoint(process: nn.Module, path: str | os.PathLike[str], *, weights
         ValueError: The file is damaged, needs pickle, is no checkpoint of the Trainer, or does not fit.
     """
     where = "load_checkpoint"
-    check_path(where, "path", path)
-    check_choice(where, "weights", weights, ("ema", "model"))
     if not isinstance(process, nn.Module) or not hasattr(process, "objective"):
         raise InvalidType(where, "process", "to be a GaussianDiffusion of denoising-diffusion-pytorch", type(process).__name__)
     checkpoint = load_tensors(where, path)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Number
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..checks import (
     check_device,
-    check_dtype,
     check_float,
-    check_path,
     check_range,
     check_strided,
     checked_device,
@@ -25,7 +23,7 @@ from ..checks import (
 )
 from ..errors import InvalidType, InvalidValue
 from ..ops.modes import runs_eagerly
-from ..options import PathLike, checked, within
+from ..options import checked
 from ..reference import STREAM_DROPOUT
 from .checkpoint import check_finite, check_weights, load_checkpoint, save_checkpoint
 from .config import UNetConfig
@@ -181,6 +179,7 @@ class UNet(nn.Module):
         return out
 
     @classmethod
+    @checked()
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
@@ -202,8 +201,6 @@ class UNet(nn.Module):
             ValueError: A file is damaged, the configuration is not supported, the weights do not fit it, or they
                 are not finite in `dtype`.
         """
-        check_path("from_pretrained", "path", path)
-        check_dtype("from_pretrained", "dtype", dtype, optional=True)
         device = None if device is None else checked_device("from_pretrained", device)
         config, weights, file = load_checkpoint(path)
         with torch.device("meta"), WithoutDraws():
@@ -217,7 +214,7 @@ class UNet(nn.Module):
         return model.eval()
 
     @checked()
-    def save_pretrained(self, path: Annotated[PathLike, within()]) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json and diffusion_pytorch_model.safetensors in diffusers' layout.
 
         Each file is written atomically. Weights of a network with another configuration are not overwritten.

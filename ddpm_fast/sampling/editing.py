@@ -236,7 +236,6 @@ def _denoises(plan: SamplingPlan) -> bool:
 def _check_images(caller: str, name: str, images: Tensor, sampler: Sampler, *, in_range: bool = True) -> None:
     """Raise unless these are finite images of the sampler's shape, about in [-1, 1]."""
     check_float(caller, name, images)
-    check_strided(caller, name, images)
     images = images.detach()
     if images.shape[1:] != sampler.shape or not len(images) or images.is_meta:
         shape = ", ".join(map(str, ["N", *sampler.shape]))

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final, Unpack
+from typing import Any, Final, Unpack
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from ..errors import InvalidValue, UnusablePath, expect
 from ..files.images import in_range, to_uint8
 from ..files.writing import write_json
 from ..inference.model import model_config
-from ..options import PathLike, checked, taking, within
+from ..options import checked, taking
 from ..plan import SamplingPlan
 from .options import EditOptions
 from .progress import progress_bar
@@ -39,7 +39,7 @@ _POLL: Final = 0.1  # seconds
 @checked()
 @taking(EditOptions)
 def write_samples(
-    out: Annotated[PathLike, within()],
+    out: str | os.PathLike[str],
     sampler: Sampler,
     num_samples: int,
     *,

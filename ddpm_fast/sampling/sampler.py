@@ -6,12 +6,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from typing import Any, Final, NamedTuple, Unpack
+from typing import Annotated, Any, Final, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from ..checks import check_dtype, check_int, check_ints, check_type
+from ..checks import check_int, check_ints, check_type
 from ..dtypes import opmath
 from ..errors import InvalidValue, expect, renaming
 from ..files.images import evenly_spaced
@@ -21,7 +21,7 @@ from ..inference.adapter import weights_digest
 from ..inference.model import Model, evaluation_mode, inference_form
 from ..inference.turns import Turns
 from ..ops.modes import runs_eagerly, threads_after_fork
-from ..options import taking
+from ..options import checked, taking, within
 from ..plan import SamplingPlan
 from .arguments import Request, check_model, check_takes_labels, checked_request, sampling_device
 from .options import Callback, DrawOptions
@@ -90,6 +90,7 @@ class Sampler:
         TypeError: An argument has an unsupported type.
     """
 
+    @checked("Sampler")
     def __init__(
         self,
         model: Model,
@@ -99,15 +100,11 @@ class Sampler:
         device: torch.device | str | None = None,
         shape: Sequence[int] | None = None,
         cuda_graph: bool | None = None,
-        no_label: int | None = None,
+        no_label: Annotated[int | None, within(0, (1 << 63) - 1)] = None,
     ) -> None:
         check_model("Sampler", model)
-        check_dtype("Sampler", "dtype", dtype, optional=True)
-        check_type("Sampler", "cuda_graph", cuda_graph, bool, optional=True)
-        check_int("Sampler", "no_label", no_label, 0, (1 << 63) - 1, optional=True)
         model = inference_form(model)
         self._no_label = no_label
-        check_type("Sampler", "plan", plan, SamplingPlan)
         if no_label is not None:
             last, count = Interface.of(model).no_label, Interface.of(model).num_classes
             expect(count != 0, "Sampler", "no_label", "to be None, as the model has no classes", no_label)

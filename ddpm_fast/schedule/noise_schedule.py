@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import MAX_TIMESTEPS, check_choice, check_strided, check_type, checked_device
 from ..errors import InvalidType, InvalidValue, expect, renaming
+from ..options import checked
 from ..predictions import TARGETS, Columns
 from . import builders
 
@@ -56,10 +57,10 @@ class NoiseSchedule:
         ValueError: `betas` has another dtype or shape, or a value outside (0, 1].
     """
 
+    @checked("NoiseSchedule")
     def __init__(self, betas: Tensor, name: str = "from_betas", parameters: dict[str, Any] | None = None) -> None:
         self._betas = _checked_betas("NoiseSchedule", betas)
         check_choice("NoiseSchedule", "name", name, BUILDERS)
-        check_type("NoiseSchedule", "parameters", parameters, dict, optional=True)
         self.name = name
         self._parameters = dict(parameters or {})
         self._targets: dict[tuple[str, torch.device], Target] = {}
@@ -217,6 +218,7 @@ class NoiseSchedule:
 
     @classmethod
     @renaming("NoiseSchedule.from_diffusers", {"num_timesteps": "num_train_timesteps", "betas": "trained_betas"})
+    @checked("NoiseSchedule.")
     def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Return the schedule that the configuration of a diffusers scheduler describes.
 
@@ -229,7 +231,6 @@ class NoiseSchedule:
             TypeError: A value has another type than in diffusers.
             ValueError: diffusers' DDPMScheduler does not have this beta_schedule, or a value is out of range.
         """
-        check_type("NoiseSchedule.from_diffusers", "config", config, Mapping)
         rescale = config.get("rescale_betas_zero_snr", False)
         check_type("NoiseSchedule.from_diffusers", "rescale_betas_zero_snr", rescale, bool)
         if config.get("trained_betas") is not None:
@@ -386,6 +387,7 @@ class NoiseSchedule:
         return {"name": self.name, **self._parameters}
 
     @classmethod
+    @checked("NoiseSchedule.")
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Return the schedule that `to_config` described.
 
@@ -396,7 +398,6 @@ class NoiseSchedule:
             TypeError: `config` is no mapping, or an argument has the wrong type.
             ValueError: "name" is not a builder of this class, or an argument is unknown, missing or out of range.
         """
-        check_type("NoiseSchedule.from_config", "config", config, Mapping)
         parameters = dict(config)
         name = parameters.pop("name", None)
         expect(name in BUILDERS, "NoiseSchedule.from_config", "name", f"to be one of {', '.join(BUILDERS)}", repr(name))

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_float, check_number, check_type, check_values
+from ..checks import check_choice, check_float, check_number, check_values
 from ..errors import InvalidType, InvalidValue, expect, renaming
+from ..options import checked
 from ..predictions import TARGETS, Prediction, Variance
 from .noise_schedule import NoiseSchedule, Target
 
@@ -220,6 +221,7 @@ class Objective:
         return config | {"loss_weight": self.loss_weight, "gamma": self.gamma}
 
     @classmethod
+    @checked("Objective.")
     def from_config(cls, config: Mapping[str, Any]) -> Objective:
         """Return the objective that `to_config` described.
 
@@ -228,7 +230,6 @@ class Objective:
             ValueError: A key is missing or unknown, or a value is out of range.
         """
         caller = "Objective.from_config"
-        check_type(caller, "config", config, Mapping)
         keys = ("schedule", "prediction", "variance", "loss_weight", "gamma")
         expect(config.keys() == {*keys}, caller, "", f"the keys {', '.join(keys)}", ", ".join(config) or "none")
         schedule, prediction = NoiseSchedule.from_config(config["schedule"]), config["prediction"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +12,7 @@ from ..errors import expect
 from ..files.writing import write_json, write_text
 from ..inference import Interface
 from ..nn import UNet
-from ..options import PathLike, checked, within
+from ..options import checked
 from ..predictions import DIFFUSERS_PREDICTIONS
 from ..resources import check_writable
 from ..schedule import Objective
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @checked()
 def export_checkpoint(
-    run_dir: Annotated[PathLike, within()], out_dir: Annotated[PathLike, within()], dtype: torch.dtype = torch.float16
+    run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], dtype: torch.dtype = torch.float16
 ) -> Path:
     """Write the averaged network of a run's newest checkpoint for sampling, with the record of its training.
 

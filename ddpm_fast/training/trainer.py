@@ -11,9 +11,9 @@ from typing import Annotated, Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..checks import check_callable, check_int, check_path, check_type
+from ..checks import check_type
 from ..distributed import joined
-from ..options import AnyOptions, PathLike, checked, within
+from ..options import AnyOptions, checked, within
 from ..schedule import NoiseSchedule, Objective
 from .data import DATASETS, Degradation
 from .log import Logger
@@ -66,6 +66,7 @@ class Trainer:
         ValueError: An argument is out of range, the network does not fit the images, or the first item is wrong.
     """
 
+    @checked("Trainer")
     def __init__(
         self,
         model: nn.Module,
@@ -74,17 +75,11 @@ class Trainer:
         options: TrainOptions,
         run_dir: str | os.PathLike[str],
         *,
-        num_classes: int | None = None,
+        num_classes: Annotated[int | None, within(low=1)] = None,
         on_step: Callable[[int, Tensor], object] | None = None,
         on_checkpoint: Callable[[Path], object] | None = None,
         loggers: Sequence[Logger] = (),
     ) -> None:
-        check_type("Trainer", "model", model, nn.Module)
-        check_int("Trainer", "num_classes", num_classes, 1, optional=True)
-        check_type("Trainer", "options", options, TrainOptions)
-        check_path("Trainer", "run_dir", run_dir)
-        check_callable("Trainer", "on_step", on_step)
-        check_callable("Trainer", "on_checkpoint", on_checkpoint)
         check_type("Trainer", "loggers", loggers, Sequence)
         for logger in loggers:
             check_type("Trainer", "loggers", logger, Logger)
@@ -135,7 +130,7 @@ class Trainer:
 
 @checked()
 def train(
-    run_dir: Annotated[PathLike, within()],
+    run_dir: str | os.PathLike[str],
     options: TrainOptions | None = None,
     data: DataOptions | None = None,
     model: ModelOptions | None = None,

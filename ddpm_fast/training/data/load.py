@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
-from ...checks import Ranges, check_choice, check_int, check_ints, check_path, checked_ranges, listed
+from ...checks import Ranges, check_ints, check_path, checked_ranges, listed
 from ...errors import InvalidValue, expect, renaming
+from ...options import checked, within
 from ...resources import size_text
 from .arrays import arrays, read_array_file
 from .degradation import Degradation
@@ -29,19 +30,20 @@ _Range = Sequence[float] | Sequence[Sequence[float]] | Literal["measured"] | Non
 _log = logging.getLogger("ddpm_fast")
 
 
+@checked()
 def load_dataset(
     name: str,
     data_dir: str | os.PathLike[str] | None = None,
     *,
-    split: str = "train",
+    split: Literal["train", "test"] = "train",
     image_size: int | Sequence[int] | None = None,
     channels: int | None = None,
     data_range: _Range = "measured",
     condition: str | os.PathLike[str] | None = None,
     condition_range: _Range = "measured",
     skip_broken: bool = False,
-    first: int | None = None,
-    memory: int | None = None,
+    first: Annotated[int | None, within(low=1)] = None,
+    memory: Annotated[int | None, within(low=0)] = None,
 ) -> ItemDataset:
     """Load a data set by name.
 
@@ -76,16 +78,12 @@ def load_dataset(
         OSError: A download failed.
         ImportError: A package of the `train` or `hub` extra is missing.
     """
-    check_choice("load_dataset", "split", split, ("train", "test"))
-    for option, number, low in (("channels", channels, 1), ("first", first, 1), ("memory", memory, 0)):
-        check_int("load_dataset", option, number, low, optional=True)
     size = _sides(image_size)
     images_range, paired_range = _range("data_range", data_range), _range("condition_range", condition_range)
     folder = None if data_dir is None else Path(data_dir)
     source = DATASETS[name](folder, split, size) if name in DATASETS else read_source(name, split)
     degradation = paired = None
     if condition is not None:
-        check_path("load_dataset", "condition", condition)
         condition = os.fspath(condition)
         degradation = Degradation.named(condition)
         if degradation is None:
