@@ -129,17 +129,9 @@ class TilingRules {
   }
 
   SliceTiling contiguous_grid(int items, int lanes, bool resident) const {
-    const std::int64_t rows = round_up(group_channels_, std::max(1, kWarp / lanes));
-    return {static_cast<int>(group_channels_),
-            1,
-            static_cast<int>(groups_),
-            1,
-            0,
-            1,
-            lanes,
-            static_cast<int>(rows),
-            items,
-            resident};
+    const int channels = static_cast<int>(group_channels_), slices = static_cast<int>(groups_);
+    const int rows = static_cast<int>(round_up(group_channels_, std::max(1, kWarp / lanes)));
+    return {channels, 1, slices, 1, 0, 1, lanes, rows, items, resident};
   }
 
   // ------------------------------------------------------------------------------------------------ channels_last
@@ -208,19 +200,12 @@ class TilingRules {
   // warps and are a multiple of a vector's elements, as one thread merges the moments of that many threads.
   SliceTiling channels_last_row(int bytes, int aligned, int lanes_unit) const {
     const std::int64_t unit = std::lcm(group_channels_, aligned / element_);
-    const std::int64_t channels = std::min(shape_.c, round_up(bytes / element_, unit));
-    const std::int64_t lanes = round_up(channels / width_, lanes_unit);
-    const std::int64_t rows = std::lcm<std::int64_t>(width_, kWarp / std::gcd<std::int64_t>(lanes, kWarp));
-    return {static_cast<int>(channels),
-            static_cast<int>(channels / group_channels_),
-            static_cast<int>(divide_up(shape_.c, channels)),
-            1,
-            0,
-            1,
-            static_cast<int>(lanes),
-            static_cast<int>(rows),
-            limits_.small_items,
-            false};
+    const int channels = static_cast<int>(std::min(shape_.c, round_up(bytes / element_, unit)));
+    const int groups = static_cast<int>(channels / group_channels_);
+    const int slices = static_cast<int>(divide_up(shape_.c, channels));
+    const int lanes = static_cast<int>(round_up(channels / width_, lanes_unit));
+    const int rows = static_cast<int>(std::lcm(width_, kWarp / std::gcd(lanes, kWarp)));
+    return {channels, groups, slices, 1, 0, 1, lanes, rows, limits_.small_items, false};
   }
 
   // -------------------------------------------------------------------------------------------------------- either
