@@ -6,7 +6,7 @@
 // cancel, wherever the values lie.
 #include <climits>
 
-#include "cuda/group_norm.h"
+#include "cuda/group_norm_slices.h"
 #include "cuda/kernels.h"
 
 namespace ddpm_fast::cuda {
@@ -15,8 +15,6 @@ namespace {
 
 constexpr const char* kOp = "group_norm_silu";
 constexpr Limits kLimits = {2, 8, 512};
-
-enum class Pass { kResident, kStatistics, kApply };
 
 struct Forward {
   void* y;
@@ -67,7 +65,32 @@ DDPM_FAST_DEVICE float rstd_of(const Moments& moments, float eps) {
   return reciprocal_root(fmaf(moments.m2, reciprocal_approx(moments.count), eps));
 }
 
+// Return the moments of a part of a slice, whose groups have `values` at each of `length` positions.
+DDPM_FAST_DEVICE Moments moments_of_part(const SliceTiling& tiling, int part, int length, int values,
+                                         const float2& of_part) {
+  const int part_length = min(tiling.part_length, length - part * tiling.part_length);
+  return {static_cast<float>(part_length) * static_cast<float>(values), of_part.x, of_part.y};
+}
+
 // -------------------------------------------------------------------------------------------------------- contiguous
+
+// Return the moments of x + shift in the thread's vectors, relative to `pivot`.
+template <class T, int items>
+DDPM_FAST_DEVICE Moments moments_of_thread(const Forward& p, const auto& at, const Vector<T> (&data)[items],
+                                           float pivot, float shift) {
+  // float32 sums are of x - pivot: as small as the deviations, they lose nothing.
+  const float base = sizeof(T) == 4 ? pivot : 0;
+  float count = 0, sums[kWords] = {}, squares[kWords] = {};
+  over_words<T>(at, data, [&](int, int w, const float (&values)[kPerWord<T>]) {
+    if (w == 0) count += kWidth<T>;
+    for (const float v : values) sums[w] += sizeof(T) == 4 ? v - base : v;
+  });
+  const float mean = tree_sum(sums) * reciprocal_approx(fmaxf(count, 1)), center = base + mean;
+  over_words<T>(at, data, [&](int, int w, const float (&values)[kPerWord<T>]) {
+    for (const float v : values) squares[w] = fmaf(v - center, v - center, squares[w]);
+  });
+  return {count, base - pivot + mean + shift, tree_sum(squares)};
+}
 
 template <class T, int items, Pass pass>
 __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous_kernel(const Forward p) {
@@ -75,113 +98,53 @@ __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous
   __shared__ float2 of_part[kMaxParts];
   const SliceTiling& tiling = p.tiling;
   if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
-  constexpr bool kBackwards = pass == Pass::kApply;
-  const int part = block_index<kBackwards>(blockIdx.x, gridDim.x);
-  const int sample = p.first_sample + block_index<kBackwards>(blockIdx.z, gridDim.z);
-  const int slice = block_index<kBackwards>(blockIdx.y, gridDim.y);
-  const int wanted =
-      items == kLimits.small_items ? slice * static_cast<int>(blockDim.z) + static_cast<int>(threadIdx.z) : slice;
-  const int group = min(wanted, p.groups - 1), first_channel = group * p.group_channels,
-            slab = sample * p.groups + group;
-  const int thread = thread_of_slice(), lane = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
-  const bool active = wanted < p.groups && row < p.group_channels;
+  const RowSlice<T, items == kLimits.small_items, pass, Forward> at{p};
+  const T* x = static_cast<const T*>(p.x) + at.at_group + at.at_thread;
+  Vector<T> data[items];
+  over_vectors<T, items>(at, [&](int i, int offset) { data[i] = load<kWidth<T>>(x + offset); });
+  const float pivot = widen(static_cast<const T*>(p.x)[at.at_group]);
+  const int channel = at.first_channel + min(at.row, p.group_channels - 1);
+  const Affine small = affine(p.inputs, channel, std::int64_t{at.sample} * p.c + channel);
 
-  const int length = p.hw / kWidth<T>;
-  const int part_length = min(tiling.part_length, length - part * tiling.part_length);
-  const int left = active ? part_length - lane : 0;  // vector i of this thread exists where i * lanes < left
-  const std::int64_t at_group = (std::int64_t{sample} * p.c + first_channel) * p.hw;
-  const int at_thread = row * p.hw + (part * tiling.part_length + lane) * kWidth<T>;
-  const T* x = static_cast<const T*>(p.x) + at_group + at_thread;
-  Packed<T, kWidth<T>> data[items];
-#pragma unroll
-  for (int i = 0; i < items; ++i) {
-    if (i * tiling.lanes < left) data[i] = load<kWidth<T>>(x + i * tiling.lanes * kWidth<T>);
-  }
-  const float pivot = widen(static_cast<const T*>(p.x)[at_group]);
-  const int channel = first_channel + min(row, p.group_channels - 1);
-  const Affine small = affine(p.inputs, channel, std::int64_t{sample} * p.c + channel);
-
-  // From the merged moments on.
-  const auto finish = [&](const Moments& moments) {
-    const float rstd = rstd_of(moments, p.eps);
-    if (p.mean != nullptr && part == 0 && thread == 0 && active) {
-      p.mean[slab] = pivot + moments.mean;
-      p.rstd[slab] = rstd;
-    }
-    const Coefficients of_channel = coefficients_of<T>(small, moments, pivot, rstd);
-    T* y = static_cast<T*>(p.y) + at_group + at_thread;
-    with_silu(p.silu, [&](auto silu) {
-#pragma unroll
-      for (int i = 0; i < items; ++i) {
-        if (i * tiling.lanes >= left) continue;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          float value[kPerWord<T>];
-          widen_word(data[i].words[w], T{}, value);
-#pragma unroll
-          for (float& v : value) v = apply<T, decltype(silu)::value>(v, of_channel);
-          data[i].words[w] = narrow_word(value, T{});
-        }
-        store(y + i * tiling.lanes * kWidth<T>, data[i]);
-      }
+  Moments moments;
+  const auto merge_all = [&](const float2* parts) {
+    moments = warp_merge(tiling.parts, [&](int i) {
+      return moments_of_part(tiling, i, at.length, p.group_channels * kWidth<T>, parts[i]);
     });
   };
-  const auto count_of = [&](int of) {  // the values of a part of the slice
-    return static_cast<float>(min(tiling.part_length, length - of * tiling.part_length)) *
-           static_cast<float>(p.group_channels * kWidth<T>);
-  };
-
   if constexpr (pass == Pass::kApply) {
-    const float2* partial = p.partial + std::int64_t{slab} * tiling.parts;
-    finish(warp_merge(tiling.parts, [&](int i) { return Moments{count_of(i), partial[i].x, partial[i].y}; }));
-    return;
-  }
-
-  // float32 sums are of x - pivot: as small as the deviations, they lose nothing.
-  const float base = sizeof(T) == 4 ? pivot : 0;
-  float count = 0, sums[kWords] = {}, squares[kWords] = {};
-#pragma unroll
-  for (int i = 0; i < items; ++i) {
-    if (i * tiling.lanes >= left) continue;
-    count += kWidth<T>;
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      float value[kPerWord<T>];
-      widen_word(data[i].words[w], T{}, value);
-#pragma unroll
-      for (const float v : value) sums[w] += sizeof(T) == 4 ? v - base : v;
-    }
-  }
-  const float mean = tree_sum(sums) * reciprocal_approx(fmaxf(count, 1)), center = base + mean;
-#pragma unroll
-  for (int i = 0; i < items; ++i) {
-    if (i * tiling.lanes >= left) continue;
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      float value[kPerWord<T>];
-      widen_word(data[i].words[w], T{}, value);
-#pragma unroll
-      for (const float v : value) squares[w] = fmaf(v - center, v - center, squares[w]);
-    }
-  }
-  Moments moments = warp_merge({count, base - pivot + mean + small.shift, tree_sum(squares)});
-  const int warps = tiling.rows * tiling.lanes / kWarp;
-  if (warps > 1) {
-    if (thread % kWarp == 0) of_warp[thread / kWarp] = moments;
-    __syncthreads();
-    moments = warp_merge(warps, [&](int i) { return of_warp[i]; });
-  }
-  if constexpr (pass == Pass::kStatistics) {
-    if (thread == 0) p.partial[std::int64_t{slab} * tiling.parts + part] = {moments.mean, moments.m2};
+    merge_all(p.partial + std::int64_t{at.slab} * tiling.parts);
   } else {
-    if (tiling.parts > 1) {
-      cluster_wait();  // the others have started: their memory exists
-      if (thread < tiling.parts) *in_block(&of_part[part], thread) = {moments.mean, moments.m2};
-      cluster_sync();
-      moments = warp_merge(tiling.parts, [&](int i) { return Moments{count_of(i), of_part[i].x, of_part[i].y}; });
+    moments = warp_merge(moments_of_thread<T>(p, at, data, pivot, small.shift));
+    const int warps = tiling.rows * tiling.lanes / kWarp;
+    if (warps > 1) {
+      if (at.thread % kWarp == 0) of_warp[at.thread / kWarp] = moments;
+      __syncthreads();
+      moments = warp_merge(warps, [&](int i) { return of_warp[i]; });
     }
-    finish(moments);
+    if constexpr (pass == Pass::kStatistics) {
+      if (at.thread == 0) p.partial[std::int64_t{at.slab} * tiling.parts + at.part] = {moments.mean, moments.m2};
+      return;
+    } else if (tiling.parts > 1) {
+      exchange(at, {moments.mean, moments.m2}, of_part);
+      merge_all(of_part);
+    }
   }
+  const float rstd = rstd_of(moments, p.eps);
+  if (at.active && at.thread == 0 && at.part == 0 && p.mean != nullptr) {
+    p.mean[at.slab] = pivot + moments.mean;
+    p.rstd[at.slab] = rstd;
+  }
+  const Coefficients of_channel = coefficients_of<T>(small, moments, pivot, rstd);
+  T* y = static_cast<T*>(p.y) + at.at_group + at.at_thread;
+  with_silu(p.silu, [&](auto silu) {
+    over_vectors<T, items>(at, [&](int i, int offset) {
+      map_words<T>(data[i], [&](int, float (&values)[kPerWord<T>]) {
+        for (float& v : values) v = apply<T, decltype(silu)::value>(v, of_channel);
+      });
+      store(y + offset, data[i]);
+    });
+  });
 }
 
 // ------------------------------------------------------------------------------------------------------ channels_last
@@ -189,256 +152,199 @@ __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous
 // Shared memory, as offsets in floats. Elements of a vector lie apart, so that neighbouring threads have neighbouring
 // addresses.
 struct Layout {
-  int moments;       // [elements, rows, lanes]: mean and m2 of a thread's channels
-  int merged;        // [channels, chunks] Moments, padded to four floats
-  int small;         // [channels]: gain, offset, shift, pivot
-  int coefficients;  // [words, lanes]: a and b of two channels, or a Coefficients of one
-  int of_part;       // [parts, groups]: mean and m2
-  int total;
+  const SliceTiling& tiling;
+  const int width;
+  const Pass pass;
+  const int elements = tiling.rows * tiling.lanes * width, channels = tiling.slice_channels;
+  const int moments = 0;  // [elements, rows, lanes]: mean and m2 of a thread's channels
+  // [channels, chunks] Moments, padded to four floats
+  const int merged = pass == Pass::kApply ? 0 : (2 * elements + 3) / 4 * 4;
+  // [channels]: gain, offset, shift, pivot
+  const int small = merged + (pass == Pass::kApply ? 0 : 4 * channels * (tiling.rows / width));
+  const int coefficients = small + 4 * channels;  // [words, lanes]: a and b of two channels, or a Coefficients of one
+  const int of_part = coefficients + 4 * kWords * tiling.lanes;  // [parts, groups]: mean and m2
+  const int total = of_part + (pass == Pass::kResident ? 2 * tiling.parts * tiling.slice_groups : 0);
 };
 
-__host__ __device__ inline Layout layout(const SliceTiling& tiling, int width, Pass pass) {
-  const int channels = tiling.slice_channels, elements = tiling.rows * tiling.lanes * width;
-  Layout at{};
-  at.merged = pass == Pass::kApply ? 0 : (2 * elements + 3) / 4 * 4;
-  at.small = at.merged + (pass == Pass::kApply ? 0 : 4 * channels * (tiling.rows / width));
-  at.coefficients = at.small + 4 * channels;
-  at.of_part = at.coefficients + 4 * kWords * tiling.lanes;
-  at.total = at.of_part + (pass == Pass::kResident ? 2 * tiling.parts * tiling.slice_groups : 0);
-  return at;
+// Find the moments of the thread's channels in a tile, and merge them with those of the `before` pixels of earlier tiles.
+template <class T, int items>
+DDPM_FAST_DEVICE void sum_tile(const Forward& p, const auto& at, const Vector<T> (&data)[items], int tile, int first,
+                               const float4* small, float2* moments, float& before) {
+  const float count = pixels_in_tile<items>(at, first);
+  const float extra = items - count, share = reciprocal_approx(count);
+  const float weight = count * reciprocal_approx(before + count);
+  for (int w = 0; w < kWords; ++w) {
+    float start[kPerWord<T>], sum[kPerWord<T>] = {}, m2[kPerWord<T>] = {};
+    widen_word(data[0].words[w], T{}, start);
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      float value[kPerWord<T>];
+      widen_word(data[i].words[w], T{}, value);
+      for (int e = 0; e < kPerWord<T>; ++e) sum[e] += sizeof(T) == 4 ? value[e] - start[e] : value[e];
+    }
+    float base[kPerWord<T>], mean[kPerWord<T>];
+    for (int e = 0; e < kPerWord<T>; ++e) {
+      base[e] = sizeof(T) == 4 ? start[e] : 0;
+      mean[e] = (sizeof(T) == 4 ? sum[e] : fmaf(-extra, start[e], sum[e])) * share;
+    }
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      float value[kPerWord<T>];
+      widen_word(data[i].words[w], T{}, value);
+      for (int e = 0; e < kPerWord<T>; ++e) {
+        const float deviation = value[e] - (base[e] + mean[e]);
+        m2[e] = fmaf(deviation, deviation, m2[e]);
+      }
+    }
+    for (int e = 0; e < kPerWord<T>; ++e) {
+      const int element = w * kPerWord<T> + e;
+      float2& slot = moments[element * p.tiling.rows * p.tiling.lanes + at.thread];
+      const float off = start[e] - (base[e] + mean[e]), pivot = small[at.lane * kWidth<T> + element].w;
+      float2 all = {base[e] - pivot + mean[e], fmaxf(fmaf(-extra * off, off, m2[e]), 0)};
+      if (tile > 0) {
+        const float2 old = slot;
+        const float delta = all.x - old.x;
+        all = {fmaf(delta, weight, old.x), fmaf(delta * delta, before * weight, old.y + all.y)};
+      }
+      slot = all;
+    }
+  }
+  before += count;
+}
+
+// Let one thread merge as many rows of a channel as a vector has elements.
+template <class T>
+DDPM_FAST_DEVICE void merge_rows(const Forward& p, const auto& at, const float4* small, const float2* moments,
+                                 float4* merged) {
+  const SliceTiling& tiling = p.tiling;
+  const int chunks = tiling.rows / kWidth<T>, chunk = at.row / kWidth<T>, element = at.row % kWidth<T>;
+  const int channel = at.lane * kWidth<T> + element;
+  if (channel >= at.channels) return;
+  const int from_row = at.row - element, each = at.pixels / tiling.rows,
+            more = at.pixels - each * tiling.rows - from_row;
+  const int rows = min(kWidth<T>, at.pixels - from_row);
+  const float few = static_cast<float>(each), many = few + 1;  // pixels of a row
+  const float count = static_cast<float>(each * max(rows, 0) + min(max(more, 0), kWidth<T>));
+  const float2* from = moments + ((element * tiling.rows + from_row) * tiling.lanes + at.lane);
+  float sum = 0, m2 = 0;
+  for (int r = 0; r < kWidth<T>; ++r) {
+    if (r < rows) sum = fmaf(r < more ? many : few, from[r * tiling.lanes].x, sum);
+  }
+  const float mean = sum * reciprocal_approx(fmaxf(count, 1));
+  for (int r = 0; r < kWidth<T>; ++r) {
+    if (r >= rows) continue;
+    const float2 of_row = from[r * tiling.lanes];
+    const float delta = of_row.x - mean;
+    m2 = fmaf((r < more ? many : few) * delta, delta, m2 + of_row.y);
+  }
+  merged[channel * chunks + chunk] = {count, mean + small[channel].z, m2, 0};
+}
+
+// Let a warp save a group's mean and rstd, and compute the coefficients of its channels.
+template <class T>
+DDPM_FAST_DEVICE void finish_group(const Forward& p, const auto& at, int group, const Moments& of_group,
+                                   const float4* small, float4* coefficients) {
+  const float rstd = rstd_of(of_group, p.eps), pivot = small[group * p.group_channels].w;
+  if (p.mean != nullptr && at.part == 0 && at.thread % kWarp == 0) {
+    const int slab = at.first_slab + group;
+    p.mean[slab] = pivot + of_group.mean;
+    p.rstd[slab] = rstd;
+  }
+#pragma unroll 1
+  for (int i = at.thread % kWarp; i < p.group_channels; i += kWarp) {
+    const int channel = group * p.group_channels + i, element = channel % kWidth<T>;
+    const float4 of = small[channel];
+    const Coefficients of_channel = coefficients_of<T>({of.x, of.y, of.z}, of_group, pivot, rstd);
+    float4* to = coefficients + element / kPerWord<T> * p.tiling.lanes + channel / kWidth<T>;
+    if constexpr (kPerWord<T> == 2) {
+      reinterpret_cast<float2*>(to)[element % 2] = {of_channel.a, of_channel.b};
+    } else {
+      *to = {of_channel.a, of_channel.b, of_channel.shift, of_channel.mean};
+    }
+  }
+}
+
+template <class T, bool silu, int items>
+DDPM_FAST_DEVICE void apply_tile(const Forward& p, const auto& at, Vector<T> (&data)[items], int tile, int first,
+                                 const float4* coefficients) {
+  Coefficients of[kWidth<T>];
+  for (int w = 0; w < kWords; ++w) {
+    read_coefficients<T>(coefficients[w * p.tiling.lanes + at.lane], of + w * kPerWord<T>);
+  }
+  T* y = static_cast<T*>(p.y) + at.at_tile(tile);
+  // Some vectors at a time: with all of them the compiler would run out of registers.
+  constexpr int kTogether = 2;
+#pragma unroll 1
+  for (int pixel = first; pixel < at.end; pixel += kTogether * p.tiling.rows, y += kTogether * at.stride) {
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      map_words<T>(data[i], [&](int w, float (&values)[kPerWord<T>]) {
+        for (int e = 0; e < kPerWord<T>; ++e) values[e] = apply<T, silu>(values[e], of[w * kPerWord<T> + e]);
+      });
+      if (pixel + i * p.tiling.rows < at.end) store(y + i * at.stride, data[i]);
+    }
+#pragma unroll
+    for (int i = kTogether; i < items; ++i) data[i - kTogether] = data[i];
+  }
 }
 
 template <class T, int items, Pass pass>
 __global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_last_threads : kSmallThreads,
                                   pass == Pass::kResident ? 2 : 3) channels_last_kernel(const Forward p) {
   extern __shared__ float4 shared[];
-  constexpr int kEach = kPerWord<T>;
   const SliceTiling& tiling = p.tiling;
-  const Layout at = layout(tiling, kWidth<T>, pass);
+  const Layout of{tiling, kWidth<T>, pass};
   float* const memory = reinterpret_cast<float*>(shared);
-  float2* const moments = reinterpret_cast<float2*>(memory + at.moments);
-  float4* const merged = reinterpret_cast<float4*>(memory + at.merged);
-  float4* const small = reinterpret_cast<float4*>(memory + at.small);
-  float4* const coefficients = reinterpret_cast<float4*>(memory + at.coefficients);
-  float2* const of_part = reinterpret_cast<float2*>(memory + at.of_part);
+  float2* const moments = reinterpret_cast<float2*>(memory + of.moments);
+  float4* const merged = reinterpret_cast<float4*>(memory + of.merged);
+  float4* const small = reinterpret_cast<float4*>(memory + of.small);
+  float4* const coefficients = reinterpret_cast<float4*>(memory + of.coefficients);
+  float2* const of_part = reinterpret_cast<float2*>(memory + of.of_part);
   if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
-
-  constexpr bool kBackwards = pass == Pass::kApply;
-  const int part = block_index<kBackwards>(blockIdx.x, gridDim.x);
-  const int slice = block_index<kBackwards>(blockIdx.y, gridDim.y);
-  const int sample = p.first_sample + block_index<kBackwards>(blockIdx.z, gridDim.z);
-  const int first_channel = slice * tiling.slice_channels, first_slab = sample * p.groups + slice * tiling.slice_groups;
-  const int channels = min(tiling.slice_channels, p.c - first_channel);
-  const int groups = min(tiling.slice_groups, p.groups - slice * tiling.slice_groups);
-  const int first_pixel = part * tiling.part_length, pixels = min(tiling.part_length, p.hw - first_pixel);
-  const int thread = thread_of_slice(), lane = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
-  const int threads = tiling.rows * tiling.lanes, warp = thread / kWarp, warps = threads / kWarp;
-  // The thread's pixels are row, row + rows, ..., those below `end`.
-  const int end = lane * kWidth<T> < channels ? pixels : 0;
-  const std::int64_t origin = std::int64_t{sample} * p.hw * p.c + first_channel;
-  const std::int64_t at_part = origin + std::int64_t{first_pixel} * p.c;
-  const int at_thread = row * p.c + lane * kWidth<T>, stride = tiling.rows * p.c;
-  const int tiles = pass == Pass::kResident ? 1 : tiling.tiles, tile_pixels = tiling.rows * items;
+  const PixelSlice<T, items, pass, Forward> at{p};
 
   // A thread beyond the last pixel reads its first pixel of the tile again.
-  Packed<T, kWidth<T>> data[items];
-  const auto load_tile = [&](int tile) {
-    const int first = row + tile * tile_pixels;
-    if (first >= end) return;
-    const T* x = static_cast<const T*>(p.x) + at_part + std::int64_t{tile * tile_pixels} * p.c + at_thread;
-#pragma unroll
-    for (int i = 0; i < items; ++i) {
-      data[i] = load<kWidth<T>>(x + (first + i * tiling.rows < end ? i * stride : 0));
-    }
+  Vector<T> data[items];
+  const auto load = [&](int tile) {
+    load_tile<items>(at, tile, [&](int i, bool exists, std::int64_t from, int offset) {
+      data[i] = cuda::load<kWidth<T>>(static_cast<const T*>(p.x) + from + (exists ? offset : 0));
+    });
   };
-  load_tile(0);
+  load(0);
 #pragma unroll 1
-  for (int i = thread; i < channels; i += threads) {
-    const Affine of = affine(p.inputs, first_channel + i, std::int64_t{sample} * p.c + first_channel + i);
-    const T* pivot = static_cast<const T*>(p.x) + origin + i / p.group_channels * p.group_channels;
+  for (int i = at.thread; i < at.channels; i += at.threads) {
+    const Affine of = affine(p.inputs, at.first_channel + i, std::int64_t{at.sample} * p.c + at.first_channel + i);
+    const T* pivot = static_cast<const T*>(p.x) + at.origin + i / p.group_channels * p.group_channels;
     small[i] = {of.gain, of.offset, of.shift, widen(*pivot)};
   }
   __syncthreads();
 
-  // A warp saves a group's mean and rstd, and computes the coefficients of its channels.
-  const auto finish = [&](int group, const Moments& of_group) {
-    const float rstd = rstd_of(of_group, p.eps), pivot = small[group * p.group_channels].w;
-    if (p.mean != nullptr && part == 0 && thread % kWarp == 0) {
-      const int slab = first_slab + group;
-      p.mean[slab] = pivot + of_group.mean;
-      p.rstd[slab] = rstd;
-    }
-#pragma unroll 1
-    for (int i = thread % kWarp; i < p.group_channels; i += kWarp) {
-      const int channel = group * p.group_channels + i, element = channel % kWidth<T>;
-      const float4 of = small[channel];
-      const Coefficients of_channel = coefficients_of<T>({of.x, of.y, of.z}, of_group, pivot, rstd);
-      float4* to = coefficients + element / kEach * tiling.lanes + channel / kWidth<T>;
-      if constexpr (kEach == 2) {
-        reinterpret_cast<float2*>(to)[element % 2] = {of_channel.a, of_channel.b};
-      } else {
-        *to = {of_channel.a, of_channel.b, of_channel.shift, of_channel.mean};
-      }
-    }
-  };
-  // The mean and m2 of a group in a part, with their count.
-  const auto moments_of_part = [&](int of, const float2& values) {
-    const int of_pixels = min(tiling.part_length, p.hw - of * tiling.part_length);
-    return Moments{static_cast<float>(of_pixels) * static_cast<float>(p.group_channels), values.x, values.y};
-  };
-
   if constexpr (pass != Pass::kApply) {
-    // Moments of the thread's channels over the tiles.
     float before = 0;  // pixels
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int first = row + tile * tile_pixels;
-      if (first < end) {
-        float count = 0;
-#pragma unroll
-        for (int i = 0; i < items; ++i) count += first + i * tiling.rows < end ? 1 : 0;
-        const float extra = items - count, share = reciprocal_approx(count);
-        const float weight = count * reciprocal_approx(before + count);
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          float start[kEach], sum[kEach] = {}, m2[kEach] = {};
-          widen_word(data[0].words[w], T{}, start);
-#pragma unroll
-          for (int i = 0; i < items; ++i) {
-            float value[kEach];
-            widen_word(data[i].words[w], T{}, value);
-#pragma unroll
-            for (int e = 0; e < kEach; ++e) sum[e] += sizeof(T) == 4 ? value[e] - start[e] : value[e];
-          }
-          float base[kEach], mean[kEach];
-#pragma unroll
-          for (int e = 0; e < kEach; ++e) {
-            base[e] = sizeof(T) == 4 ? start[e] : 0;
-            mean[e] = (sizeof(T) == 4 ? sum[e] : fmaf(-extra, start[e], sum[e])) * share;
-          }
-#pragma unroll
-          for (int i = 0; i < items; ++i) {
-            float value[kEach];
-            widen_word(data[i].words[w], T{}, value);
-#pragma unroll
-            for (int e = 0; e < kEach; ++e) {
-              const float deviation = value[e] - (base[e] + mean[e]);
-              m2[e] = fmaf(deviation, deviation, m2[e]);
-            }
-          }
-#pragma unroll
-          for (int e = 0; e < kEach; ++e) {
-            const int element = w * kEach + e;
-            float2& slot = moments[element * tiling.rows * tiling.lanes + thread];
-            const float off = start[e] - (base[e] + mean[e]), pivot = small[lane * kWidth<T> + element].w;
-            float2 all = {base[e] - pivot + mean[e], fmaxf(fmaf(-extra * off, off, m2[e]), 0)};
-            if (tile > 0) {
-              const float2 old = slot;
-              const float delta = all.x - old.x;
-              all = {fmaf(delta, weight, old.x), fmaf(delta * delta, before * weight, old.y + all.y)};
-            }
-            slot = all;
-          }
-        }
-        before += count;
-      }
-      if (tile + 1 < tiles) load_tile(tile + 1);
-    }
+    over_tiles(at, load, [&](int tile, int first) { sum_tile<T>(p, at, data, tile, first, small, moments, before); });
     __syncthreads();
-
-    // One thread merges as many rows of a channel as a vector has elements.
-    const int chunks = tiling.rows / kWidth<T>, chunk = row / kWidth<T>, element = row % kWidth<T>;
-    const int channel = lane * kWidth<T> + element;
-    if (channel < channels) {
-      const int from_row = row - element, each = pixels / tiling.rows, more = pixels - each * tiling.rows - from_row;
-      const int rows = min(kWidth<T>, pixels - from_row);
-      const float few = static_cast<float>(each), many = few + 1;  // pixels of a row
-      const float count = static_cast<float>(each * max(rows, 0) + min(max(more, 0), kWidth<T>));
-      const float2* from = moments + (element * tiling.rows + from_row) * tiling.lanes + lane;
-      float sum = 0, m2 = 0;
-#pragma unroll
-      for (int r = 0; r < kWidth<T>; ++r) {
-        if (r < rows) sum = fmaf(r < more ? many : few, from[r * tiling.lanes].x, sum);
-      }
-      const float mean = sum * reciprocal_approx(fmaxf(count, 1));
-#pragma unroll
-      for (int r = 0; r < kWidth<T>; ++r) {
-        if (r >= rows) continue;
-        const float2 of_row = from[r * tiling.lanes];
-        const float delta = of_row.x - mean;
-        m2 = fmaf((r < more ? many : few) * delta, delta, m2 + of_row.y);
-      }
-      merged[channel * chunks + chunk] = {count, mean + small[channel].z, m2, 0};
-    }
+    const int chunks = tiling.rows / kWidth<T>;
+    merge_rows<T>(p, at, small, moments, merged);
     __syncthreads();
-
-    // Moments of groups.
-    if (pass == Pass::kResident && tiling.parts > 1) cluster_wait();  // the others have started: their memory exists
-#pragma unroll 1
-    for (int group = warp; group < groups; group += warps) {
+    exchange<pass>(at, p.partial, of_part, [&](int group) {
       const float4* from = merged + group * p.group_channels * chunks;
       const Moments of_group = warp_merge(p.group_channels * chunks, [&](int i) {
         const float4 of = from[i];
         return Moments{of.x, of.y, of.z};
       });
-      const float2 result = {of_group.mean, of_group.m2};
-      if constexpr (pass == Pass::kStatistics) {
-        const std::int64_t slot = std::int64_t{sample * tiling.slices + slice} * tiling.parts + part;
-        if (thread % kWarp == 0) p.partial[slot * tiling.slice_groups + group] = result;
-      } else if (thread % kWarp < tiling.parts) {
-        *in_block(of_part + part * groups + group, thread % kWarp) = result;
-      }
-    }
+      return float2{of_group.mean, of_group.m2};
+    });
     if constexpr (pass == Pass::kStatistics) return;
-    if (tiling.parts > 1) {
-      cluster_sync();
-    } else {
-      __syncthreads();
-    }
   }
-  const float2* of_parts = pass == Pass::kResident ? of_part
-                                                   : p.partial + std::int64_t{sample * tiling.slices + slice} *
-                                                                     tiling.parts * tiling.slice_groups;
-  const int step = pass == Pass::kResident ? groups : tiling.slice_groups;
-#pragma unroll 1
-  for (int group = warp; group < groups; group += warps) {
-    finish(group, warp_merge(tiling.parts, [&](int i) { return moments_of_part(i, of_parts[i * step + group]); }));
-  }
-  __syncthreads();
-
+  finish_groups<pass>(at, p.partial, of_part, [&](int group, auto get) {
+    const Moments of_group =
+        warp_merge(tiling.parts, [&](int i) { return moments_of_part(tiling, i, p.hw, p.group_channels, get(i)); });
+    finish_group<T>(p, at, group, of_group, small, coefficients);
+  });
   with_silu(p.silu, [&](auto silu) {
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int first = row + tile * tile_pixels;
-      if (first < end) {
-        Coefficients of[kWidth<T>];
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          read_coefficients<T>(coefficients[w * tiling.lanes + lane], of + w * kEach);
-        }
-        T* y = static_cast<T*>(p.y) + at_part + std::int64_t{tile * tile_pixels} * p.c + at_thread;
-        // Some vectors at a time: with all of them the compiler would run out of registers.
-        constexpr int kTogether = 2;
-#pragma unroll 1
-        for (int pixel = first; pixel < end; pixel += kTogether * tiling.rows, y += kTogether * stride) {
-#pragma unroll
-          for (int i = 0; i < kTogether; ++i) {
-#pragma unroll
-            for (int w = 0; w < kWords; ++w) {
-              float value[kEach];
-              widen_word(data[i].words[w], T{}, value);
-#pragma unroll
-              for (int e = 0; e < kEach; ++e) value[e] = apply<T, decltype(silu)::value>(value[e], of[w * kEach + e]);
-              data[i].words[w] = narrow_word(value, T{});
-            }
-            if (pixel + i * tiling.rows < end) store(y + i * stride, data[i]);
-          }
-#pragma unroll
-          for (int i = kTogether; i < items; ++i) data[i - kTogether] = data[i];
-        }
-      }
-      if (tile + 1 < tiles) load_tile(tile + 1);
-    }
+    over_tiles(at, load, [&](int tile, int first) {
+      apply_tile<T, decltype(silu)::value>(p, at, data, tile, first, coefficients);
+    });
   });
 }
 
@@ -489,26 +395,10 @@ std::optional<SliceTiling> tiling_of(DType dtype, const Shape& shape, std::int64
 }
 
 template <class T, int items, Pass pass>
-void launch_pass(Forward p, std::int64_t samples, void* stream) {
-  const SliceTiling& tiling = p.tiling;
-  Dims dims;
-  dims.block = tiling.block(p.channels_last, kLimits);
-  dims.grid.x = static_cast<unsigned>(tiling.parts);
-  dims.grid.y = static_cast<unsigned>(divide_up(tiling.slices, dims.block.z));
-  dims.cluster = pass == Pass::kResident ? static_cast<unsigned>(tiling.parts) : 1;
-  const auto run = [&](auto kernel) {
-    over_samples(samples, [&](std::int64_t first, std::int64_t count) {
-      p.first_sample = static_cast<int>(first);
-      dims.grid.z = static_cast<unsigned>(count);
-      launch(kOp, kernel, dims, stream, p);
-    });
-  };
-  if (p.channels_last) {
-    dims.shared_bytes = layout(tiling, kWidth<T>, pass).total * sizeof(float);
-    run(channels_last_kernel<T, items, pass>);
-  } else {
-    run(contiguous_kernel<T, items, pass>);
-  }
+void launch_pass(const Forward& p, std::int64_t samples, void* stream) {
+  const auto kernel = p.channels_last ? channels_last_kernel<T, items, pass> : contiguous_kernel<T, items, pass>;
+  const int floats = p.channels_last ? Layout{p.tiling, kWidth<T>, pass}.total : 0;
+  launch_slices(kOp, kernel, p, kLimits, pass, floats * sizeof(float), samples, stream);
 }
 
 }  // namespace
@@ -523,19 +413,13 @@ std::int64_t group_norm_silu_workspace(const GroupNormSiluArgs& a) {
 void group_norm_silu(const GroupNormSiluArgs& a) {
   if (a.shape.n * a.shape.c == 0) return;
   Forward p = {};
+  set_shared(kOp, a, p);
   p.y = a.y;
   p.mean = static_cast<float*>(a.mean);
   p.rstd = static_cast<float*>(a.rstd);
   p.x = a.x;
-  p.inputs = {a.weight, a.bias, a.shift, a.scale, a.scale_shift};
   p.partial = static_cast<float2*>(a.workspace);
-  p.c = to_int(kOp, a.shape.c);
-  p.hw = to_int(kOp, a.shape.hw);
-  p.groups = static_cast<int>(a.num_groups);
-  p.group_channels = p.c / p.groups;
   p.eps = static_cast<float>(a.eps);
-  p.silu = a.silu;
-  p.channels_last = a.shape.channels_last;
   const auto tiling = tiling_of(a.dtype, a.shape, a.num_groups);
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);

@@ -22,7 +22,7 @@
 // The kernel sums g d and d, with d = h - mean. The sum of d is not 0, as the saved mean is rounded. It corrects the
 // results for that rounding. A last kernel makes the gradients of the small inputs from the sums of every sample, part
 // and channel.
-#include "cuda/group_norm.h"
+#include "cuda/group_norm_slices.h"
 #include "cuda/kernels.h"
 
 namespace ddpm_fast::cuda {
@@ -31,8 +31,6 @@ namespace {
 
 constexpr const char* kOp = "group_norm_silu_backward";
 constexpr Limits kLimits = {1, 4, 256};
-
-enum class Pass { kResident, kSums, kApply };
 
 // Blocks that fit on a multiprocessor.
 template <Pass pass>
@@ -128,107 +126,35 @@ DDPM_FAST_DEVICE Sums warp_total(int number, Get get) {
 
 // -------------------------------------------------------------------------------------------------------- contiguous
 
-template <class T, int items, Pass pass>
-__global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous_kernel(const Backward p) {
-  extern __shared__ float4 shared[];
-  __shared__ Sums of_part[kMaxParts];
-  const SliceTiling& tiling = p.tiling;
-  if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
-  constexpr bool kBackwards = pass == Pass::kApply;
-  const int part = block_index<kBackwards>(blockIdx.x, gridDim.x);
-  const int sample = p.first_sample + block_index<kBackwards>(blockIdx.z, gridDim.z);
-  const int slice = block_index<kBackwards>(blockIdx.y, gridDim.y);
-  const int wanted =
-      items == kLimits.small_items ? slice * static_cast<int>(blockDim.z) + static_cast<int>(threadIdx.z) : slice;
-  const int group = min(wanted, p.groups - 1), first_channel = group * p.group_channels,
-            slab = sample * p.groups + group;
-  const int thread = thread_of_slice(), lane = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
-  const bool exists = wanted < p.groups;
-
-  const int length = p.hw / kWidth<T>;
-  const int part_length = min(tiling.part_length, length - part * tiling.part_length);
-  const int left = exists && row < p.group_channels ? part_length - lane : 0;  // vector i exists where i * lanes < left
-  const std::int64_t at_group = (std::int64_t{sample} * p.c + first_channel) * p.hw;
-  const int at_thread = row * p.hw + (part * tiling.part_length + lane) * kWidth<T>;
-  Packed<T, kWidth<T>> x[items], dy[items];
-#pragma unroll
-  for (int i = 0; i < items; ++i) {
-    if (i * tiling.lanes >= left) continue;
-    x[i] = load<kWidth<T>>(static_cast<const T*>(p.x) + at_group + at_thread + i * tiling.lanes * kWidth<T>);
-    dy[i] = load<kWidth<T>>(static_cast<const T*>(p.dy) + at_group + at_thread + i * tiling.lanes * kWidth<T>);
-  }
-  const int channel_index = first_channel + min(row, p.group_channels - 1);
-  const Affine small = affine(p.inputs, channel_index, std::int64_t{sample} * p.c + channel_index);
-  const float rstd = p.rstd[slab];
-  const Channel channel = channel_of<T>(small, p.mean[slab], rstd);
-
-  // From the sums over the group on.
-  const auto finish = [&](const Sums& total) {
-    const float count = static_cast<float>(length) * static_cast<float>(p.group_channels * kWidth<T>);
-    const Slope slope = slope_of(total, count, rstd);
-    if (p.sums != nullptr && part == 0 && thread == 0 && exists) p.slopes[slab] = slope;
-    const Coefficients of_channel = coefficients_of<T>(channel, slope);
-    with_silu(p.silu, [&](auto silu) {
-#pragma unroll
-      for (int i = 0; i < items; ++i) {
-        if (i * tiling.lanes >= left) continue;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          float value[kPerWord<T>], gradients[kPerWord<T>];
-          widen_word(x[i].words[w], T{}, value);
-          widen_word(dy[i].words[w], T{}, gradients);
-#pragma unroll
-          for (int e = 0; e < kPerWord<T>; ++e) {
-            value[e] = dx<T, decltype(silu)::value>(value[e], gradients[e], channel, of_channel);
-          }
-          x[i].words[w] = narrow_word(value, T{});
-        }
-        store(static_cast<T*>(p.dx) + at_group + at_thread + i * tiling.lanes * kWidth<T>, x[i]);
-      }
-    });
-  };
-
-  if constexpr (pass == Pass::kApply) {
-    const Sums* partial = p.partial + std::int64_t{slab} * tiling.parts;
-    finish(warp_total(tiling.parts, [&](int i) { return partial[i]; }));
-    return;
-  }
-
+// Return the sums over the thread's vectors.
+template <class T, int items>
+DDPM_FAST_DEVICE Sums sums_of_thread(const Backward& p, const auto& at, const Vector<T> (&x)[items],
+                                     const Vector<T> (&dy)[items], const Channel& channel) {
   float of_g[kWords] = {}, of_gd[kWords] = {}, of_d[kWords] = {};
   with_silu(p.silu, [&](auto silu) {
-#pragma unroll
-    for (int i = 0; i < items; ++i) {
-      if (i * tiling.lanes >= left) continue;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        float value[kPerWord<T>], gradients[kPerWord<T>];
-        widen_word(x[i].words[w], T{}, value);
-        widen_word(dy[i].words[w], T{}, gradients);
-#pragma unroll
-        for (int e = 0; e < kPerWord<T>; ++e) {
-          const float d = deviation<T>(value[e], channel);
-          const float g = gradient<T, decltype(silu)::value>(gradients[e], d, channel.a, channel.b);
-          of_g[w] += g;
-          of_gd[w] = fmaf(g, d, of_gd[w]);
-        }
+    over_words<T>(at, x, [&](int i, int w, const float (&values)[kPerWord<T>]) {
+      float gradients[kPerWord<T>];
+      widen_word(dy[i].words[w], T{}, gradients);
+      for (int e = 0; e < kPerWord<T>; ++e) {
+        const float d = deviation<T>(values[e], channel);
+        const float g = gradient<T, decltype(silu)::value>(gradients[e], d, channel.a, channel.b);
+        of_g[w] += g;
+        of_gd[w] = fmaf(g, d, of_gd[w]);
       }
-    }
+    });
   });
   if (p.deviations) {
-#pragma unroll
-    for (int i = 0; i < items; ++i) {
-      if (i * tiling.lanes >= left) continue;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        float value[kPerWord<T>];
-        widen_word(x[i].words[w], T{}, value);
-#pragma unroll
-        for (const float v : value) of_d[w] += deviation<T>(v, channel);
-      }
-    }
+    over_words<T>(at, x, [&](int, int w, const float (&values)[kPerWord<T>]) {
+      for (const float v : values) of_d[w] += deviation<T>(v, channel);
+    });
   }
+  return {tree_sum(of_g), tree_sum(of_gd), tree_sum(of_d)};
+}
+
+// Save the sums of the block's channels, if they are wanted, and return the group's. `own`: the thread's.
+DDPM_FAST_DEVICE Sums sums_of_block(const Backward& p, const auto& at, Sums own, float gain, float4* shared) {
+  const SliceTiling& tiling = p.tiling;
   // Sums of a channel's lanes in one warp, then of channels.
-  Sums own = {tree_sum(of_g), tree_sum(of_gd), tree_sum(of_d)};
   const int width = min(tiling.lanes, kWarp), slots_of_channel = tiling.lanes / width,
             slots = tiling.rows * slots_of_channel;
 #pragma unroll 1
@@ -238,12 +164,12 @@ __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous
     own.d += __shfl_xor_sync(0xFFFFFFFF, own.d, distance);
   }
   float4* of_slot = shared + threadIdx.z * slots;
-  if (lane % width == 0) of_slot[thread / width] = {own.g, own.gd, own.d, small.gain};
+  if (at.lane % width == 0) of_slot[at.thread / width] = {own.g, own.gd, own.d, gain};
   __syncthreads();
-  if (p.sums != nullptr && exists) {
-    float* to = p.sums + (std::int64_t{sample} * tiling.parts + part) * 3 * p.c + first_channel;
+  if (p.sums != nullptr && at.exists) {
+    float* to = p.sums + (std::int64_t{at.sample} * tiling.parts + at.part) * 3 * p.c + at.first_channel;
 #pragma unroll 1
-    for (int i = thread; i < p.group_channels; i += tiling.rows * tiling.lanes) {
+    for (int i = at.thread; i < p.group_channels; i += tiling.rows * tiling.lanes) {
       Sums sums = {};
 #pragma unroll 1
       for (int j = 0; j < slots_of_channel; ++j) {
@@ -255,21 +181,60 @@ __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous
       to[2 * p.c + i] = sums.d;
     }
   }
-  Sums total = warp_total(slots, [&](int i) {
+  return warp_total(slots, [&](int i) {
     const float4 of = of_slot[i];
     return Sums{of.x * of.w, of.y * of.w, of.z};
   });
-  if constexpr (pass == Pass::kSums) {
-    if (thread == 0) p.partial[std::int64_t{slab} * tiling.parts + part] = total;
+}
+
+template <class T, int items, Pass pass>
+__global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous_kernel(const Backward p) {
+  extern __shared__ float4 shared[];
+  __shared__ Sums of_part[kMaxParts];
+  const SliceTiling& tiling = p.tiling;
+  if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
+  const RowSlice<T, items == kLimits.small_items, pass, Backward> at{p};
+  Vector<T> x[items], dy[items];
+  over_vectors<T, items>(at, [&](int i, int offset) {
+    x[i] = load<kWidth<T>>(static_cast<const T*>(p.x) + at.at_group + at.at_thread + offset);
+    dy[i] = load<kWidth<T>>(static_cast<const T*>(p.dy) + at.at_group + at.at_thread + offset);
+  });
+  const int index = at.first_channel + min(at.row, p.group_channels - 1);
+  const Affine small = affine(p.inputs, index, std::int64_t{at.sample} * p.c + index);
+  const float rstd = p.rstd[at.slab];
+  const Channel channel = channel_of<T>(small, p.mean[at.slab], rstd);
+
+  Sums total;
+  if constexpr (pass == Pass::kApply) {
+    const Sums* partial = p.partial + std::int64_t{at.slab} * tiling.parts;
+    total = warp_total(tiling.parts, [&](int i) { return partial[i]; });
   } else {
-    if (tiling.parts > 1) {
-      cluster_wait();  // the others have started: their memory exists
-      if (thread < tiling.parts) *in_block(&of_part[part], thread) = total;
-      cluster_sync();
+    total = sums_of_block(p, at, sums_of_thread<T>(p, at, x, dy, channel), small.gain, shared);
+    if constexpr (pass == Pass::kStatistics) {
+      if (at.thread == 0) p.partial[std::int64_t{at.slab} * tiling.parts + at.part] = total;
+      return;
+    } else if (tiling.parts > 1) {
+      exchange(at, total, of_part);
       total = warp_total(tiling.parts, [&](int i) { return of_part[i]; });
     }
-    finish(total);
   }
+  const float count = static_cast<float>(at.length) * static_cast<float>(p.group_channels * kWidth<T>);
+  const Slope slope = slope_of(total, count, rstd);
+  if (p.sums != nullptr && at.part == 0 && at.thread == 0 && at.exists) p.slopes[at.slab] = slope;
+  const Coefficients of_channel = coefficients_of<T>(channel, slope);
+  T* to = static_cast<T*>(p.dx) + at.at_group + at.at_thread;
+  with_silu(p.silu, [&](auto silu) {
+    over_vectors<T, items>(at, [&](int i, int offset) {
+      map_words<T>(x[i], [&](int w, float (&values)[kPerWord<T>]) {
+        float gradients[kPerWord<T>];
+        widen_word(dy[i].words[w], T{}, gradients);
+        for (int e = 0; e < kPerWord<T>; ++e) {
+          values[e] = dx<T, decltype(silu)::value>(values[e], gradients[e], channel, of_channel);
+        }
+      });
+      store(to + offset, x[i]);
+    });
+  });
 }
 
 // ------------------------------------------------------------------------------------------------------ channels_last
@@ -277,256 +242,222 @@ __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous
 // Shared memory, as offsets in floats. Elements of a vector lie apart, so that neighbouring threads have neighbouring
 // addresses.
 struct Layout {
-  int coefficients;  // [elements, lanes] Coefficients; before the sums are known: a, b and gain
-  int centers;       // [elements, lanes]: mean and shift
-  int sums;          // [elements, rows, lanes]: g and g d; then as many d
-  int merged;        // [channels, chunks] Sums
-  int of_part;       // [parts, groups] Sums
-  int total;
+  const SliceTiling& tiling;
+  const int width;
+  const Pass pass;
+  const int elements = tiling.rows * tiling.lanes * width, channels = tiling.slice_channels;
+  const int coefficients = 0;  // [elements, lanes] Coefficients; before the sums are known: a, b and gain
+  const int centers = 4 * tiling.lanes * width;                         // [elements, lanes]: mean and shift
+  const int sums = centers + 2 * tiling.lanes * width;                  // [elements, rows, lanes]: g and g d
+  const int deviations = sums + 2 * elements;                           // [elements, rows, lanes]: d
+  const int merged = sums + (pass == Pass::kApply ? 0 : 3 * elements);  // [channels, chunks] Sums
+  // [parts, groups] Sums
+  const int of_part = merged + (pass == Pass::kApply ? 0 : 3 * channels * (tiling.rows / width));
+  const int total = of_part + (pass == Pass::kResident ? 3 * tiling.parts * tiling.slice_groups : 0);
 };
 
-__host__ __device__ inline Layout layout(const SliceTiling& tiling, int width, Pass pass) {
-  const int channels = tiling.slice_channels, elements = tiling.rows * tiling.lanes * width;
-  Layout at{};
-  at.centers = 4 * tiling.lanes * width;
-  at.sums = at.centers + 2 * tiling.lanes * width;
-  at.merged = at.sums + (pass == Pass::kApply ? 0 : 3 * elements);
-  at.of_part = at.merged + (pass == Pass::kApply ? 0 : 3 * channels * (tiling.rows / width));
-  at.total = at.of_part + (pass == Pass::kResident ? 3 * tiling.parts * tiling.slice_groups : 0);
-  return at;
+// Return the place of a channel's values in shared memory.
+template <class T>
+DDPM_FAST_DEVICE int slot_of(const SliceTiling& tiling, int channel) {
+  return channel % kWidth<T> * tiling.lanes + channel / kWidth<T>;
+}
+
+// The channels' values in shared memory, as Layout has them.
+struct Channels {
+  float4* coefficients;
+  float2* centers;
+
+  __device__ __forceinline__ Channel operator[](int slot) const {
+    return {centers[slot].x, centers[slot].y, coefficients[slot].x, coefficients[slot].y};
+  }
+};
+
+template <class T, bool silu, int items>
+DDPM_FAST_DEVICE void sum_gradients(const Backward& p, const auto& at, const Vector<T> (&x)[items],
+                                    const Vector<T> (&dy)[items], int tile, const Channels& channels,
+                                    float2* sums_of_g) {
+  for (int w = 0; w < kWords; ++w) {
+    Channel channel[kPerWord<T>];
+    float of_g[kPerWord<T>] = {}, of_gd[kPerWord<T>] = {};
+    for (int e = 0; e < kPerWord<T>; ++e) channel[e] = channels[(w * kPerWord<T> + e) * p.tiling.lanes + at.lane];
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      float value[kPerWord<T>], gradients[kPerWord<T>];
+      widen_word(x[i].words[w], T{}, value);
+      widen_word(dy[i].words[w], T{}, gradients);
+      for (int e = 0; e < kPerWord<T>; ++e) {
+        const float d = deviation<T>(value[e], channel[e]);
+        const float g = gradient<T, silu>(gradients[e], d, channel[e].a, channel[e].b);
+        of_g[e] += g;
+        of_gd[e] = fmaf(g, d, of_gd[e]);
+      }
+    }
+    for (int e = 0; e < kPerWord<T>; ++e) {
+      float2& slot = sums_of_g[(w * kPerWord<T> + e) * at.threads + at.thread];
+      const float2 before = tile > 0 ? slot : float2{};
+      slot = {before.x + of_g[e], before.y + of_gd[e]};
+    }
+  }
+}
+
+template <class T, int items>
+DDPM_FAST_DEVICE void sum_deviations(const Backward& p, const auto& at, const Vector<T> (&x)[items], int tile,
+                                     int first, const Channels& channels, float* sums_of_d) {
+  const float extra = items - pixels_in_tile<items>(at, first);
+  for (int w = 0; w < kWords; ++w) {
+    Channel channel[kPerWord<T>];
+    float of_d[kPerWord<T>] = {}, start[kPerWord<T>];
+    for (int e = 0; e < kPerWord<T>; ++e) channel[e] = channels[(w * kPerWord<T> + e) * p.tiling.lanes + at.lane];
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      float value[kPerWord<T>];
+      widen_word(x[i].words[w], T{}, value);
+      for (int e = 0; e < kPerWord<T>; ++e) of_d[e] += deviation<T>(value[e], channel[e]);
+    }
+    widen_word(x[0].words[w], T{}, start);
+    for (int e = 0; e < kPerWord<T>; ++e) {
+      float& slot = sums_of_d[(w * kPerWord<T> + e) * at.threads + at.thread];
+      slot = fmaf(-extra, deviation<T>(start[e], channel[e]), of_d[e]) + (tile > 0 ? slot : 0);
+    }
+  }
+}
+
+// Let one thread add as many rows of a channel as a vector has elements.
+template <class T>
+DDPM_FAST_DEVICE void merge_rows(const Backward& p, const auto& at, const float2* sums_of_g, const float* sums_of_d,
+                                 Sums* merged) {
+  const SliceTiling& tiling = p.tiling;
+  const int chunks = tiling.rows / kWidth<T>, chunk = at.row / kWidth<T>, element = at.row % kWidth<T>;
+  const int channel = at.lane * kWidth<T> + element;
+  if (channel >= at.channels) return;
+  const int from_row = at.row - element, rows = min(kWidth<T>, at.pixels - from_row);
+  const int from = (element * tiling.rows + from_row) * tiling.lanes + at.lane;
+  Sums sums = {};
+  for (int r = 0; r < kWidth<T>; ++r) {
+    if (r >= rows) continue;
+    const float2 of_row = sums_of_g[from + r * tiling.lanes];
+    sums = sums + Sums{of_row.x, of_row.y, p.deviations ? sums_of_d[from + r * tiling.lanes] : 0};
+  }
+  merged[channel * chunks + chunk] = sums;
+}
+
+// Return a channel's sums, and save them if they are wanted.
+DDPM_FAST_DEVICE Sums sums_of_channel(const Backward& p, const auto& at, int channel, const Sums* merged, int chunks) {
+  Sums sums = {};
+#pragma unroll 1
+  for (int i = 0; i < chunks; ++i) sums = sums + merged[channel * chunks + i];
+  if (p.sums != nullptr) {
+    float* to = p.sums + (std::int64_t{at.sample} * p.tiling.parts + at.part) * 3 * p.c + at.first_channel + channel;
+    to[0] = sums.g;
+    to[p.c] = sums.gd;
+    to[2 * p.c] = sums.d;
+  }
+  return sums;
+}
+
+// Let a warp save a group's slope, and compute the coefficients of its channels.
+template <class T>
+DDPM_FAST_DEVICE void finish_group(const Backward& p, const auto& at, int group, const Sums& total,
+                                   const Channels& channels) {
+  const float count = static_cast<float>(p.hw) * static_cast<float>(p.group_channels);
+  const Slope slope = slope_of(total, count, p.rstd[at.first_slab + group]);
+  if (p.sums != nullptr && at.part == 0 && at.thread % kWarp == 0) p.slopes[at.first_slab + group] = slope;
+#pragma unroll 1
+  for (int i = at.thread % kWarp; i < p.group_channels; i += kWarp) {
+    const int slot = slot_of<T>(p.tiling, group * p.group_channels + i);
+    const Coefficients of_channel = coefficients_of<T>(channels[slot], slope);
+    channels.coefficients[slot] = {of_channel.a, of_channel.b, of_channel.q, of_channel.r};
+  }
+}
+
+template <class T, bool silu, int items>
+DDPM_FAST_DEVICE void apply_tile(const Backward& p, const auto& at, Vector<T> (&x)[items], const Vector<T> (&dy)[items],
+                                 int tile, int first, const Channels& channels) {
+  for (int w = 0; w < kWords; ++w) {
+    Channel channel[kPerWord<T>];
+    Coefficients of_channel[kPerWord<T>];
+    for (int e = 0; e < kPerWord<T>; ++e) {
+      const int slot = (w * kPerWord<T> + e) * p.tiling.lanes + at.lane;
+      const float4& line = channels.coefficients[slot];
+      of_channel[e] = {line.x, line.y, line.z, line.w};
+      if (sizeof(T) == 4) channel[e] = channels[slot];
+    }
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      float value[kPerWord<T>], gradients[kPerWord<T>];
+      widen_word(x[i].words[w], T{}, value);
+      widen_word(dy[i].words[w], T{}, gradients);
+      for (int e = 0; e < kPerWord<T>; ++e) value[e] = dx<T, silu>(value[e], gradients[e], channel[e], of_channel[e]);
+      x[i].words[w] = narrow_word(value, T{});
+    }
+  }
+  T* to = static_cast<T*>(p.dx) + at.at_tile(tile);
+#pragma unroll
+  for (int i = 0; i < items; ++i) {
+    if (first + i * p.tiling.rows < at.end) store(to + i * at.stride, x[i]);
+  }
 }
 
 template <class T, int items, Pass pass>
 __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBlocks<pass>)
     channels_last_kernel(const Backward p) {
   extern __shared__ float4 shared[];
-  constexpr int kEach = kPerWord<T>;
   const SliceTiling& tiling = p.tiling;
-  const Layout at = layout(tiling, kWidth<T>, pass);
+  const Layout of{tiling, kWidth<T>, pass};
   float* const memory = reinterpret_cast<float*>(shared);
-  float4* const coefficients = shared;
-  float2* const centers = reinterpret_cast<float2*>(memory + at.centers);
-  float2* const sums_of_g = reinterpret_cast<float2*>(memory + at.sums);
-  float* const sums_of_d = memory + at.sums + 2 * tiling.rows * tiling.lanes * kWidth<T>;
-  Sums* const merged = reinterpret_cast<Sums*>(memory + at.merged);
-  Sums* const of_part = reinterpret_cast<Sums*>(memory + at.of_part);
+  const Channels channels = {shared, reinterpret_cast<float2*>(memory + of.centers)};
+  float2* const sums_of_g = reinterpret_cast<float2*>(memory + of.sums);
+  float* const sums_of_d = memory + of.deviations;
+  Sums* const merged = reinterpret_cast<Sums*>(memory + of.merged);
+  Sums* const of_part = reinterpret_cast<Sums*>(memory + of.of_part);
   if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
-
-  constexpr bool kBackwards = pass == Pass::kApply;
-  const int part = block_index<kBackwards>(blockIdx.x, gridDim.x);
-  const int slice = block_index<kBackwards>(blockIdx.y, gridDim.y);
-  const int sample = p.first_sample + block_index<kBackwards>(blockIdx.z, gridDim.z);
-  const int first_channel = slice * tiling.slice_channels, first_slab = sample * p.groups + slice * tiling.slice_groups;
-  const int channels = min(tiling.slice_channels, p.c - first_channel);
-  const int groups = min(tiling.slice_groups, p.groups - slice * tiling.slice_groups);
-  const int first_pixel = part * tiling.part_length, pixels = min(tiling.part_length, p.hw - first_pixel);
-  const int thread = thread_of_slice(), lane = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
-  const int threads = tiling.rows * tiling.lanes, warp = thread / kWarp, warps = threads / kWarp;
-  // The thread's pixels are row, row + rows, ..., those below `end`.
-  const int end = lane * kWidth<T> < channels ? pixels : 0;
-  const std::int64_t at_part = (std::int64_t{sample} * p.hw + first_pixel) * p.c + first_channel;
-  const int at_thread = row * p.c + lane * kWidth<T>, stride = tiling.rows * p.c;
-  const int tiles = pass == Pass::kResident ? 1 : tiling.tiles, tile_pixels = tiling.rows * items;
+  const PixelSlice<T, items, pass, Backward> at{p};
 
   // A thread beyond the last pixel reads its first pixel of the tile again, with dy = 0.
-  Packed<T, kWidth<T>> x[items], dy[items];
-  const auto load_tile = [&](int tile) {
-    const int first = row + tile * tile_pixels;
-    if (first >= end) return;
-    const std::int64_t from = at_part + std::int64_t{tile * tile_pixels} * p.c + at_thread;
-#pragma unroll
-    for (int i = 0; i < items; ++i) {
-      const bool exists = first + i * tiling.rows < end;
-      x[i] = load<kWidth<T>>(static_cast<const T*>(p.x) + from + (exists ? i * stride : 0));
-      dy[i] = exists ? load<kWidth<T>>(static_cast<const T*>(p.dy) + from + i * stride) : Packed<T, kWidth<T>>{};
-    }
+  Vector<T> x[items], dy[items];
+  const auto load = [&](int tile) {
+    load_tile<items>(at, tile, [&](int i, bool exists, std::int64_t from, int offset) {
+      x[i] = cuda::load<kWidth<T>>(static_cast<const T*>(p.x) + from + (exists ? offset : 0));
+      dy[i] = exists ? cuda::load<kWidth<T>>(static_cast<const T*>(p.dy) + from + offset) : Vector<T>{};
+    });
   };
-  load_tile(0);
-  const auto slot_of = [&](int channel) { return channel % kWidth<T> * tiling.lanes + channel / kWidth<T>; };
+  load(0);
 #pragma unroll 1
-  for (int i = thread; i < channels; i += threads) {
-    const int slab = first_slab + i / p.group_channels;
-    const Affine of = affine(p.inputs, first_channel + i, std::int64_t{sample} * p.c + first_channel + i);
-    const Channel channel = channel_of<T>(of, p.mean[slab], p.rstd[slab]);
-    coefficients[slot_of(i)] = {channel.a, channel.b, of.gain, 0};
-    centers[slot_of(i)] = {channel.mean, channel.shift};
+  for (int i = at.thread; i < at.channels; i += at.threads) {
+    const int slab = at.first_slab + i / p.group_channels;
+    const Affine small = affine(p.inputs, at.first_channel + i, std::int64_t{at.sample} * p.c + at.first_channel + i);
+    const Channel channel = channel_of<T>(small, p.mean[slab], p.rstd[slab]);
+    channels.coefficients[slot_of<T>(tiling, i)] = {channel.a, channel.b, small.gain, 0};
+    channels.centers[slot_of<T>(tiling, i)] = {channel.mean, channel.shift};
   }
-  const auto channel_at = [&](int slot) {
-    return Channel{centers[slot].x, centers[slot].y, coefficients[slot].x, coefficients[slot].y};
-  };
-  const auto line_at = [&](int slot) {
-    const float4 of = coefficients[slot];
-    return Coefficients{of.x, of.y, of.z, of.w};
-  };
   __syncthreads();
 
   if constexpr (pass != Pass::kApply) {
-    // Sums of the thread's channels over the tiles.
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int first = row + tile * tile_pixels;
-      if (first < end) {
-        with_silu(p.silu, [&](auto silu) {
-#pragma unroll
-          for (int w = 0; w < kWords; ++w) {
-            Channel channel[kEach];
-            float of_g[kEach] = {}, of_gd[kEach] = {};
-#pragma unroll
-            for (int e = 0; e < kEach; ++e) channel[e] = channel_at((w * kEach + e) * tiling.lanes + lane);
-#pragma unroll
-            for (int i = 0; i < items; ++i) {
-              float value[kEach], gradients[kEach];
-              widen_word(x[i].words[w], T{}, value);
-              widen_word(dy[i].words[w], T{}, gradients);
-#pragma unroll
-              for (int e = 0; e < kEach; ++e) {
-                const float d = deviation<T>(value[e], channel[e]);
-                const float g = gradient<T, decltype(silu)::value>(gradients[e], d, channel[e].a, channel[e].b);
-                of_g[e] += g;
-                of_gd[e] = fmaf(g, d, of_gd[e]);
-              }
-            }
-#pragma unroll
-            for (int e = 0; e < kEach; ++e) {
-              float2& slot = sums_of_g[(w * kEach + e) * threads + thread];
-              const float2 before = tile > 0 ? slot : float2{};
-              slot = {before.x + of_g[e], before.y + of_gd[e]};
-            }
-          }
-        });
-        if (p.deviations) {
-          float extra = 0;
-#pragma unroll
-          for (int i = 0; i < items; ++i) extra += first + i * tiling.rows < end ? 0 : 1;
-#pragma unroll
-          for (int w = 0; w < kWords; ++w) {
-            Channel channel[kEach];
-            float of_d[kEach] = {}, start[kEach];
-#pragma unroll
-            for (int e = 0; e < kEach; ++e) channel[e] = channel_at((w * kEach + e) * tiling.lanes + lane);
-#pragma unroll
-            for (int i = 0; i < items; ++i) {
-              float value[kEach];
-              widen_word(x[i].words[w], T{}, value);
-#pragma unroll
-              for (int e = 0; e < kEach; ++e) of_d[e] += deviation<T>(value[e], channel[e]);
-            }
-            widen_word(x[0].words[w], T{}, start);
-#pragma unroll
-            for (int e = 0; e < kEach; ++e) {
-              float& slot = sums_of_d[(w * kEach + e) * threads + thread];
-              slot = fmaf(-extra, deviation<T>(start[e], channel[e]), of_d[e]) + (tile > 0 ? slot : 0);
-            }
-          }
-        }
-      }
-      if (tile + 1 < tiles) load_tile(tile + 1);
-    }
+    over_tiles(at, load, [&](int tile, int first) {
+      with_silu(p.silu,
+                [&](auto silu) { sum_gradients<T, decltype(silu)::value>(p, at, x, dy, tile, channels, sums_of_g); });
+      if (p.deviations) sum_deviations<T>(p, at, x, tile, first, channels, sums_of_d);
+    });
     __syncthreads();
-
-    // One thread adds as many rows of a channel as a vector has elements.
-    const int chunks = tiling.rows / kWidth<T>, chunk = row / kWidth<T>, element = row % kWidth<T>;
-    const int channel = lane * kWidth<T> + element;
-    if (channel < channels) {
-      const int from_row = row - element, rows = min(kWidth<T>, pixels - from_row);
-      const int from = (element * tiling.rows + from_row) * tiling.lanes + lane;
-      Sums sums = {};
-#pragma unroll
-      for (int r = 0; r < kWidth<T>; ++r) {
-        if (r >= rows) continue;
-        const float2 of_row = sums_of_g[from + r * tiling.lanes];
-        sums = sums + Sums{of_row.x, of_row.y, p.deviations ? sums_of_d[from + r * tiling.lanes] : 0};
-      }
-      merged[channel * chunks + chunk] = sums;
-    }
+    const int chunks = tiling.rows / kWidth<T>;
+    merge_rows<T>(p, at, sums_of_g, sums_of_d, merged);
     __syncthreads();
-
-    // Sums of channels and groups.
-    if (pass == Pass::kResident && tiling.parts > 1) cluster_wait();  // the others have started: their memory exists
-#pragma unroll 1
-    for (int group = warp; group < groups; group += warps) {
-      const Sums total = warp_total(p.group_channels, [&](int i) {
-        const int of = group * p.group_channels + i;
-        Sums sums = {};
-#pragma unroll 1
-        for (int j = 0; j < chunks; ++j) sums = sums + merged[of * chunks + j];
-        if (p.sums != nullptr) {
-          float* to = p.sums + (std::int64_t{sample} * tiling.parts + part) * 3 * p.c + first_channel + of;
-          to[0] = sums.g;
-          to[p.c] = sums.gd;
-          to[2 * p.c] = sums.d;
-        }
-        const float gain = coefficients[slot_of(of)].z;
+    exchange<pass>(at, p.partial, of_part, [&](int group) {
+      return warp_total(p.group_channels, [&](int i) {
+        const int channel = group * p.group_channels + i;
+        const Sums sums = sums_of_channel(p, at, channel, merged, chunks);
+        const float gain = channels.coefficients[slot_of<T>(tiling, channel)].z;
         return Sums{sums.g * gain, sums.gd * gain, sums.d};
       });
-      if constexpr (pass == Pass::kSums) {
-        const std::int64_t slot = std::int64_t{sample * tiling.slices + slice} * tiling.parts + part;
-        if (thread % kWarp == 0) p.partial[slot * tiling.slice_groups + group] = total;
-      } else if (thread % kWarp < tiling.parts) {
-        *in_block(of_part + part * groups + group, thread % kWarp) = total;
-      }
-    }
-    if constexpr (pass == Pass::kSums) return;
-    if (tiling.parts > 1) {
-      cluster_sync();
-    } else {
-      __syncthreads();
-    }
+    });
+    if constexpr (pass == Pass::kStatistics) return;
   }
-  const Sums* of_parts = pass == Pass::kResident ? of_part
-                                                 : p.partial + std::int64_t{sample * tiling.slices + slice} *
-                                                                   tiling.parts * tiling.slice_groups;
-  const int step = pass == Pass::kResident ? groups : tiling.slice_groups;
-#pragma unroll 1
-  for (int group = warp; group < groups; group += warps) {
-    const Sums total = warp_total(tiling.parts, [&](int i) { return of_parts[i * step + group]; });
-    const float count = static_cast<float>(p.hw) * static_cast<float>(p.group_channels);
-    const Slope slope = slope_of(total, count, p.rstd[first_slab + group]);
-    if (p.sums != nullptr && part == 0 && thread % kWarp == 0) p.slopes[first_slab + group] = slope;
-#pragma unroll 1
-    for (int i = thread % kWarp; i < p.group_channels; i += kWarp) {
-      const int slot = slot_of(group * p.group_channels + i);
-      const Coefficients of_channel = coefficients_of<T>(channel_at(slot), slope);
-      coefficients[slot] = {of_channel.a, of_channel.b, of_channel.q, of_channel.r};
-    }
-  }
-  __syncthreads();
-
+  finish_groups<pass>(at, p.partial, of_part, [&](int group, auto get) {
+    finish_group<T>(p, at, group, warp_total(tiling.parts, get), channels);
+  });
   with_silu(p.silu, [&](auto silu) {
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int first = row + tile * tile_pixels;
-      if (first < end) {
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          Channel channel[kEach];
-          Coefficients of_channel[kEach];
-#pragma unroll
-          for (int e = 0; e < kEach; ++e) {
-            const int slot = (w * kEach + e) * tiling.lanes + lane;
-            of_channel[e] = line_at(slot);
-            if (sizeof(T) == 4) channel[e] = channel_at(slot);
-          }
-#pragma unroll
-          for (int i = 0; i < items; ++i) {
-            float value[kEach], gradients[kEach];
-            widen_word(x[i].words[w], T{}, value);
-            widen_word(dy[i].words[w], T{}, gradients);
-#pragma unroll
-            for (int e = 0; e < kEach; ++e) {
-              value[e] = dx<T, decltype(silu)::value>(value[e], gradients[e], channel[e], of_channel[e]);
-            }
-            x[i].words[w] = narrow_word(value, T{});
-          }
-        }
-        T* to = static_cast<T*>(p.dx) + at_part + std::int64_t{tile * tile_pixels} * p.c + at_thread;
-#pragma unroll
-        for (int i = 0; i < items; ++i) {
-          if (first + i * tiling.rows < end) store(to + i * stride, x[i]);
-        }
-      }
-      if (tile + 1 < tiles) load_tile(tile + 1);
-    }
+    over_tiles(at, load,
+               [&](int tile, int first) { apply_tile<T, decltype(silu)::value>(p, at, x, dy, tile, first, channels); });
   });
 }
 
@@ -666,28 +597,12 @@ struct Workspace {
 };
 
 template <class T, int items, Pass pass>
-void launch_pass(Backward p, std::int64_t samples, void* stream) {
+void launch_pass(const Backward& p, std::int64_t samples, void* stream) {
   const SliceTiling& tiling = p.tiling;
-  Dims dims;
-  dims.block = tiling.block(p.channels_last, kLimits);
-  dims.grid.x = static_cast<unsigned>(tiling.parts);
-  dims.grid.y = static_cast<unsigned>(divide_up(tiling.slices, dims.block.z));
-  dims.cluster = pass == Pass::kResident ? static_cast<unsigned>(tiling.parts) : 1;
-  const auto run = [&](auto kernel) {
-    over_samples(samples, [&](std::int64_t first, std::int64_t count) {
-      p.first_sample = static_cast<int>(first);
-      dims.grid.z = static_cast<unsigned>(count);
-      launch(kOp, kernel, dims, stream, p);
-    });
-  };
-  if (p.channels_last) {
-    dims.shared_bytes = layout(tiling, kWidth<T>, pass).total * sizeof(float);
-    run(channels_last_kernel<T, items, pass>);
-  } else {
-    const int slots = tiling.rows * std::max(1, tiling.lanes / kWarp);
-    dims.shared_bytes = pass == Pass::kApply ? 0 : dims.block.z * slots * sizeof(float4);
-    run(contiguous_kernel<T, items, pass>);
-  }
+  const auto kernel = p.channels_last ? channels_last_kernel<T, items, pass> : contiguous_kernel<T, items, pass>;
+  const int slots = tiling.block(false, kLimits).z * tiling.rows * std::max(1, tiling.lanes / kWarp);
+  const int floats = p.channels_last ? Layout{tiling, kWidth<T>, pass}.total : pass == Pass::kApply ? 0 : 4 * slots;
+  launch_slices(kOp, kernel, p, kLimits, pass, floats * sizeof(float), samples, stream);
 }
 
 }  // namespace
@@ -711,22 +626,16 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a) {
   void* stream = a.stream_or_threads.stream();
   const bool vectors = tiling && is_aligned({a.grad_y, a.x, a.grad_x});
   Backward p = {};
+  set_shared(kOp, a, p);
   p.dx = a.grad_x;
   p.dy = a.grad_y;
   p.x = a.x;
   p.mean = static_cast<const float*>(a.mean);
   p.rstd = static_cast<const float*>(a.rstd);
-  p.inputs = {a.weight, a.bias, a.shift, a.scale, a.scale_shift};
   p.sums = small ? reinterpret_cast<float*>(at(workspace.sums)) : nullptr;
   p.slopes = reinterpret_cast<Slope*>(at(workspace.slopes));
   p.partial = reinterpret_cast<Sums*>(at(workspace.partial));
-  p.c = to_int(kOp, a.shape.c);
-  p.hw = to_int(kOp, a.shape.hw);
-  p.groups = static_cast<int>(a.num_groups);
-  p.group_channels = p.c / p.groups;
   p.deviations = a.dtype == DType::kFloat32 || a.grad_shift != nullptr;
-  p.silu = a.silu;
-  p.channels_last = a.shape.channels_last;
   if (a.shape.n * a.shape.hw > 0) {
     with_type(a.dtype, [&](auto type) {
       using T = decltype(type);
@@ -736,7 +645,7 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a) {
       }
       p.tiling = *tiling;
       if (!tiling->resident) {
-        launch_pass<T, kLimits.large_items, Pass::kSums>(p, a.shape.n, stream);
+        launch_pass<T, kLimits.large_items, Pass::kStatistics>(p, a.shape.n, stream);
         launch_pass<T, kLimits.large_items, Pass::kApply>(p, a.shape.n, stream);
       } else if (tiling->items == kLimits.large_items) {
         launch_pass<T, kLimits.large_items, Pass::kResident>(p, a.shape.n, stream);

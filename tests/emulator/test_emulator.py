@@ -384,7 +384,7 @@ GROUP_NORM = (
     Bug(
         "a peer's memory written before it has started",
         "cluster",
-        (("group_norm_silu.cu", ARRIVE, f"if (!BUG) {ARRIVE}"), ("group_norm_silu.cu", WAIT, f"if (!BUG) {WAIT}")),
+        (("group_norm_silu.cu", ARRIVE, f"if (!BUG) {ARRIVE}"), ("group_norm_slices.h", WAIT, f"if (!BUG) {WAIT}")),
         CLUSTER,
         says="before the first cluster barrier",
         card=1,
@@ -394,9 +394,9 @@ GROUP_NORM = (
         "race|uninitialised",
         (
             (
-                "group_norm_silu.cu",
-                "      cluster_sync();\n      moments =",
-                "      if (BUG) __syncthreads(); else cluster_sync();\n      moments =",
+                "group_norm_slices.h",
+                "  cluster_sync();\n}",
+                "  if (BUG) __syncthreads(); else cluster_sync();\n}",
             ),
         ),
         CLUSTER,
@@ -408,9 +408,9 @@ GROUP_NORM = (
         "race",
         (
             (
-                "group_norm_silu.cu",
-                "cluster_sync();\n      moments =",
-                "if (BUG) { cluster_arrive(); cluster_wait(); } else cluster_sync();\n      moments =",
+                "group_norm_slices.h",
+                "cluster_sync();\n}",
+                "if (BUG) { cluster_arrive(); cluster_wait(); } else cluster_sync();\n}",
             ),
         ),
         CLUSTER,
@@ -423,8 +423,8 @@ GROUP_NORM = (
         (
             (
                 "group_norm_silu.cu",
-                "of_part[i].y}; });\n    }",
-                "of_part[i].y}; });\n      if (BUG) moments.mean += in_block(of_part, tiling.parts - 1 - part)->x;\n    }",
+                "merge_all(of_part);\n",
+                "merge_all(of_part);\n      if (BUG) moments.mean += in_block(of_part, tiling.parts - 1 - at.part)->x;\n",
             ),
         ),
         CLUSTER,
@@ -436,9 +436,9 @@ GROUP_NORM = (
         "cluster",
         (
             (
-                "group_norm_silu.cu",
-                "if (thread < tiling.parts) *in_block",
-                "if (thread < tiling.parts + BUG) *in_block",
+                "group_norm_slices.h",
+                "if (at.thread < at.tiling.parts) *in_block",
+                "if (at.thread < at.tiling.parts + BUG) *in_block",
             ),
         ),
         CLUSTER,
@@ -448,7 +448,7 @@ GROUP_NORM = (
     Bug(
         "writes past the end of a peer's shared array",
         "out of bounds",
-        (("group_norm_silu.cu", "in_block(&of_part[part],", "in_block(of_part + part + (BUG ? kMaxParts : 0),"),),
+        (("group_norm_slices.h", "in_block(&of_part[at.part],", "in_block(of_part + at.part + (BUG ? kMaxParts : 0),"),),
         CLUSTER,
         says="shared .*of_part",
         card=1,
@@ -490,7 +490,7 @@ GROUP_NORM = (
     Bug(
         "too little dynamic shared memory",
         "out of bounds",
-        (("group_norm_silu.cu", ".total * sizeof(float);", ".total * sizeof(float) - (BUG ? 8 : 0);"),),
+        (("group_norm_silu.cu", "floats * sizeof(float),", "floats * sizeof(float) - (BUG ? 8 : 0),"),),
         SHARED,
         says="dynamic shared memory",
     ),
@@ -500,8 +500,8 @@ GROUP_NORM = (
         (
             (
                 "group_norm_silu.cu",
-                "    __syncthreads();\n\n    // One thread merges as many rows",
-                "    if (!BUG) __syncthreads();\n\n    // One thread merges as many rows",
+                "    __syncthreads();\n    const int chunks",
+                "    if (!BUG) __syncthreads();\n    const int chunks",
             ),
         ),
         SHARED,
@@ -513,8 +513,8 @@ GROUP_NORM = (
         (
             (
                 "group_norm_silu.cu",
-                "p.partial[std::int64_t{slab} * tiling.parts + part] =",
-                "p.partial[std::int64_t{slab} * tiling.parts + (BUG ? 0 : part)] =",
+                "p.partial[std::int64_t{at.slab} * tiling.parts + at.part] =",
+                "p.partial[std::int64_t{at.slab} * tiling.parts + (BUG ? 0 : at.part)] =",
             ),
         ),
         SPLIT,
