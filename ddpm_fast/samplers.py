@@ -75,7 +75,8 @@ class PlanOptions(TypedDict, total=False):
         ),
     ]
     steps: Annotated[
-        int | None, _plan(f"Take this many steps per image. Default: as the model's plan, or {_listed('steps')}.", low=1)
+        int | None,
+        _plan(f"Take this many steps per image. Default: {_listed('steps')}, or as the model's plan if that is used.", low=1),
     ]
     eta: Annotated[float | None, _plan("Scale the noise of ddim (default: 0) or dpm++2m-sde (1); 0 is deterministic.", low=0)]
     spacing: Annotated[

@@ -92,7 +92,9 @@ def evaluate_command(
     loaded = load_model("evaluate", options)
     config, kind, interface = loaded.model.config, loaded.model.config.get("condition"), loaded.interface
     given = kind not in (None, "images")
-    expect(condition is None or not given, "evaluate", "condition", f"to be left out, as the model restores {kind}", condition)
+    why = f"restores {kind}" if given else "reads none"
+    fits = condition is None or (interface.condition_channels and not given)
+    expect(fits, "evaluate", "condition", f"to be left out, as the model {why}", condition)
     restored, ranges = kind if given else condition, (data_range, condition_range)
     dataset = evaluated_images(data, data_dir, restored, config, interface.channels or 0, num, *ranges)
     expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)

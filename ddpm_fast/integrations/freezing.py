@@ -104,8 +104,8 @@ scheduler of `ddpm_fast.integrations.diffusers` |
         not isinstance(x, FrozenUNet | FrozenModule),
         "freeze",
         "x",
-        "to be what is not frozen",
-        f"a {type(x).__name__}, which is frozen already",
+        "to be an unfrozen network or pipeline",
+        f"a {type(x).__name__}",
     )
     if isinstance(x, UNet):
         return frozen_unet(x, dtype, device=device, num_timesteps=num_timesteps)
@@ -147,7 +147,8 @@ def _call(caller: str, x: object, table: Mapping[str, tuple[str, str]], wanted: 
     names = {f"{package}{cls.__name__}" for cls in type(x).__mro__ for package in ("", f"{cls.__module__.partition('.')[0]}.")}
     found = next((place for name, place in table.items() if name in names), None)
     if found is None:
-        advice = ", whose norms ddpm_fast.fuse may make faster" if isinstance(x, nn.Module) else ""
+        has_norms = isinstance(x, nn.Module) and any(isinstance(layer, nn.GroupNorm) for layer in x.modules())
+        advice = ", whose norms ddpm_fast.fuse may make faster" if has_norms else ""
         raise InvalidType(caller, "x", f"to be {wanted}", f"a {type(x).__name__}{advice}")
     module, function = found
     try:

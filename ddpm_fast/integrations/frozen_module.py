@@ -8,6 +8,7 @@ from typing import Any, Final, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_type
 from ..errors import InvalidValue
 from ..inference import FrozenUNet
 from ..inference.model import device_and_dtype
@@ -66,6 +67,7 @@ class FrozenModule(nn.Module):
         Raises:
             ValueError: x records gradients, or what `FrozenUNet` raises.
         """
+        check_type(self._original, "x", x, Tensor)
         if torch.is_grad_enabled() and x.requires_grad:
             self._refuse("input that records gradients")
         # A loop whose next x is the output draws noise in the order of its memory.

@@ -200,7 +200,8 @@ def _pair(norm: Any, silu: Any) -> tuple[Any, ...]:
 def _kinds(module: nn.Module) -> Iterator[tuple[type, _Kind]]:
     """Yield the rows for a module, each with the class that it knows."""
     yield from ((known, _KINDS[known.__name__]) for known in type(module).__mro__ if known.__name__ in _KINDS)
-    is_diffusers = getattr(type(module).forward, "__module__", "").startswith("diffusers.")
+    # A class of TorchScript has no forward.
+    is_diffusers = getattr(getattr(type(module), "forward", None), "__module__", "").startswith("diffusers.")
     if is_diffusers and hasattr(module, "conv_norm_out") and hasattr(module, "conv_act"):
         yield type(module), _HEAD
     layers = module._modules.items() if isinstance(module, nn.Sequential) else ()

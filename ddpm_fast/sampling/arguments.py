@@ -21,21 +21,23 @@ from ..options import checked_options
 from .options import ClassLabels, DrawOptions
 
 _INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_DRAWING: Final = {  # objects that hold a network, by the library and the class
+    ("denoising_diffusion_pytorch", "GaussianDiffusion"): "pass x.model, and plan_of(x) as the plan",
+    ("diffusers", "DiffusionPipeline"): "pass x.unet, and plan_of(x.scheduler) as the plan",
+    ("ddpm_fast", "Pretrained"): "pass x.model, or call x.sampler()",
+    ("ddpm_fast", "Sampler"): "pass x.network, or call x itself",
+}
 
 
 def check_model(caller: str, model: Model) -> None:
-    """Raise a TypeError unless `model` is a callable object. A class is not one, and a process does not take x_t and t."""
+    """Raise a TypeError unless `model` is a callable object. A class is not one, and what draws does not take x_t and t."""
+    for kind in type(model).__mro__:
+        if advice := _DRAWING.get((kind.__module__.partition(".")[0], kind.__name__)):
+            got = f"a {type(model).__name__} x: {advice}"
+            raise InvalidType(caller, "model", "to be a network, called as model(x_t, t)", got)
     if not callable(model) or isinstance(model, type):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise InvalidType(caller, "model", "to be an nn.Module or another callable object", got)
-    kinds = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(model).__mro__}
-    if ("denoising_diffusion_pytorch", "GaussianDiffusion") in kinds:  # its call takes images and returns a loss
-        raise InvalidType(
-            caller,
-            "model",
-            "to be a network, called as model(x_t, t)",
-            f"a {type(model).__name__} x: pass x.model, and plan_of(x) as the plan",
-        )
 
 
 def sampling_device(caller: str, model: Model, device: torch.device | str | None) -> torch.device:
@@ -45,7 +47,7 @@ def sampling_device(caller: str, model: Model, device: torch.device | str | None
     """
     model_device, _ = device_and_dtype(model)
     unnumbered = torch.device(model_device.type)
-    asked = unnumbered if device is None else computing_device(caller, device)
+    asked = computing_device(caller, unnumbered if device is None else device)
     on_first = model_device.type == "cuda" and not model_device.index and isinstance(model, nn.Module)
     if asked == unnumbered and not on_first:
         return model_device

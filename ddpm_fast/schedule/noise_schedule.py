@@ -50,9 +50,6 @@ class NoiseSchedule:
         name: The builder's name, for `to_config`.
         parameters: The builder's arguments, for `to_config`.
 
-    Attributes:
-        name: The builder's name. `to_config` has its arguments.
-
     Raises:
         ValueError: `betas` has another dtype or shape, or a value outside (0, 1].
     """
@@ -61,7 +58,7 @@ class NoiseSchedule:
     def __init__(self, betas: Tensor, name: str = "from_betas", parameters: dict[str, Any] | None = None) -> None:
         self._betas = _checked_betas("NoiseSchedule", betas)
         check_choice("NoiseSchedule", "name", name, BUILDERS)
-        self.name = name
+        self._name = name
         self._parameters = dict(parameters or {})
         self._targets: dict[tuple[str, torch.device], Target] = {}
         for each in _COLUMNS:
@@ -412,6 +409,11 @@ class NoiseSchedule:
             ", ".join(parameters) or "none",
         )
         return builder(**parameters)
+
+    @property
+    def name(self) -> str:
+        """The builder's name. `to_config` has its arguments."""
+        return self._name
 
     def __repr__(self) -> str:
         parameters = ", ".join(f"{k}={v}" for k, v in self._parameters.items()) or f"num_timesteps={self.num_timesteps}"

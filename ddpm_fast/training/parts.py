@@ -93,6 +93,7 @@ def _check_trainable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         got = f'{parameter.dtype} in {name}; use precision="bf16" for speed'
         expect(parameter.dtype == torch.float32, "Trainer", "model", "to be float32", got)
+        expect(not parameter.is_meta, "Trainer", "model", "to have weights", f"{name} on the meta device")
         trained = parameter.requires_grad or not isinstance(model, UNet)
         expect(trained, "Trainer", "model", "to have parameters that require gradients", f"{name} without")
     for name, value in model.state_dict().items():

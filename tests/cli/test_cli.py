@@ -404,6 +404,8 @@ def test_evaluate_refuses_before_work(small: Path, tmp_path: Path) -> None:
     assert "expected --json to be a file, got '/dev/null'" in run(*arguments, "--json", "/dev/null", code=2)
     assert "expected --num to be at most 297, the test images of digits" in run(*arguments, "--num", 10**12, code=2)
     assert "expected --labels to be in 0..2, as the model has, got 9; --no-labels" in run(*arguments, code=2)
+    wanted = "expected --condition to be left out, as the model reads none, got "
+    assert wanted in run(*arguments, "--condition", tmp_path, code=2)
     assert (tmp_path / "config.json").read_text() == '{"a": 1}'
 
 

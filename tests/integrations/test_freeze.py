@@ -235,6 +235,11 @@ def test_what_a_call_takes_is_as_before() -> None:
         ):
             for y in (labels, labels.int(), labels[:1]):
                 assert_same_output(frozen(x, t, y).sample, unet(x, t, y).sample)
+    with pytest.raises(TypeError, match="UNet2DModel: expected x to be a Tensor, got ndarray"):
+        frozen(x.numpy(), 500, labels)
+    for t in ("3", None, [3, 4]):
+        with pytest.raises(TypeError, match="expected t to be"):
+            frozen(x, t, labels)
 
 
 @pytest.mark.slow
@@ -664,9 +669,7 @@ def test_copies_share_the_frozen_network() -> None:
 
 @pytest.mark.parametrize("x", [lambda: freeze(make_unet()), lambda: freeze(make_unet()).frozen_unet])
 def test_what_is_frozen_is_not_frozen_again(x: Callable[[], Any]) -> None:
-    with pytest.raises(
-        ValueError, match=r"^freeze: expected x to be what is not frozen, got a Frozen\w+, which is frozen already$"
-    ):
+    with pytest.raises(ValueError, match=r"^freeze: expected x to be an unfrozen network or pipeline, got a Frozen\w+$"):
         freeze(x())
 
 

@@ -579,6 +579,12 @@ def test_transforms_of_torch_func_go_through_a_fused_model() -> None:
     torch.testing.assert_close(results(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_modules_of_torchscript_are_left_alone() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(8, 8)), nn.GroupNorm(2, 8), nn.SiLU())
+    assert list(fuse(model).fused) == ["1"]
+
+
 @pytest.mark.parametrize("function", [fuse, unfuse])
 def test_of_a_pipeline_the_error_names_its_network(function: Callable[[Any], object]) -> None:
     pipe = diffusers.DDPMPipeline(unet=unet_2d(), scheduler=diffusers.DDPMScheduler())

@@ -42,6 +42,15 @@ def test_a_plan_is_what_the_scheduler_does(kind: str, settings: dict[str, Any]) 
     torch.testing.assert_close(got, x, rtol=0, atol=1e-4 * float(x.abs().max()))
 
 
+def test_options_that_were_changed_later_count() -> None:
+    """`from_config` of diffusers takes an option for its default if it was one when the scheduler was made."""
+    scheduler, given = diffusers.DDPMScheduler(), diffusers.DDPMScheduler(clip_sample=False, prediction_type="v_prediction")
+    scheduler.register_to_config(clip_sample=False, prediction_type="v_prediction")
+    plan = plan_of(scheduler, 5)
+    assert plan.prediction == "v_prediction"
+    assert torch.equal(plan.coefficients, plan_of(given, 5).coefficients)
+
+
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
 def test_a_plan_takes_the_timesteps_that_are_set() -> None:
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=50)

@@ -35,6 +35,7 @@ from ddpm_fast import (
     ddim_plan,
     ddpm_plan,
     freeze,
+    load_builtin,
     sample,
     sample_seeds,
 )
@@ -562,3 +563,24 @@ def test_a_sampler_cannot_be_copied(duplicate: Callable[[Sampler], object]) -> N
 def test_a_pair_is_no_model() -> None:
     with refused(InvalidType("Sampler", "model", "to be an nn.Module or another callable object", "a tuple")):
         Sampler((tiny_unet(), SCHEDULE), ddpm_plan(SCHEDULE))  # type: ignore[arg-type]
+
+
+def test_what_draws_is_no_model_and_the_error_says_what_to_pass() -> None:
+    sampler = Sampler(tiny_unet(), ddpm_plan(SCHEDULE))
+    with refused(
+        InvalidType(
+            "Sampler", "model", "to be a network, called as model(x_t, t)", "a Sampler x: pass x.network, or call x itself"
+        )
+    ):
+        Sampler(sampler, ddpm_plan(SCHEDULE))
+    with refused(
+        InvalidType(
+            "Sampler", "model", "to be a network, called as model(x_t, t)", "a Pretrained x: pass x.model, or call x.sampler()"
+        )
+    ):
+        Sampler(load_builtin(), ddpm_plan(SCHEDULE))  # type: ignore[arg-type]
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with refused(InvalidValue("Sampler", "device", "to be one that computes", "meta")):
+        Sampler(tiny_unet().to("meta"), ddpm_plan(SCHEDULE))

@@ -98,6 +98,8 @@ def test_a_schedule_never_changes() -> None:
     assert torch.equal(q_sample(x, t, schedule, noise=x), q_sample(x, t, fresh, noise=x))
     for name in names:
         assert torch.equal(getattr(schedule, name), getattr(fresh, name)), name
+    with pytest.raises(AttributeError):
+        schedule.name = "cosine"  # type: ignore[misc]
     assert schedule == fresh
     with pytest.raises(AttributeError):
         schedule.betas = fresh.betas  # type: ignore[misc]

@@ -538,6 +538,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     cases = [
         (frozen, r"model to have parameters that require gradients, got conv_in\.weight without"),
         (network().bfloat16(), r'model to be float32, got torch\.bfloat16 in .*; use precision="bf16"'),
+        (network().to("meta"), r"model to have weights, got conv_in\.weight on the meta device"),
         (network(out_channels=2), "model to have out_channels = 1, as the images of dataset, got 2"),
         (network(num_class_embeds=1), "model to have num_class_embeds = None or the number of classes plus one, got 1"),
         (network(in_channels=3, out_channels=3), r"dataset\[0\] to be uint8 \[3, H, W\], .* got torch\.uint8 \[1, 8, 8\]"),

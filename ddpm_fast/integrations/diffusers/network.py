@@ -50,7 +50,7 @@ class FrozenUNet2DModel(FrozenModule, diffusers.UNet2DModel):
     ) -> Any:
         """Evaluate the network as `UNet2DModel.forward` does. See `FrozenModule.forward`."""
         # diffusers cuts a Python float
-        out = super().forward(sample, timestep if isinstance(timestep, Tensor) else int(timestep), class_labels)
+        out = super().forward(sample, int(timestep) if isinstance(timestep, float) else timestep, class_labels)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
 
@@ -121,8 +121,10 @@ def _own_scheduler(caller: str, name: str, scheduler: Any) -> Any:
         names = ", ".join(own.__name__ for own in _SCHEDULERS)
         raise InvalidType(caller, name, f"to be one of {names}", f"a {type(scheduler).__name__}")
     check_unpatched(caller, name, scheduler)
+    # from_config leaves out the keys that were defaults once, even if they were changed since.
+    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     try:
-        own, fresh = (kind.from_config(scheduler.config) for kind in (kinds[type(scheduler)], type(scheduler)))
+        own, fresh = (kind.from_config(config) for kind in (kinds[type(scheduler)], type(scheduler)))
         options = (
             {"timesteps": scheduler.timesteps.tolist()}
             if getattr(scheduler, "custom_timesteps", False)
