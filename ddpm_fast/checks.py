@@ -63,6 +63,11 @@ def check_dtype(caller: str, name: str, value: Any, *, optional: bool = False) -
         raise InvalidType(caller, name, f"to be {wanted}", repr(value))
 
 
+def dtype_names(dtypes: Sequence[torch.dtype]) -> list[str]:
+    """Return the names of dtypes as messages have them."""
+    return [str(dtype).removeprefix("torch.") for dtype in dtypes]
+
+
 def check_one_of(caller: str, a_name: str, a: Any, b_name: str, b: Any) -> None:
     """Raise a ValueError unless exactly one of two arguments is given. None means not given."""
     if (a is None) == (b is None):
@@ -239,7 +244,9 @@ def check_storage(op: str, name: str, x: Tensor) -> None:
 
 
 def check_strided(op: str, name: str, x: Tensor) -> None:
-    """Raise a TypeError for a sparse, nested or mkldnn tensor."""
+    """Raise a TypeError unless `x` is a tensor, and neither sparse nor nested nor of mkldnn."""
+    if not isinstance(x, Tensor):
+        raise InvalidType(op, name, "to be a tensor", type(x).__name__)
     if x.layout != torch.strided or x.is_nested:
         got = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
         raise InvalidType(op, name, "to be a dense tensor", got)
@@ -272,17 +279,16 @@ def computing_device(op: str, device: Any) -> torch.device:
     return found
 
 
-def check_float(op: str, name: str, x: Tensor, min_dim: int = 1, also: str = "") -> None:
+def check_float(op: str, name: str, x: Tensor, min_dim: int = 1, also: tuple[torch.dtype, ...] = ()) -> None:
     """Raise a TypeError or ValueError unless x is a floating tensor of at least min_dim dimensions.
 
-    `also` names other dtypes that the caller takes, for the message.
+    `also` are other dtypes that the caller takes.
     """
-    if not isinstance(x, Tensor):
-        raise InvalidType(op, name, "to be a tensor", type(x).__name__)
-    if x.layout is not torch.strided or x.is_nested:
+    if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:
         check_strided(op, name, x)
-    if x.dtype not in FLOATS:
-        raise InvalidType(op, name, f"to be float32, float64, float16{',' if also else ' or'} bfloat16{also}", x.dtype)
+    if x.dtype not in FLOATS and x.dtype not in also:
+        *names, last = ("float32", "float64", "float16", "bfloat16", *dtype_names(also))
+        raise InvalidType(op, name, f"to be {', '.join(names)} or {last}", x.dtype)
     if x.dim() < min_dim:
         raise InvalidValue(op, name, f"to have at least {min_dim} dimensions [N, ...]", f"shape {list(x.shape)}")
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..checks import check_device, check_strided, check_values
+from ..checks import check_device, check_storage, check_strided, check_values, dtype_names
 from ..errors import InvalidType, InvalidValue
 
 
 def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any], *, may_be_same: bool = True) -> None:
-    """Raise a ValueError if `out` overlaps an input in memory without being the same elements.
+    """Raise a ValueError if `out` has no memory, or overlaps an input there without being the same elements.
 
     An elementwise kernel may run in place. With an offset it would read elements that it has overwritten.
 
@@ -25,6 +25,8 @@ def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any], *, may_be_same:
         may_be_same: Whether `out` may be an input itself.
     """
     out_begin, out_end = _extent(out)
+    if out_begin == (0, 0):
+        check_storage(op, "out", out)
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
             continue
@@ -49,18 +51,50 @@ def _extent(x: Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     return (storage, begin), (storage, begin + x.numel() * x.element_size())  # `nbytes` takes no symbolic sizes
 
 
-def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """Raise unless x has the dtype and device of `like`, and the shape of `like` or the one given."""
-    wanted = tuple(like.shape) if shape is None else shape
-    if not isinstance(x, Tensor):
-        raise InvalidType(op, name, "to be a tensor", type(x).__name__)
-    if x.layout is not torch.strided or x.is_nested:
+def check_like(
+    op: str,
+    name: str,
+    x: Any,
+    like_name: str,
+    like: Tensor,
+    shape: tuple[int | str, ...] | None = None,
+    *,
+    also: tuple[torch.dtype, ...] = (),
+    optional: bool = False,
+) -> None:
+    """Raise unless x is a dense tensor that goes with `like`: of its dtype, on its device, and of its shape or the one given.
+
+    Args:
+        op: Name of the op.
+        name: Name of the argument.
+        x: The argument.
+        like_name: Name of `like`.
+        like: A dense tensor.
+        shape: The shape. A name stands for any size. None: that of `like`.
+        also: Further dtypes that x may have.
+        optional: Accept None.
+    """
+    if optional and x is None:
+        return
+    if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:
         check_strided(op, name, x)
-    if tuple(x.shape) != wanted:
-        raise InvalidValue(op, name, f"to have shape {list(wanted)}", list(x.shape))
-    if x.dtype != like.dtype:
-        raise InvalidType(op, name, f"to have the dtype of {like_name}, {like.dtype}", x.dtype)
+    wanted = tuple(like.shape) if shape is None else shape
+    given = tuple(x.shape)
+    if given != wanted and not _fits(given, wanted):
+        raise InvalidValue(op, name, f"to have shape [{', '.join(map(str, wanted))}]", list(given))
+    if x.dtype != like.dtype and x.dtype not in also:
+        others = ", ".join(dtype_names([dtype for dtype in also if dtype != like.dtype]))
+        dtypes = f"to be {others} or of {like_name}'s dtype" if others else f"to have the dtype of {like_name}"
+        raise InvalidType(op, name, f"{dtypes}, {like.dtype}", x.dtype)
     check_device(op, name, x, like_name, like)
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
+    """Return whether a shape is the wanted one but for sizes that have names."""
+    if len(shape) != len(wanted):
+        return False
+    wrong = [size for size, each in zip(shape, wanted, strict=True) if size != each and not isinstance(each, str)]
+    return not wrong
 
 
 def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, device: torch.device) -> Tensor:

@@ -52,9 +52,8 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
     """
     op = "attention"
     check_float(op, "qkv", qkv)
-    check_int(op, "num_heads", num_heads, 1)
+    check_int(op, "num_heads", num_heads, 1, (1 << 31) - 1)
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads):
-        check_int(op, "num_heads", num_heads, 1, (1 << 31) - 1)
         raise InvalidValue(op, "qkv", f"to be [N, L, 3 C] with C a multiple of {num_heads} heads", list(qkv.shape))
     if scale is None:
         scale = float(max(qkv.shape[2] // (3 * num_heads), 1) ** -0.5)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_choice, check_device, check_float, check_map, check_number, check_type
+from ..checks import check_choice, check_map, check_number, check_type
 from ..dtypes import opmath
-from ..errors import InvalidType, InvalidValue
+from ..errors import InvalidValue
 from .arguments import check_like
 from .autocast import autocast
 from .backend import BFLOAT16, MATRIX_DTYPES, Bfloat16, product_dtype, why_not_matrix_kernels
@@ -80,14 +80,9 @@ def conv3x3(
     if skip is not None:
         check_like(op, "skip", skip, "x", x, (n, skip.shape[1], height, width))
         channels += skip.shape[1]
-    _check_small("weight", weight, x)
-    if weight.dim() != 4 or tuple(weight.shape[1:]) != (channels, 3, 3):
-        raise InvalidValue(op, "weight", f"to have shape [out, {channels}, 3, 3]", list(weight.shape))
+    check_like(op, "weight", weight, "x", x, ("out", channels, 3, 3), also=(torch.float32,))
     out_channels = weight.shape[0]
-    if bias is not None:
-        _check_small("bias", bias, x)
-        if tuple(bias.shape) != (out_channels,):
-            raise InvalidValue(op, "bias", f"to have shape [{out_channels}]", list(bias.shape))
+    check_like(op, "bias", bias, "x", x, (out_channels,), also=(torch.float32,), optional=True)
     if affine is not None:
         wide = opmath(x.dtype)
         check_like(op, "affine", affine, "the statistics", x.new_empty(0, dtype=wide), (n, 3, channels))
@@ -102,13 +97,6 @@ def conv3x3(
     silu = activation == "silu"
     y: Tensor = conv3x3_op(x, weight, bias, skip, affine, silu, residual, float(divisor), upsample, backend=backend)
     return y
-
-
-def _check_small(name: str, value: Tensor, x: Tensor) -> None:
-    check_float("conv3x3", name, value)
-    if value.dtype not in (x.dtype, torch.float32):
-        raise InvalidType("conv3x3", name, f"to be float32 or of x's dtype, {x.dtype}", value.dtype)
-    check_device("conv3x3", name, value, "x", x)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -17,7 +17,7 @@ from ..checks import (
     check_storage,
     checked_seeds,
 )
-from ..dtypes import opmath
+from ..dtypes import FLOATS, opmath
 from ..errors import expect
 from ..predictions import TARGETS, Prediction
 from ..schedule import NoiseSchedule, Objective, objective_of
@@ -118,11 +118,10 @@ def checked_loss(
         reduction: "mean", "sum" or "none".
         factor: Channels that the model predicts for each of x_0's.
     """
-    check_float(op, "model_output", model_output)
     n, *sizes = x_0.shape
-    model_output = model_output.to(x_0.dtype)
     shape = (n, sizes[0] * factor, *sizes[1:]) if factor > 1 else (n, *sizes)
-    check_like(op, "model_output", model_output, "x_0", x_0, shape)
+    check_like(op, "model_output", model_output, "x_0", x_0, shape, also=FLOATS)
+    model_output = model_output.to(x_0.dtype)
     check_one_of(op, "noise", noise, "seeds", seeds)
     check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
     if noise is not None:

@@ -130,8 +130,6 @@ class Execution:
             spec.check(a)
         results = self.allocated(a, saves, out)
         for each in out:
-            if each.data_ptr() == 0:
-                check_storage(self.name, "out", each)
             check_apart(self.name, each, a._asdict())
         if backend == "triton" or spec.native is not None:
             self._check_storage(a)  # a kernel of the compiled module checks its fields

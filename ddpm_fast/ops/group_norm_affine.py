@@ -60,9 +60,8 @@ def group_norm_affine(
     check_map(op, "x", x)
     channels = 0
     if skip is not None:
-        check_map(op, "skip", skip)
+        check_like(op, "skip", skip, "x", x, (x.shape[0], "S", *x.shape[2:]))
         channels = skip.shape[1]
-        check_like(op, "skip", skip, "x", x, (x.shape[0], channels, *x.shape[2:]))
     scale, shift_2 = check_norm(op, x, num_groups, weight, bias, eps, shift, scale_shift, more_channels=channels)
     affine: Tensor = group_norm_affine_op(x, skip, num_groups, weight, bias, eps, shift, scale, shift_2, backend=backend)
     return affine

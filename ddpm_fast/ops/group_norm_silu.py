@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_choice, check_device, check_float, check_int, check_number
+from ..checks import check_choice, check_float, check_int, check_number
 from ..dtypes import opmath
 from ..errors import InvalidType, InvalidValue
+from .arguments import check_like
 from .derivative import gradients_of
 from .fused_op import FusedOp
 from .op_spec import Gradient, OpSpec, schema_of
@@ -64,6 +65,7 @@ def group_norm_silu(
     """
     if activation != "silu":
         check_choice("group_norm_silu", "activation", activation, ("silu", None))
+    check_float("group_norm_silu", "x", x, min_dim=2)
     scale, shift_2 = check_norm("group_norm_silu", x, num_groups, weight, bias, eps, shift, scale_shift)
     y: Tensor = group_norm_silu_op(
         *(x, num_groups, weight, bias, eps, shift, scale, shift_2, activation == "silu"), backend=backend
@@ -83,8 +85,7 @@ def check_norm(
     *,
     more_channels: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the two tensors of `scale_shift`, or raise if an argument of a norm does not fit."""
-    check_float(op, "x", x, min_dim=2)
+    """Return the two tensors of `scale_shift`, or raise if an argument of a norm does not fit x, which the caller checks."""
     n, channels = x.shape[:2]
     channels += more_channels
     check_int(op, "num_groups", num_groups, 1)
@@ -94,23 +95,12 @@ def check_norm(
     if scale_shift is not None and not (isinstance(scale_shift, (tuple, list)) and len(scale_shift) == 2):
         raise InvalidType(op, "scale_shift", "to be a pair of tensors", type(scale_shift).__name__)
     scale, shift_2 = (None, None) if scale_shift is None else scale_shift
-    _check_modulation(op, "weight", weight, (channels,), x)
-    _check_modulation(op, "bias", bias, (channels,), x)
-    _check_modulation(op, "shift", shift, (n, channels), x)
-    _check_modulation(op, "scale_shift[0]", scale, (n, channels), x)
-    _check_modulation(op, "scale_shift[1]", shift_2, (n, channels), x)
+    check_like(op, "weight", weight, "x", x, (channels,), also=(torch.float32,), optional=True)
+    check_like(op, "bias", bias, "x", x, (channels,), also=(torch.float32,), optional=True)
+    check_like(op, "shift", shift, "x", x, (n, channels), also=(torch.float32,), optional=True)
+    check_like(op, "scale_shift[0]", scale, "x", x, (n, channels), also=(torch.float32,), optional=True)
+    check_like(op, "scale_shift[1]", shift_2, "x", x, (n, channels), also=(torch.float32,), optional=True)
     return scale, shift_2
-
-
-def _check_modulation(op: str, name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
-    if value is None:
-        return
-    check_float(op, name, value)
-    if tuple(value.shape) != shape:
-        raise InvalidValue(op, name, f"to have shape {list(shape)}", list(value.shape))
-    if value.dtype not in (x.dtype, torch.float32):
-        raise InvalidType(op, name, f"to be float32 or of x's dtype, {x.dtype}", value.dtype)
-    check_device(op, name, value, "x", x)
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, arguments: Any) -> str | None:

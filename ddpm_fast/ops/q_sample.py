@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_dtype, check_float, check_one_of, check_range, check_strided, check_type, checked_seeds
+from ..checks import check_dtype, check_float, check_one_of, check_range, check_type, checked_seeds
 from ..errors import InvalidType
 from ..schedule import NoiseSchedule
 from .arguments import check_like, index_tensor
@@ -69,11 +69,10 @@ def q_sample(
 
 def _checked_dtype(x_0: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype of x_t, or raise."""
-    if isinstance(x_0, Tensor) and x_0.dtype == torch.uint8 and x_0.dim() >= 1:
-        check_strided("q_sample", "x_0", x_0)
+    check_float("q_sample", "x_0", x_0, also=(torch.uint8,))
+    if x_0.dtype == torch.uint8:
         check_dtype("q_sample", "dtype", dtype, optional=True)
         return dtype or torch.float32
-    check_float("q_sample", "x_0", x_0, also=" or uint8")
     if dtype is not None and dtype is not x_0.dtype:
         raise InvalidType("q_sample", "dtype", f"to be that of x_0, {x_0.dtype}, or None, as x_0 is not uint8", dtype)
     return x_0.dtype

@@ -87,12 +87,11 @@ def reverse_step(
     n = x_t.shape[0]
     _check_model_output(x_t, model_output, plan, guidance_scale)
     if isinstance(step, Tensor):
-        if step.layout is not torch.strided:
+        if step.layout is not torch.strided or step.is_nested:
             check_strided(op, "step", step)
         if step.dtype != torch.int64:
             raise InvalidType(op, "step", "to be an int or an int64 tensor", step.dtype)
-        if not (step.numel() == 1 or (not step.is_nested and step.shape == (n,))):
-            check_strided(op, "step", step)
+        if step.numel() != 1 and step.shape != (n,):
             raise InvalidValue(op, "step", f"to be an int or to have 1 or {n} elements", f"shape {list(step.shape)}")
         check_device(op, "step", step, "x_t", x_t)
         steps = step.reshape(-1)

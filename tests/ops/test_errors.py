@@ -82,6 +82,10 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: q_sample(X.int(), 3, SCHEDULE, seeds=SEEDS),
         InvalidType("q_sample", "x_0", "to be float32, float64, float16, bfloat16 or uint8", "torch.int32"),
     ),
+    (
+        lambda: q_sample(X[0, 0, 0, 0].byte(), 3, SCHEDULE, seeds=SEEDS),
+        InvalidValue("q_sample", "x_0", "to have at least 1 dimensions [N, ...]", "shape []"),
+    ),
     (lambda: q_sample([1.0], 3, SCHEDULE, seeds=SEEDS), InvalidType("q_sample", "x_0", "to be a tensor", "list")),
     (lambda: q_sample(X, 3, SCHEDULE), InvalidValue("q_sample", "", "exactly one of noise and seeds", "neither")),
     (
@@ -233,7 +237,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: group_norm_silu(X, 2, torch.ones(3)), InvalidValue("group_norm_silu", "weight", "to have shape [4]", "[3]")),
     (
         lambda: group_norm_silu(X, 2, torch.ones(4).half()),
-        InvalidType("group_norm_silu", "weight", "to be float32 or of x's dtype, torch.float32", "torch.float16"),
+        InvalidType("group_norm_silu", "weight", "to have the dtype of x, torch.float32", "torch.float16"),
     ),
     (
         lambda: group_norm_silu(X, 2, shift=torch.ones(2, 3)),
@@ -261,6 +265,15 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         InvalidValue("denoising_loss", "weight", "to have shape [2], one a sample", "[3]"),
     ),
     (
+        lambda: denoising_loss(X.int(), X, 3, SCHEDULE, seeds=SEEDS),
+        InvalidType(
+            "denoising_loss",
+            "model_output",
+            "to be float64, float16, bfloat16 or of x_0's dtype, torch.float32",
+            "torch.int32",
+        ),
+    ),
+    (
         lambda: denoising_loss(X[:1], X, 3, SCHEDULE, seeds=SEEDS),
         InvalidValue("denoising_loss", "model_output", "to have shape [2, 4, 3, 3]", "[1, 4, 3, 3]"),
     ),
@@ -270,7 +283,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: conv3x3(X, [1.0]), InvalidType("conv3x3", "weight", "to be a tensor", "list")),
     (
         lambda: conv3x3(X, W.double()),
-        InvalidType("conv3x3", "weight", "to be float32 or of x's dtype, torch.float32", "torch.float64"),
+        InvalidType("conv3x3", "weight", "to have the dtype of x, torch.float32", "torch.float64"),
     ),
     (lambda: conv3x3(WIDE, W), InvalidValue("conv3x3", "weight", "to have shape [out, 8, 3, 3]", "[5, 4, 3, 3]")),
     (lambda: conv3x3(X, W[..., :1]), InvalidValue("conv3x3", "weight", "to have shape [out, 4, 3, 3]", "[5, 4, 3, 1]")),
@@ -278,8 +291,13 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: conv3x3(X, W, torch.zeros(4)), InvalidValue("conv3x3", "bias", "to have shape [5]", "[4]")),
     (
         lambda: conv3x3(X, W, torch.zeros(5).half()),
-        InvalidType("conv3x3", "bias", "to be float32 or of x's dtype, torch.float32", "torch.float16"),
+        InvalidType("conv3x3", "bias", "to have the dtype of x, torch.float32", "torch.float16"),
     ),
+    (
+        lambda: conv3x3(X.bfloat16(), W.double()),
+        InvalidType("conv3x3", "weight", "to be float32 or of x's dtype, torch.bfloat16", "torch.float64"),
+    ),
+    (lambda: conv3x3(X, W[0]), InvalidValue("conv3x3", "weight", "to have shape [out, 4, 3, 3]", "[4, 3, 3]")),
     (lambda: conv3x3(X, W, 1.0), InvalidType("conv3x3", "bias", "to be a tensor", "float")),
     (lambda: conv3x3(X, W, skip=X[:1]), InvalidValue("conv3x3", "skip", "to have shape [2, 4, 3, 3]", "[1, 4, 3, 3]")),
     (
@@ -325,9 +343,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: attention(QKV, 3),
         InvalidValue("attention", "qkv", "to be [N, L, 3 C] with C a multiple of 3 heads", "[2, 6, 12]"),
     ),
-    (lambda: attention(QKV, 0), InvalidValue("attention", "num_heads", "to be a positive integer", "0")),
-    (lambda: attention(QKV, 2.0), InvalidType("attention", "num_heads", "to be a positive integer", "2.0")),
-    (lambda: attention(QKV, True), InvalidType("attention", "num_heads", "to be a positive integer", "True")),
+    (lambda: attention(QKV, 0), InvalidValue("attention", "num_heads", "to be an integer in 1..2147483647", "0")),
+    (lambda: attention(QKV, 2.0), InvalidType("attention", "num_heads", "to be an integer in 1..2147483647", "2.0")),
+    (lambda: attention(QKV, True), InvalidType("attention", "num_heads", "to be an integer in 1..2147483647", "True")),
     (lambda: attention(QKV, 2, scale="1"), InvalidType("attention", "scale", "to be a number", "str")),
     (lambda: group_norm_affine([1.0], 2), InvalidType("group_norm_affine", "x", "to be a tensor", "list")),
     (
@@ -344,13 +362,13 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: group_norm_affine(X, 2, torch.ones(3)), InvalidValue("group_norm_affine", "weight", "to have shape [4]", "[3]")),
     (
         lambda: group_norm_affine(X, 2, None, torch.ones(4).half()),
-        InvalidType("group_norm_affine", "bias", "to be float32 or of x's dtype, torch.float32", "torch.float16"),
+        InvalidType("group_norm_affine", "bias", "to have the dtype of x, torch.float32", "torch.float16"),
     ),
     (lambda: group_norm_affine(X, 2, eps=0.0), InvalidValue("group_norm_affine", "eps", "to be positive and finite", "0.0")),
     (lambda: group_norm_affine(X, 2, eps="x"), InvalidType("group_norm_affine", "eps", "to be a number", "str")),
     (
         lambda: group_norm_affine(X, 2, skip=X[:1]),
-        InvalidValue("group_norm_affine", "skip", "to have shape [2, 4, 3, 3]", "[1, 4, 3, 3]"),
+        InvalidValue("group_norm_affine", "skip", "to have shape [2, S, 3, 3]", "[1, 4, 3, 3]"),
     ),
     (
         lambda: group_norm_affine(X, 2, skip=X.half()),
@@ -358,7 +376,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (
         lambda: group_norm_affine(X, 2, skip=X[0]),
-        InvalidValue("group_norm_affine", "skip", "to be [N, C, H, W]", "shape [4, 3, 3]"),
+        InvalidValue("group_norm_affine", "skip", "to have shape [2, S, 3, 3]", "[4, 3, 3]"),
     ),
     (
         lambda: group_norm_affine(X[..., None], 2),
