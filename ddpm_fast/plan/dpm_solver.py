@@ -13,7 +13,7 @@ from ..errors import expect
 from ..options import within
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective
-from .levels import RHO, LambdaMin, Level, LevelSpacing, Rho, noise_levels
+from .levels import RHO, LambdaMin, Level, LevelSpacing, Rho, Start, noise_levels
 from .sampling_plan import Clip, SamplingPlan, builds_plan
 
 FEW_STEPS = 15  # plans with fewer steps end with steps of lower order (`lower_order_final`)
@@ -35,7 +35,7 @@ def dpm_solver_plan(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
     lambda_min: LambdaMin = -math.inf,
-    start: int | None = None,
+    start: Start = None,
     prediction: Prediction | None = None,
     clip: Clip = 1.0,
     learned_variance: bool = False,

@@ -10,7 +10,7 @@ import torch
 from ..errors import expect
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective
-from .levels import RHO, LambdaMin, Level, LevelSpacing, Rho, noise_levels
+from .levels import RHO, LambdaMin, Level, LevelSpacing, Rho, Start, noise_levels
 from .sampling_plan import Clip, SamplingPlan, builds_plan
 
 
@@ -24,7 +24,7 @@ def heun_plan(
     sigma_max: Level = None,
     rho: Rho = RHO,
     lambda_min: LambdaMin = -math.inf,
-    start: int | None = None,
+    start: Start = None,
     prediction: Prediction | None = None,
     clip: Clip = 1.0,
     learned_variance: bool = False,

@@ -25,6 +25,7 @@ RHO = 7.0  # Karras et al. 2022, section 3 and table 1
 Rho = Annotated[float, within(1, 100)]  # a level's relative rounding error grows with rho
 Level = Annotated[float | None, within()]
 LambdaMin = Annotated[float, within()]
+Start = Annotated[int | None, within(low=0)]
 _SLACK = 1e-4  # a level may be rounded, such as 0.01 for the lowest one of the linear schedule
 _APART = 1 + 1e-6  # closer levels would be equal after the power 1 / rho
 
@@ -96,7 +97,6 @@ def noise_levels(
     """
     objective = objective_of(caller, schedule, prediction, "learned_range" if learned_variance else None)
     schedule = objective.schedule
-    check_int(caller, "start", start, 0, schedule.num_timesteps - 1, optional=True)
     ratios = noise_ratios(schedule.alpha_bars)  # ascending
     last = count_levels(caller, schedule, lambda_min)
     if isinstance(spacing, str) and spacing == "karras":  # an array would be compared item by item
@@ -113,11 +113,11 @@ def noise_levels(
     sigma = torch.where(ratio.isinf(), 1.0, ratio * alpha)
     first = 0
     if start is not None:
-        found = (timesteps == start).nonzero()
-        if not len(found):
-            nearest = int(timesteps[(timesteps - start).abs().argmin()])
+        listed = timesteps.tolist()
+        if start not in listed:
+            nearest = min(listed, key=lambda each: abs(each - start))
             raise InvalidValue(caller, "start", "to be one of the plan's timesteps", f"{start}; the nearest is {nearest}")
-        first = int(found[0])
+        first = listed.index(start)
     return Levels(timesteps[first:], alpha[first:], sigma[first:], len(timesteps), objective)
 
 

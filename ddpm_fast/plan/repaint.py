@@ -20,7 +20,7 @@ _MOST_SAMPLES = 1000  # a row for each evaluation has to fit into memory
 @builds_plan
 def repaint_plan(
     schedule: NoiseSchedule | Objective,
-    num_steps: int = 250,
+    num_steps: Annotated[int, within(low=1)] = 250,
     jump_length: int = 10,
     jump_num_sample: Annotated[int, within(1, _MOST_SAMPLES)] = 10,
     *,
@@ -58,7 +58,6 @@ def repaint_plan(
     with renaming(caller):
         descent = ddpm_plan(schedule, num_steps, prediction=prediction, variance="fixed_small", clip=clip)
     total = descent.schedule.num_timesteps
-    check_int(caller, "num_steps", num_steps, 1, total)
     check_int(caller, "jump_length", jump_length, 1, num_steps - 1 if jump_num_sample > 1 else total)
     learned = learned_variance or (isinstance(schedule, Objective) and schedule.predicts_variance)
     abar = torch.cat([torch.ones(1, dtype=torch.float64), descent.schedule.alpha_bars[descent.timesteps.flip(0)]])

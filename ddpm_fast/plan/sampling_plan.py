@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, ParamSpec, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_int, check_strided, check_type
+from ..checks import check_choice, check_strided, check_type
 from ..errors import InvalidValue, expect
 from ..options import checked, within
 from ..predictions import TARGETS, Prediction, Variance
@@ -105,13 +105,12 @@ class SamplingPlan:
         abar = self.schedule.alpha_bars[self.timesteps]
         following = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])
         for name, default in (("alpha_bars_prev", following), ("alpha_bars", abar)):
-            check_type(caller, name, getattr(self, name), Tensor)
             given = getattr(self, name)
-            values = (given if given.numel() else default).clone()
-            object.__setattr__(self, name, values)
+            values = default if isinstance(given, Tensor) and given.numel() == 0 else given
             _check_tensor(caller, name, values, torch.float64, 1)
             if values.numel() != self.num_steps or not bool(((values >= 0) & (values <= 1)).all()):
                 raise InvalidValue(caller, name, f"to be {self.num_steps} values in 0..1", values.tolist())
+            object.__setattr__(self, name, values.clone())
         usable = torch.isfinite(self.coefficients[:, : COLUMNS.index("clip")])
         if not bool(usable.all()):
             row, column = (int(i) for i in (~usable).nonzero()[0])
@@ -161,7 +160,8 @@ class SamplingPlan:
         names = ("timesteps", "coefficients", "alpha_bars_prev", "alpha_bars")
         return replace(self, **{name: getattr(self, name)[some] for name in names})
 
-    def starting_at(self, timestep: int) -> SamplingPlan:
+    @checked("SamplingPlan.")
+    def starting_at(self, timestep: Annotated[int, within(low=0)]) -> SamplingPlan:
         """Return the plan from a timestep on, for a start from x_t instead of x_T.
 
         A multistep plan is built again with `start=timestep`, so that its first step needs no x_0_prev. Any other plan keeps
@@ -174,12 +174,12 @@ class SamplingPlan:
             ValueError: The plan does not have the timestep, or is a multistep plan from coefficients.
         """
         caller = "SamplingPlan.starting_at"
-        check_int(caller, "timestep", timestep, 0, self.schedule.num_timesteps - 1)
-        if not bool((self.timesteps == timestep).any()):
-            nearest = int(self.timesteps[(self.timesteps - timestep).abs().argmin()])
+        timesteps = self.timesteps.tolist()
+        if timestep not in timesteps:
+            nearest = min(timesteps, key=lambda each: abs(each - timestep))
             raise InvalidValue(caller, "timestep", "to be one of the plan's", f"{timestep}; the nearest is {nearest}")
         if not self.needs_x_0_prev:
-            return self[int((self.timesteps == timestep).nonzero()[0]) :]
+            return self[timesteps.index(timestep) :]
         if self.builder is None:
             raise InvalidValue(
                 caller,
@@ -286,7 +286,6 @@ def _call(builder: partial[SamplingPlan]) -> str:
 
 def _check_tensor(caller: str, name: str, value: Tensor, dtype: torch.dtype, dim: int) -> None:
     """Raise unless `value` is a dense tensor of this dtype and number of dimensions on the CPU, with elements."""
-    check_type(caller, name, value, Tensor)
     check_strided(caller, name, value)
     if value.dtype != dtype or value.device.type != "cpu" or value.numel() == 0 or value.dim() != dim:
         got = f"{value.dtype} {list(value.shape)} on {value.device}"

@@ -406,7 +406,7 @@ def test_a_scheduler_is_no_schedule() -> None:
         ({"timesteps": torch.tensor([5, -7])}, ValueError, r"expected timesteps in 0\.\.999, got values from -7 to 5"),
         ({"timesteps": torch.tensor([5000, 1])}, ValueError, r"expected timesteps in 0\.\.999, got values from 1 to 5000"),
         ({"timesteps": torch.tensor([5.0, 1.0])}, ValueError, "expected timesteps to be torch.int64 of 1 dimension on"),
-        ({"timesteps": [5, 1]}, TypeError, "expected timesteps to be a Tensor, got list"),
+        ({"timesteps": [5, 1]}, TypeError, "expected timesteps to be a tensor, got list"),
         (
             {"coefficients": torch.zeros(2, 10)},
             ValueError,
