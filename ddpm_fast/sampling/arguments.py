@@ -10,10 +10,10 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_callable, check_int, check_strided, check_values, checked_seeds, computing_device
+from ..checks import check_callable, check_int, check_values, checked_seeds, computing_device
 from ..distributed import own_device
 from ..dtypes import FLOATS
-from ..errors import InvalidType, InvalidValue, expect
+from ..errors import InvalidType, InvalidValue, expect, renaming
 from ..inference.interface import Interface
 from ..inference.model import Model, device_and_dtype
 from ..ops import sample_seeds
@@ -70,8 +70,8 @@ def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
         TypeError: `seed` is neither an int nor an int64 tensor.
     """
     if isinstance(seed, int):
-        check_int(caller, "seed", seed, -(1 << 63), (1 << 64) - 1)
-        return sample_seeds(seed, num_samples)
+        with renaming(caller):
+            return sample_seeds(seed, num_samples)
     if not isinstance(seed, Tensor):
         raise InvalidType(caller, "seed", f"to be an int or int64 [{num_samples}]", type(seed).__name__)
     return checked_seeds(caller, seed, num_samples, torch.device("cpu") if seed.is_meta else seed.device, name="seed")
@@ -244,10 +244,9 @@ def _check_maps(caller: str, name: str, x: Any, wanted: list[int]) -> None:
     """Raise unless x is a floating tensor of the wanted shape, finite if it is on a CPU."""
     if not isinstance(x, Tensor):
         raise InvalidType(caller, name, "to be a tensor or None", type(x).__name__)
-    check_strided(caller, name, x)
+    check_values(caller, name, x)
     fits = x.dtype in FLOATS and list(x.shape) == wanted
     expect(fits, caller, name, f"to be floating {wanted}", f"{x.dtype} {list(x.shape)}")
-    expect(not x.is_meta, caller, name, "to have values", "a tensor on the meta device")
     if x.device.type == "cpu" and not x.isfinite().all():  # a GPU would have to be waited for
         raise InvalidValue(caller, name, "to be finite", "NaN or infinity")
 

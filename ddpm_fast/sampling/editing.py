@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Unpack
 import torch
 from torch import Tensor
 
-from ..checks import check_float, check_strided, check_type
+from ..checks import check_float, check_strided
 from ..dtypes import FLOATS, opmath
 from ..errors import InvalidType, InvalidValue, expect
 from ..ops import initial_noise, noise
@@ -46,9 +46,7 @@ def vary(sampler: Sampler, images: Tensor, strength: _Strength = 0.5, **options:
         ValueError: An argument is out of range or does not fit the sampler. Checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
-    _check_sampler("vary", sampler, denoises=True)
-    _check_images("vary", "images", images, sampler)
-    return _denoised(sampler, images, strength, _request("vary", sampler, len(images), options))
+    return _denoised(sampler, images, strength, _request("vary", sampler, "images", images, options))
 
 
 @checked()
@@ -83,11 +81,9 @@ def interpolate(
         TypeError: An argument has an unsupported type, or is unknown.
     """
     caller = "interpolate"
-    _check_sampler(caller, sampler, denoises=True)
-    _check_images(caller, "a", a, sampler)
+    pairs = _request(caller, sampler, "a", a, options)
     _check_images(caller, "b", b, sampler)
     expect(a.shape == b.shape, caller, "b", f"to have the shape of a, {list(a.shape)}", list(b.shape))
-    pairs = _request(caller, sampler, len(a), options)
     condition = pairs.given["condition"]
     request = replace(
         pairs,
@@ -129,14 +125,12 @@ def invert(sampler: Sampler, images: Tensor, **options: Unpack[BatchOptions]) ->
         ValueError: An argument is out of range or does not fit the sampler. Checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
-    _check_sampler("invert", sampler, denoises=False)
-    _check_images("invert", "images", images, sampler)
+    request = _request("invert", sampler, "images", images, options, BatchOptions, denoises=False)
     plan = sampler.plan
     abar = float(plan.schedule.alpha_bars[plan.timesteps[-1]])
     if plan.is_random or _denoises(plan) or float(plan.alpha_bars_prev[-1]) > abar * (1 + 1e-9):
         wanted = "to have a plan from an image to noise (ddim_inversion_plan)"
         raise InvalidValue("invert", "sampler", wanted, f"\n{plan}")
-    request = _request("invert", sampler, len(images), options, struct=BatchOptions)
     x_T, _ = sampler._draw(request.changed(x_T=images.detach()))
     return x_T
 
@@ -162,10 +156,8 @@ def inpaint(sampler: Sampler, images: Tensor, mask: Tensor, **options: Unpack[Ed
         ValueError: An argument is out of range or does not fit the sampler. Checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
-    _check_sampler("inpaint", sampler, denoises=True)
-    _check_images("inpaint", "images", images, sampler, in_range=False)
+    request = _request("inpaint", sampler, "images", images, options, in_range=False)
     _check_mask("inpaint", mask, images)
-    request = _request("inpaint", sampler, len(images), options)
     known = images.detach().to(sampler.device, opmath(sampler.dtype))
     painted = mask.detach().to(sampler.device, known.dtype).expand(len(images), -1, -1, -1)
     results = []
@@ -177,9 +169,32 @@ def inpaint(sampler: Sampler, images: Tensor, mask: Tensor, **options: Unpack[Ed
     return torch.cat(results)
 
 
-def _request(caller: str, sampler: Sampler, count: int, options: Any, struct: type = EditOptions) -> Request:
-    """Return the checked arguments of a call for given images, whose classes nobody knows."""
-    return sampler._request(caller, count, options, struct=struct, in_turn=False)
+def _request(
+    caller: str,
+    sampler: Sampler,
+    name: str,
+    images: Tensor,
+    options: Any,
+    struct: type = EditOptions,
+    *,
+    denoises: bool = True,
+    in_range: bool = True,
+) -> Request:
+    """Check the sampler, the images and the options of a call. Return the request for images, whose classes nobody knows.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        sampler: The sampler.
+        name: Name of the images for error messages.
+        images: The images.
+        options: Options of `struct`.
+        struct: The options that the function has.
+        denoises: The plan has to go from noise to an image.
+        in_range: The images have to be about in [-1, 1].
+    """
+    _check_sampler(caller, sampler, denoises=denoises)
+    _check_images(caller, name, images, sampler, in_range=in_range)
+    return sampler._request(caller, len(images), options, struct=struct, in_turn=False)
 
 
 def _keep_known(plan: SamplingPlan, known: Tensor, painted: Tensor, seeds: Tensor) -> Callback:
@@ -248,7 +263,6 @@ def _check_images(caller: str, name: str, images: Tensor, sampler: Sampler, *, i
 
 def _check_mask(caller: str, mask: Tensor, images: Tensor) -> None:
     """Raise unless the mask is bool or in 0..1, and of a shape that goes with the images."""
-    check_type(caller, "mask", mask, Tensor)
     check_strided(caller, "mask", mask)
     if mask.dtype not in (torch.bool, *FLOATS):
         raise InvalidType(caller, "mask", "to be bool or floating", mask.dtype)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from ..checks import check_int, check_ints, check_type
+from ..checks import check_ints
 from ..dtypes import opmath
 from ..errors import InvalidValue, expect, renaming
 from ..files.images import evenly_spaced
@@ -136,6 +136,7 @@ class Sampler:
         """The plan. `with_plan` takes another."""
         return self._plan
 
+    @checked("Sampler.")
     def with_plan(self, plan: SamplingPlan) -> Sampler:
         """Return a Sampler with another plan and the same network.
 
@@ -143,7 +144,6 @@ class Sampler:
             ValueError: The plan does not fit the model.
             TypeError: It is no plan.
         """
-        check_type("Sampler", "plan", plan, SamplingPlan)
         other = object.__new__(type(self))
         vars(other).update(vars(self), interface=self._interface_of(self.network, plan))
         other.interface.check_images("Sampler", "shape", self.shape)
@@ -178,8 +178,11 @@ class Sampler:
         images, _ = self._draw(self._request("Sampler", num_samples, options))
         return images
 
+    @checked("Sampler.")
     @taking(DrawOptions)
-    def trajectory(self, num_samples: int, *, num_frames: int = 51, **options: Unpack[DrawOptions]) -> tuple[Tensor, Tensor]:
+    def trajectory(
+        self, num_samples: int, *, num_frames: Annotated[int, within(low=1)] = 51, **options: Unpack[DrawOptions]
+    ) -> tuple[Tensor, Tensor]:
         """Draw images and keep the states on the way.
 
         Args:
@@ -191,9 +194,8 @@ class Sampler:
             The images as a call of the Sampler returns them, and the states [frames, num_samples, C, H, W] on the CPU, from
             x_T to x_0.
         """
-        check_int("Sampler.trajectory", "num_frames", num_frames, 1)
-        num_frames = min(num_frames, self.plan.num_steps + 1)
-        return self._draw(self._request("Sampler.trajectory", num_samples, options), num_frames)
+        request = self._request("Sampler.trajectory", num_samples, options)
+        return self._draw(request, min(num_frames, self.plan.num_steps + 1))
 
     def __reduce__(self) -> Any:
         raise TypeError("Sampler: it cannot be copied or pickled: make a new one from the model and the plan")

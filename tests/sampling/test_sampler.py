@@ -277,7 +277,7 @@ def test_a_plan_is_read_only_and_has_to_fit() -> None:
     wanted = "a model with 2 output channels, as images have 1 and it predicts their variance"
     with refused(InvalidValue("Sampler", "", wanted, "1")):
         sampler.with_plan(ddpm_plan(SCHEDULE, variance="learned_range"))
-    with refused(InvalidType("Sampler", "plan", "to be a SamplingPlan", "NoiseSchedule")):
+    with refused(InvalidType("Sampler.with_plan", "plan", "to be a SamplingPlan", "NoiseSchedule")):
         sampler.with_plan(SCHEDULE)  # type: ignore[arg-type]
     learned = Sampler(tiny_unet(learned_variance=True), ddpm_plan(SCHEDULE, variance="learned_range"))
     with refused(InvalidValue("Sampler", "", "a model with 1 output channels, as images have 1", "2")):
