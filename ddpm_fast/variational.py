@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 from .checks import check_float, check_range, check_type
 from .dtypes import opmath
-from .errors import expect, renaming
+from .errors import renaming
 from .ops.denoising_loss import checked_loss, reduced
 from .predictions import Prediction, Variance
 from .reference import STREAM_Q_SAMPLE, per_sample, ranged_log_variance
@@ -60,8 +60,7 @@ def variational_loss(
         TypeError: An argument has an unsupported type or dtype.
     """
     caller = "variational_loss"
-    check_float(caller, "x_0", x_0)
-    expect(x_0.dim() > 1, caller, "x_0", "to be [N, C, ...]", f"shape {list(x_0.shape)}")
+    check_float(caller, "x_0", x_0, min_dim=2)
     check_type(caller, "detach_mean", detach_mean, bool)
     objective = objective_of(caller, schedule, prediction, variance)
     total, factor = objective.schedule.num_timesteps, objective.out_channels(1)
@@ -90,16 +89,12 @@ def split_variance(output: Tensor, channels: int, bounds: Tensor | list[Tensor],
     """Return the prediction, and the log variance of p(x_{t-1} | x_t), broadcastable over the prediction.
 
     Args:
-        output: The model's output.
+        output: The model's output, of as many channels as the variance asks for.
         channels: Channels of the prediction.
         bounds: The three `NoiseSchedule.reverse_log_variances` of the timestep, broadcastable over the prediction.
         variance: Kind of the variance.
     """
     small, beta, large = bounds
-    wanted = channels * (2 if variance.startswith("learned") else 1)
-    expect(
-        output.shape[1] == wanted, "", "the model", f"to predict {wanted} channels with variance {variance}", output.shape[1]
-    )
     if variance.startswith("fixed"):
         return output, small if variance.startswith("fixed_small") else large
     m, v = output.split(channels, dim=1)

@@ -190,7 +190,7 @@ LINEAR = SCHEDULES["linear"]
         ({"detach_mean": 1}, InvalidType("variational_loss", "detach_mean", "to be a bool", "int")),
         (
             {"x_0": torch.zeros(2), "model_output": torch.zeros(2)},
-            InvalidValue("variational_loss", "x_0", "to be [N, C, ...]", "shape [2]"),
+            InvalidValue("variational_loss", "x_0", "to have at least 2 dimensions [N, ...]", "shape [2]"),
         ),
     ],
 )
