@@ -63,7 +63,6 @@ def plan_of_process(process: Any, num_steps: int | None, eta: float | None) -> S
     known = f"{kind.__module__}.{kind.__name__}" == "denoising_diffusion_pytorch.denoising_diffusion_pytorch.GaussianDiffusion"
     expect(known, "plan_of", "x", itself, f"a {kind.__name__} of {kind.__module__}")
     check_unpatched("plan_of", "x", process)
-    check_int("plan_of", "num_steps", num_steps, 1, process.num_timesteps, optional=True)
     expect(
         not process.self_condition,
         "plan_of",
@@ -74,13 +73,13 @@ def plan_of_process(process: Any, num_steps: int | None, eta: float | None) -> S
     check_choice("plan_of", "x.objective", process.objective, _PREDICTIONS)
     schedule, prediction = NoiseSchedule.from_betas(process.betas.cpu().double()), _PREDICTIONS[process.objective]
     _check_tables(process, schedule)
-    is_ddim = process.is_ddim_sampling if num_steps is None else num_steps < process.num_timesteps
+    is_ddim = process.is_ddim_sampling if num_steps is None else num_steps != process.num_timesteps
     if eta is None and not is_ddim:
         return ddpm_plan(schedule, spacing=range(process.num_timesteps)[::-1], prediction=prediction)
-    num_steps = process.sampling_timesteps if num_steps is None else num_steps
-    check_int("plan_of", "x.sampling_timesteps", num_steps, 1, process.num_timesteps)
+    name, steps = ("x.sampling_timesteps", process.sampling_timesteps) if num_steps is None else ("num_steps", num_steps)
+    check_int("plan_of", name, steps, 1, process.num_timesteps)
     # The original's timesteps, to the roundings of their float32.
-    edges = torch.linspace(-1, process.num_timesteps - 1, num_steps + 1, dtype=torch.float32).to(torch.int64)
+    edges = torch.linspace(-1, process.num_timesteps - 1, steps + 1, dtype=torch.float32).to(torch.int64)
     eta = process.ddim_sampling_eta if eta is None else eta
     return ddim_plan(
         schedule, None, spacing=edges[1:].flip(0).tolist(), prediction=prediction, eta=eta, use_clipped_model_output=True

@@ -319,7 +319,7 @@ def test_processes_that_are_no_plan_are_named() -> None:
     compiled = make()
     compiled.compile(backend="eager")
     assert plan_of(compiled, 5).num_steps == 5
-    with pytest.raises(ValueError, match=r"^plan_of: expected num_steps to be an integer in 1\.\.40 or None, got 41$"):
+    with pytest.raises(ValueError, match=r"^plan_of: expected num_steps to be an integer in 1\.\.40, got 41$"):
         plan_of(make(), 41)
 
 
