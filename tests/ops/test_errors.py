@@ -10,6 +10,7 @@ from refusals import refused
 
 import ddpm_fast
 from ddpm_fast import (
+    Objective,
     attention,
     conv3x3,
     ddpm_plan,
@@ -272,6 +273,10 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
             "to be float64, float16, bfloat16 or of x_0's dtype, torch.float32",
             "torch.int32",
         ),
+    ),
+    (
+        lambda: denoising_loss(torch.zeros(2), torch.zeros(2), 3, Objective(SCHEDULE, variance="learned"), seeds=SEEDS),
+        InvalidValue("denoising_loss", "x_0", "to have at least 2 dimensions [N, ...]", "shape [2]"),
     ),
     (
         lambda: denoising_loss(X[:1], X, 3, SCHEDULE, seeds=SEEDS),
