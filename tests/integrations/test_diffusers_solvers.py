@@ -248,6 +248,17 @@ def test_timesteps_are_those_of_diffusers(spacing: str, lambda_min: float) -> No
         assert len(expected) == steps or spacing == "trailing" or steps >= last
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_karras_timesteps_of_zero_snr_are_those_of_diffusers(schedule: str) -> None:
+    """They depend on the last bits of its rescaled table in float32."""
+    config = {"beta_schedule": schedule, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction", **KARRAS}
+    ours, theirs = DPMSolverMultistepScheduler(**config), diffusers.DPMSolverMultistepScheduler(**config)
+    for steps in range(1, 41):
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(steps)
+        assert torch.equal(ours.timesteps, theirs.timesteps)
+
+
 def test_a_list_of_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
     timesteps = [999, 990, 700, 500, 499, 100, 20, 3, 2, 0]
     for given in (timesteps, torch.tensor(timesteps), np.array(timesteps)):

@@ -11,19 +11,23 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers import scheduling_ddim, scheduling_ddim_inverse, scheduling_ddpm, scheduling_utils
+from diffusers.schedulers import (
+    scheduling_ddim,
+    scheduling_ddim_inverse,
+    scheduling_ddpm,
+    scheduling_dpmsolver_multistep,
+    scheduling_utils,
+)
 from torch import Tensor
 
 from ...checks import check_choice, check_int, check_number, check_one_of, check_range
 from ...errors import expect
 from ...ops import reverse_step
 from ...plan import VARIANCE_TYPES, SamplingPlan, checked_timesteps, ddim_inversion_plan, ddim_plan, ddpm_plan, dpm_solver_plan
-from ...plan.levels import count_levels, noise_ratios, spaced_levels
+from ...plan.levels import count_levels, noise_ratios
 from ...plan.rows import plan_from_columns
 from ...schedule import NoiseSchedule, Objective
 from .plan_scheduler import Betas, PlanScheduler, Steps
-
-_ZERO_SNR = 2**-24  # diffusers puts it in the place of abar = 0, so that sigma / alpha is finite
 
 
 class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
@@ -447,41 +451,35 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         self._restart()
 
     def _spaced(self, name: str, num_steps: Any) -> Tensor:
-        config, total = self.config, self.config.num_train_timesteps
-        spacing = "karras" if config.use_karras_sigmas else config.timestep_spacing
-        last = count_levels(name, self.schedule, config.lambda_min_clipped)
-        check_int(name, "num_steps", num_steps, 1, last - 1 if spacing == "leading" else total)
-        if spacing == "karras":
-            return self._karras(name, num_steps)
-        timesteps = spaced_levels(last, total, num_steps, spacing) + (config.steps_offset if spacing == "leading" else 0)
-        # diffusers lists -1 for some numbers of "trailing", and a timestep twice for as many as there are.
-        return timesteps[timesteps >= 0].unique_consecutive() if spacing != "leading" else timesteps
+        """Return the timesteps of diffusers' scheduler, without those that it should not list.
 
-    def _karras(self, name: str, num_steps: int) -> Tensor:
-        """Return the timesteps of Karras's levels, int64 [S].
-
-        diffusers rounds them, and truncates those of cosine betas. Either depends on the last bits of its
-        float32 table, which is therefore computed as there.
+        It rounds Karras's, and truncates those of cosine betas. Either depends on the last bits of its float32 table.
         """
-        config, theirs = self.config, cast(Any, super())  # methods of diffusers' class
-        for key in ("sigma_min", "sigma_max"):  # keys of another scheduler, which diffusers reads
-            expect(config.get(key) is None, name, "", f"no {key} with use_karras_sigmas", config.get(key))
-        alpha_bars = torch.cumprod(1 - NoiseSchedule.from_diffusers(config).betas.float(), dim=0)
-        alpha_bars[-1] = _ZERO_SNR if config.rescale_betas_zero_snr else alpha_bars[-1]
-        ratios = noise_ratios(alpha_bars).numpy()
-        t = int(((ratios > 0) & np.isfinite(ratios)).argmin())  # the first that is not usable, if any
-        expect(
-            0 < ratios[t] < np.inf,
-            name,
-            "use_karras_sigmas",
-            "to be false, or betas with a positive and finite sqrt((1 - abar) / abar) in float32",
-            f"abar = {float(alpha_bars[t]):.3g} at timestep {t}",
+        spacing = "karras" if self.config.use_karras_sigmas else self.config.timestep_spacing
+        last = count_levels(name, self.schedule, self.config.lambda_min_clipped)
+        check_int(name, "num_steps", num_steps, 1, last - 1 if spacing == "leading" else self.config.num_train_timesteps)
+        theirs = cast(Any, scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler)(
+            self.config.num_train_timesteps,
+            trained_betas=NoiseSchedule.from_diffusers({**self.config, "rescale_betas_zero_snr": False}).betas.tolist(),
+            **{key: self.config[key] for key in ("beta_schedule", "timestep_spacing", "steps_offset")},
+            **{key: self.config[key] for key in ("use_karras_sigmas", "lambda_min_clipped", "rescale_betas_zero_snr")},
         )
-        levels = theirs._convert_to_karras(ratios[::-1].copy(), num_steps)
-        # One level at a time, as diffusers does: numpy below 2 computes in float32 with a number, and in float64 with an array.
-        timesteps = np.array([theirs._sigma_to_t(level, np.log(ratios)) for level in levels])
-        rounded = timesteps if config.beta_schedule == "squaredcos_cap_v2" else timesteps.round()
-        return torch.from_numpy(rounded.astype(np.int64))
+        if spacing == "karras":
+            for key in ("sigma_min", "sigma_max"):  # keys of another scheduler, which diffusers reads
+                expect(self.config.get(key) is None, name, "", f"no {key} with use_karras_sigmas", self.config.get(key))
+            t = int(theirs.sigmas.log().isfinite().int().argmin())  # the first that is not usable, if any
+            expect(
+                theirs.sigmas[t].log().isfinite(),
+                name,
+                "use_karras_sigmas",
+                "to be false, or betas with a positive and finite sqrt((1 - abar) / abar) in float32",
+                f"abar = {float(theirs.alphas_cumprod[t]):.3g} at timestep {t}",
+            )
+        theirs.alphas_cumprod = theirs.alphas_cumprod.numpy()  # NumPy 2 deprecates how diffusers turns a tensor to an array
+        theirs.set_timesteps(num_steps)
+        listed: Tensor = theirs.timesteps
+        # diffusers lists -1 for some numbers of "trailing", and a timestep twice for as many as there are.
+        return listed if spacing == "karras" else listed[listed != -1].unique_consecutive()
 
     # ------------------------------------------------------------------------------------------------------------- plans
 
@@ -612,11 +610,12 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
 def _schedule(config: Any) -> NoiseSchedule:
     """Return the configuration's noise schedule, with abar = 2^-24 in the place of 0, as in diffusers.
 
-    Timesteps before the last may have a smaller abar, which diffusers keeps. It is raised, so that noise levels descend.
+    sigma / alpha is then finite. Timesteps before the last may have a smaller abar, which diffusers keeps. It is raised, so
+    that noise levels descend.
     """
     schedule = NoiseSchedule.from_diffusers(config)
     if not config.rescale_betas_zero_snr:
         return schedule
     steps_left = torch.arange(schedule.num_timesteps - 1, -1, -1, dtype=torch.float64)
-    alpha_bars = torch.maximum(schedule.alpha_bars, _ZERO_SNR * (1 + 1e-6 * steps_left))
+    alpha_bars = torch.maximum(schedule.alpha_bars, 2**-24 * (1 + 1e-6 * steps_left))
     return NoiseSchedule(1 - alpha_bars / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]]))
