@@ -16,6 +16,7 @@ from .sampling_plan import VARIANCE_TYPES as VARIANCE_TYPES
 from .sampling_plan import Clip as Clip
 from .sampling_plan import PlanPrediction as PlanPrediction
 from .sampling_plan import SamplingPlan as SamplingPlan
+from .timesteps import INTEGERS as INTEGERS
 from .timesteps import Spacing as Spacing
 from .timesteps import checked_timesteps as checked_timesteps
 from .timesteps import spaced_timesteps as spaced_timesteps

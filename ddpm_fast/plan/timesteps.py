@@ -14,7 +14,7 @@ from ..errors import InvalidType, InvalidValue
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
-_INTEGERS: Final = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS: Final = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) -> Tensor:
@@ -74,7 +74,7 @@ def checked_timesteps(
         timesteps = torch.as_tensor(spacing)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidType(caller, "spacing", "to be a name or timesteps", repr(spacing)) from error
-    usable = timesteps.dim() == 1 and timesteps.numel() > 0 and timesteps.dtype in _INTEGERS
+    usable = timesteps.dim() == 1 and timesteps.numel() > 0 and timesteps.dtype in INTEGERS
     usable = usable and int(timesteps.min()) >= 0 and int(timesteps.max()) < total
     if not usable or (must_descend and not bool((timesteps.diff() < 0).all())):
         kind = "strictly descending timesteps" if must_descend else "timesteps"
@@ -102,7 +102,7 @@ def checked_arrivals(caller: str, timesteps: Tensor, previous: Sequence[int]) ->
         arrivals = torch.as_tensor(previous)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidType(caller, "previous", "to be timesteps", repr(previous)) from error
-    usable = arrivals.shape == timesteps.shape and arrivals.dtype in _INTEGERS
+    usable = arrivals.shape == timesteps.shape and arrivals.dtype in INTEGERS
     if not usable or bool((arrivals >= timesteps).any()) or bool((arrivals < -1).any()):
         raise InvalidValue(
             caller,

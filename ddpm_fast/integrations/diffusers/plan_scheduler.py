@@ -15,14 +15,13 @@ from ...checks import check_choice, check_device, check_float, check_number, che
 from ...errors import InvalidValue, expect, renaming
 from ...ops import q_sample, reverse_step
 from ...ops.arguments import index_tensor
-from ...plan import COLUMNS, SamplingPlan, checked_timesteps, spaced_timesteps
+from ...plan import COLUMNS, INTEGERS, SamplingPlan, checked_timesteps, spaced_timesteps
 from ...predictions import DIFFUSERS_PREDICTIONS
 from ...reference import per_sample
 from ...schedule import NoiseSchedule
 
 Betas = np.ndarray[Any, Any] | Sequence[float] | None
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _KEYS = {  # an argument of a plan's builder -> the key of the configuration that it comes from
     "schedule": "num_train_timesteps",
     "prediction": "prediction_type",
@@ -78,6 +77,7 @@ class PlanScheduler:
     # (timesteps, previous, *options) -> plan of steps from `timesteps` to `previous`. None: each to the next.
     _plan: Callable[..., SamplingPlan]
     _options: tuple[Any, ...] = ()  # the arguments of `_steps` for a step with default arguments
+    _to_next = False  # each step of a chain goes to the next timestep, however far, instead of T // S lower
     seeds: Tensor | None = None
 
     def _set_up(self, build: Callable[[Any], NoiseSchedule] = NoiseSchedule.from_diffusers) -> None:
@@ -180,7 +180,7 @@ class PlanScheduler:
         device = checked_device(name, "cpu" if device is None else device)
         options = next(iter(self._kept), self._options)  # those of the last step
         self._timesteps, self._chain, self._kept = chain.to(device), chain, {}
-        self.num_inference_steps = self.num_inference_steps if count is None else count
+        self.num_inference_steps = len(chain)
         self._steps(*options).plan.table(device)
 
     def _spaced(self, name: str, num_steps: Any) -> Tensor:
@@ -217,17 +217,20 @@ class PlanScheduler:
             expect(self._chain is not None, name, "set_timesteps", "to have been called", "no timesteps")
             self.alphas_cumprod = self._alphas_cumprod  # the setter checks it, as a change in place would go unnoticed
             expect(total == given, name, "num_train_timesteps", f"to be {total}, the number of trained_betas", given)
-            self._kept = {options: self._build(*options)}  # one at a time, as a caller may pass another eta at every step
+            with renaming(name, _KEYS):
+                self._kept = {options: self._build(*options)}  # one at a time, as a caller may pass another eta at every step
         return self._kept[options]
 
     def _build(self, *options: Any) -> Steps:
         """Return the steps of the chain's plan, and further ones from the timesteps between."""
-        # diffusers has no steps before set_timesteps: assigned timesteps then go each to the next.
-        previous = None if self.num_inference_steps is None else self._previous(self._chain).tolist()
+        # diffusers' steps go T // S lower, which may be between the chain's timesteps. It has none before set_timesteps:
+        # assigned timesteps then go each to the next.
+        stride = self.schedule.num_timesteps // (self.num_inference_steps or len(self._chain))
+        previous = None if self._to_next or self.num_inference_steps is None else (self._chain - stride).clamp(min=-1).tolist()
         chain = plan = self._plan(self._chain.tolist(), previous, *options)
         between = sorted({*self._has_step().nonzero()[:, 0].tolist()} - {*chain.timesteps.tolist()})
         if between:
-            others = self._plan(between, self._previous(torch.tensor(between)).tolist(), *options)
+            others = self._plan(between, [max(t - stride, -1) for t in between], *options)
             plan = replace(
                 chain,
                 timesteps=torch.cat([chain.timesteps, others.timesteps]),
@@ -239,10 +242,6 @@ class PlanScheduler:
         rows[plan.timesteps] = torch.arange(plan.num_steps)
         index = {device: rows.clamp(min=0).to(device) for device in (rows.device, self._timesteps.device)}
         return Steps(chain, _with_given_x_0(plan) if self._thresholds else plan, rows.tolist(), index)
-
-    def _previous(self, timesteps: Tensor) -> Tensor:
-        """Return where steps go: lower by T // S, as in diffusers, which may be between the chain's timesteps."""
-        return (timesteps - self.schedule.num_timesteps // (self.num_inference_steps or len(self._chain))).clamp(min=-1)
 
     def _has_step(self) -> Tensor:
         """Return which timesteps have a step, bool [T]. With abar = 0, predicted noise does not determine x_0."""
@@ -256,11 +255,13 @@ class PlanScheduler:
         if not isinstance(t, Tensor):
             return index_tensor(caller, name, t, self.schedule.num_timesteps, 1, device or torch.device("cpu"))
         check_strided(caller, name, t)
-        t = t.reshape(-1).to(torch.int64 if t.dtype in _INTEGERS else t.dtype)
+        t = t.reshape(-1).to(torch.int64 if t.dtype in INTEGERS else t.dtype)
         return index_tensor(caller, name, t, self.schedule.num_timesteps, len(t), device or t.device)
 
-    def _read(self, timestep: Any, model_output: Tensor, sample: Tensor, most: int | None = None) -> tuple[Any, list[int]]:
-        """Return the timesteps of a step, 1 or `most`: as int64 or an int, and as ints if they are on the host, else none.
+    def _read(
+        self, timestep: Any, model_output: Tensor, sample: Tensor, *options: Any, most: int | None = None
+    ) -> tuple[Steps, Any, list[int]]:
+        """Return the steps, and the timesteps of this one: as int64 or an int, and as ints if they are on the host, else none.
 
         Reading a device would synchronize. The arguments that `reverse_step` does not check are checked here.
 
@@ -268,7 +269,8 @@ class PlanScheduler:
             timestep: As in `step`.
             model_output: As in `step`.
             sample: As in `step`.
-            most: None: the number of samples.
+            *options: As in `_steps`.
+            most: The number of timesteps if they are not 1. None: the number of samples.
         """
         name, last = f"{type(self).__name__}.step", self.schedule.num_timesteps - 1
         check_float(name, "model_output", model_output)
@@ -284,33 +286,41 @@ class PlanScheduler:
             known = [] if traced or t.device.type != "cpu" else t.tolist()
         outside = [each for each in known if not 0 <= each <= last]
         expect(not outside, name, "timestep", f"to be in 0..{last}", ", ".join(map(str, outside)))
-        return t, known
+        return self._steps(*options), t, known
 
     def _noise(
         self, model_output: Tensor, sample: Tensor, generator: Any, given: Tensor | None = None, dtype: Any = None
     ) -> Tensor | None:
         """Return the noise that is given or that diffusers draws for a step, or None with seeds."""
-        name, draws = f"{type(self).__name__}.step", given is None and self.seeds is None
-        expect(given is None or generator is None, name, "", "at most one of generator and variance_noise", "both")
-        return randn_tensor(sample.shape, generator, model_output.device, dtype or model_output.dtype) if draws else given
+        expect(
+            given is None or generator is None,
+            f"{type(self).__name__}.step",
+            "",
+            "at most one of generator and variance_noise",
+            "both",
+        )
+        return (
+            randn_tensor(sample.shape, generator, model_output.device, dtype or model_output.dtype)
+            if given is None and self.seeds is None
+            else given
+        )
 
     def _advance(
         self, steps: Steps, t: Tensor, known: list[int], model_output: Tensor, sample: Tensor, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return x_{t-1} and x_0^ of a step from any timestep."""
-        missing = ", ".join(str(each) for each in known if steps.rows[each] < 0)
         expect(
-            not missing,
+            all(steps.rows[each] >= 0 for each in known),
             f"{type(self).__name__}.step",
             "prediction_type",
-            f"sample or v_prediction at timestep {missing}, where abar is 0 and the noise does not tell x_0",
+            # abar descends, so the largest timestep is one without a step.
+            f"sample or v_prediction at timestep {max(known, default=-1)}, where abar is 0 and the noise does not tell x_0",
             "epsilon",
         )
         row = steps.row(t, known, sample.device)
-        if not self._thresholds:
-            return self._reverse_step(steps.plan, row, model_output, sample, noise)
-        x_0 = self._thresholded(steps.plan, row, model_output, sample)
-        return self._reverse_step(steps.plan, row, model_output, sample, noise, x_0)[0], x_0
+        x_0 = self._thresholded(steps.plan, row, model_output, sample) if self._thresholds else None
+        x_prev, computed = self._reverse_step(steps.plan, row, model_output, sample, noise, x_0)
+        return x_prev, computed if x_0 is None else x_0
 
     def _reverse_step(
         self,
@@ -330,8 +340,8 @@ class PlanScheduler:
         seeds = None
         if noise is None and plan.is_random:
             seeds = self.seeds = self.seeds.to(x_t.device) if isinstance(self.seeds, Tensor) else self.seeds
-        needed = zip(("x_0_prev", "x_0_prev2")[: plan.needs_x_0_prev + plan.needs_x_0_prev2], before, strict=False)
-        given: Any = {name: x.to(x_t) for name, x in [("noise", noise), *needed] if x is not None}
+        named = zip(("noise", "x_0_prev", "x_0_prev2"), (noise, *before), strict=False)
+        given: Any = {name: x.to(x_t) for name, x in named if x is not None}
         return cast("tuple[Tensor, Tensor]", reverse_step(x_t, m, row, plan, seeds=seeds, return_x_0=True, **given))
 
     def _thresholded(self, plan: SamplingPlan, row: int | Tensor, model_output: Tensor, sample: Tensor) -> Tensor:
@@ -340,12 +350,11 @@ class PlanScheduler:
         s is a quantile of each sample's |x_0^|, clamped to 1..sample_max_value. Half precision is thresholded in float32.
         """
         dtype = torch.promote_types(sample.dtype, model_output.dtype)
-        coefficients = plan.table(sample.device)[row]
-        p, q = (per_sample(coefficients[..., COLUMNS.index(name)], sample) for name in ("p", "q"))
+        p, q = (per_sample(column, sample) for column in plan.table(sample.device)[row].unbind(-1)[:2])
         x_t, m = (x.to(torch.promote_types(dtype, torch.float32)) for x in (sample, model_output[:, : sample.shape[1]]))
         x_0 = p * x_t + q * m
-        s = torch.quantile(x_0.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
-        s = per_sample(s.clamp(min=1, max=self.config.sample_max_value), x_0)
+        quantile = torch.quantile(x_0.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
+        s = per_sample(quantile, x_0).clamp(min=1, max=self.config.sample_max_value)
         return (x_0.clamp(-s, s) / s).to(dtype)
 
     # ---------------------------------------------------------------------------------------------------- forward process

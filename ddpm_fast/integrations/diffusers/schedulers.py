@@ -23,7 +23,7 @@ from torch import Tensor
 from ...checks import check_choice, check_int, check_number, check_one_of, check_range
 from ...errors import expect
 from ...ops import reverse_step
-from ...plan import VARIANCE_TYPES, SamplingPlan, checked_timesteps, ddim_inversion_plan, ddim_plan, ddpm_plan, dpm_solver_plan
+from ...plan import VARIANCE_TYPES, SamplingPlan, ddim_inversion_plan, ddim_plan, ddpm_plan, dpm_solver_plan
 from ...plan.levels import count_levels, noise_ratios
 from ...plan.rows import plan_from_columns
 from ...schedule import NoiseSchedule, Objective
@@ -36,6 +36,8 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
     Raises:
         ValueError: An argument is out of range, or a beta is outside (0, 1].
     """
+
+    _to_next = True
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -117,10 +119,14 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
                 chain.
             TypeError: An argument has an unsupported type or dtype.
         """
-        t, known = self._read(timestep, model_output, sample)
-        steps = self._steps()
-        outside = [each for each in known if steps.rows[each] >= steps.chain.num_steps]
-        expect(not outside, f"{type(self).__name__}.step", "timestep", "to be one of the scheduler's timesteps", outside)
+        steps, t, known = self._read(timestep, model_output, sample)
+        expect(
+            all(steps.rows[each] < steps.chain.num_steps for each in known),
+            f"{type(self).__name__}.step",
+            "timestep",
+            "to be one of the scheduler's timesteps",
+            known,
+        )
         # At t = 0 sigma is 0, and diffusers draws nothing.
         noise = self._noise(model_output, sample, generator) if not known or any(known) else torch.zeros_like(sample)
         pair = self._advance(steps, t, known, model_output, sample, noise)
@@ -135,12 +141,6 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
             variance=self.config.variance_type if self.config.variance_type in VARIANCE_TYPES else "fixed_small",
             clip=self._clip,
         )
-
-    def _previous(self, timesteps: Tensor) -> Tensor:
-        """Return the next timestep of the chain below each timestep."""
-        chain = checked_timesteps(type(self).__name__, self.schedule.num_timesteps, None, self._chain, must_descend=True)
-        ascending = torch.cat([torch.tensor([-1]), chain.flip(0)])
-        return ascending[torch.searchsorted(ascending, timesteps) - 1]
 
 
 class DDIMScheduler(PlanScheduler, diffusers.DDIMScheduler):
@@ -228,8 +228,7 @@ class DDIMScheduler(PlanScheduler, diffusers.DDIMScheduler):
         """
         eta = eta.item() if isinstance(eta, np.generic) else eta
         check_number(f"{type(self).__name__}.step", "eta", eta, 0, finite=True)
-        t, known = self._read(timestep, model_output, sample)
-        steps = self._steps(eta, bool(use_clipped_model_output))
+        steps, t, known = self._read(timestep, model_output, sample, eta, bool(use_clipped_model_output))
         noise = self._noise(model_output, sample, generator, variance_noise) if eta > 0 else None
         pair = self._advance(steps, t, known, model_output, sample, noise)
         return scheduling_ddim.DDIMSchedulerOutput(*pair) if return_dict else pair
@@ -281,14 +280,16 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
         **kwargs: Any,
     ) -> None:
         if kwargs.get("set_alpha_to_zero") is not None:  # its deprecated name
-            set_alpha_to_one = kwargs["set_alpha_to_zero"]
-        self._starts_at_x_0 = set_alpha_to_one
-        # Its plan's builder would say so of an argument that this scheduler has not.
-        wanted = 'to be "epsilon" or "v_prediction" with set_alpha_to_one, as an image alone does not determine epsilon'
-        fits = prediction_type != "sample" or not set_alpha_to_one
-        expect(fits, type(self).__name__, "prediction_type", wanted, "'sample'")
+            self.register_to_config(set_alpha_to_one=kwargs["set_alpha_to_zero"])
+        expect(  # its plan's builder would say so of an argument that this scheduler has not
+            prediction_type != "sample" or not self.config.set_alpha_to_one,
+            type(self).__name__,
+            "prediction_type",
+            'to be "epsilon" or "v_prediction" with set_alpha_to_one, as an image alone does not determine epsilon',
+            "'sample'",
+        )
         self._set_up()
-        self.initial_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+        self.initial_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
         self._timesteps = torch.arange(num_train_timesteps)
 
     def _spaced(self, name: str, num_steps: Any) -> Tensor:
@@ -320,8 +321,8 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
             ValueError: An argument has an unsupported value or shape, or set_timesteps was not called.
             TypeError: An argument has an unsupported type or dtype.
         """
-        t, known = self._read(timestep, model_output, sample)
-        pair = self._advance(self._steps(), t, known, model_output, sample, None)
+        steps, t, known = self._read(timestep, model_output, sample)
+        pair = self._advance(steps, t, known, model_output, sample, None)
         return scheduling_ddim_inverse.DDIMSchedulerOutput(*pair) if return_dict else pair
 
     def _plan(self, timesteps: Sequence[int], previous: Sequence[int] | None) -> SamplingPlan:
@@ -333,7 +334,7 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
             previous=None if previous is None else previous[::-1],
             prediction=self.config.prediction_type,
             clip=self._clip,
-            initial_alpha_bar=1.0 if self._starts_at_x_0 else float(self.schedule.alpha_bars[0]),
+            initial_alpha_bar=1.0 if self.config.set_alpha_to_one else float(self.schedule.alpha_bars[0]),
         )
 
     def _has_step(self) -> Tensor:
@@ -350,8 +351,6 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
     Raises:
         ValueError: An argument is out of range or not supported, or a beta is outside (0, 1].
     """
-
-    _clip = None
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -389,9 +388,8 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
             algorithm_type="dpmsolver++" if algorithm_type == "deis" else algorithm_type,
             solver_type="midpoint" if solver_type in ("logrho", "bh1", "bh2") else solver_type,
         )
-        config, name = self.config, type(self).__name__
-        check_choice(name, "algorithm_type", config.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
-        check_number(name, "lambda_min_clipped", lambda_min_clipped)
+        check_choice(type(self).__name__, "algorithm_type", self.config.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
+        check_number(type(self).__name__, "lambda_min_clipped", lambda_min_clipped)
         for key in (
             "use_exponential_sigmas",
             "use_beta_sigmas",
@@ -400,11 +398,11 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
             "use_dynamic_shifting",
         ):
             expect(
-                not config[key],
-                name,
+                not self.config[key],
+                type(self).__name__,
                 key,
                 "to be false",
-                f"{config[key]}: timestep_spacing and use_karras_sigmas are supported",
+                f"{self.config[key]}: timestep_spacing and use_karras_sigmas are supported",
             )
         self._set_up(_schedule)
         ratios = noise_ratios(self.schedule.alpha_bars)
@@ -417,7 +415,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         """Forget the steps taken."""
         self.model_outputs: list[Tensor | None] = [None] * self.config.solver_order
         self.lower_order_nums = 0
-        self._step_index: int | None = None
+        self._step_index: Any = None
         self._begin_index: int | None = None
 
     # --------------------------------------------------------------------------------------------------------- timesteps
@@ -447,7 +445,6 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         expect(mu is None, name, "mu", "to be None, as dynamic shifting is not supported", mu)
         expect(timesteps is None or not is_karras, name, "timesteps", "to be None with use_karras_sigmas", timesteps)
         self._set_chain(num_inference_steps, device, timesteps)
-        self.num_inference_steps = len(self._chain)
         self._restart()
 
     def _spaced(self, name: str, num_steps: Any) -> Tensor:
@@ -486,41 +483,45 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
     def _build(self, *options: Any) -> Steps:
         config, count, spacing = self.config, len(self._chain), self._chain.tolist()
         levels: dict[str, Any] = {"spacing": "karras", "num_steps": count} if config.use_karras_sigmas else {}
-        # With thresholding, the steps take x_0^ in the place of the model's output.
-        given: dict[str, Any] = {"prediction": "sample", **levels} if config.thresholding else levels
-        orders = tuple(self._plan(spacing, order=order, **given) for order in range(1, config.solver_order + 1))
-        chain = self._plan(spacing, learned_variance=self._is_learned, **levels)
+        orders = tuple(
+            self._plan(
+                spacing,
+                order=order,
+                # With thresholding, the steps take x_0^ in the place of the model's output.
+                prediction="sample" if config.thresholding else config.prediction_type,
+                **levels,
+            )
+            for order in range(1, config.solver_order + 1)
+        )
+        chain = self._plan(
+            spacing,
+            learned_variance=config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon",
+            **levels,
+        )
         chain = chain if torch.equal(chain.timesteps, self._chain) else replace(chain, timesteps=self._chain)
         abar = torch.cat([chain.alpha_bars, chain.alpha_bars_prev[-1:], self.schedule.alpha_bars])
         self.sigmas = noise_ratios(abar[: count + 1]).float()
         unused, columns = torch.zeros_like(abar), {"k1": abar.sqrt(), "k2": (1 - abar).sqrt()}
         plan = plan_from_columns(Objective(self.schedule), unused.long(), abar, abar, None, p=unused, **columns)
         rows = torch.arange(count + 1, len(abar))
-        for t in spacing:
-            rows[t] = self.index_for_timestep(t, self._chain)  # type: ignore[attr-defined]  # diffusers'
+        rows[self._chain] = torch.tensor([self.index_for_timestep(t, self._chain) for t in spacing])  # type: ignore[attr-defined]
         return Steps(chain, plan, rows.tolist(), {}, orders)
 
     def _plan(self, timesteps: Sequence[int], previous: Sequence[int] | None = None, **options: Any) -> SamplingPlan:
         """Return the plan of steps from timesteps. Options stand in for the arguments of `dpm_solver_plan`."""
-        config = self.config
-        arguments = {
+        defaults = {
             "num_steps": None,
-            "order": config.solver_order,
-            "eta": 1.0 if config.algorithm_type == "sde-dpmsolver++" else 0.0,
-            "solver": config.solver_type,
+            "order": self.config.solver_order,
+            "eta": 1.0 if self.config.algorithm_type == "sde-dpmsolver++" else 0.0,
+            "solver": self.config.solver_type,
             "spacing": timesteps,
-            "final": config.final_sigmas_type,
-            "lower_order_final": bool(config.lower_order_final),
-            "euler_at_final": bool(config.euler_at_final),
-            "prediction": config.prediction_type,
+            "final": self.config.final_sigmas_type,
+            "lower_order_final": bool(self.config.lower_order_final),
+            "euler_at_final": bool(self.config.euler_at_final),
+            "prediction": self.config.prediction_type,
             "clip": None,
         }
-        return dpm_solver_plan(self.schedule, **{**arguments, **options})
-
-    @property
-    def _is_learned(self) -> bool:
-        """True if the model's output may have variance channels, which are not used."""
-        return self.config.variance_type in ("learned", "learned_range") and self.config.prediction_type == "epsilon"
+        return dpm_solver_plan(self.schedule, **{**defaults, **options})
 
     # -------------------------------------------------------------------------------------------------------------- step
 
@@ -556,31 +557,30 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
                 chain has ended.
             TypeError: An argument has an unsupported type or dtype.
         """
-        t, steps = self._read(timestep, model_output, sample, 1)[0], self._steps()
+        steps, t, _ = self._read(timestep, model_output, sample, most=1)
         if self._step_index is None:
             self._init_step_index(t)  # type: ignore[attr-defined]  # diffusers'
-        index = cast(int, self._step_index)
         expect(
-            0 <= index < len(self._chain),
+            0 <= self._step_index < len(self._chain),
             f"{type(self).__name__}.step",
             "",
             f"one of the {len(self._chain)} steps of set_timesteps",
-            f"step {index}: call set_timesteps again to begin another chain",
+            f"step {self._step_index}: call set_timesteps again to begin another chain",
         )
         noise = (
             self._noise(model_output, sample, generator, variance_noise, torch.float32)
             if self.config.algorithm_type == "sde-dpmsolver++"
             else None
         )
-        if self._is_learned and model_output.shape[1] == 2 * sample.shape[1]:
+        if steps.chain.variance != "fixed" and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
         if self._thresholds:
-            model_output = self._thresholded(steps.chain, index, model_output, sample)
+            model_output = self._thresholded(steps.chain, self._step_index, model_output, sample)
         plan = steps.orders[min(self.lower_order_nums, len(steps.orders) - 1)]
-        x_prev, x_0 = self._reverse_step(plan, index, model_output, sample, noise, *reversed(self.model_outputs))
+        x_prev, x_0 = self._reverse_step(plan, self._step_index, model_output, sample, noise, *reversed(self.model_outputs[1:]))
         self.model_outputs = [*self.model_outputs[1:], x_0]
         self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
-        self._step_index = index + 1
+        self._step_index += 1
         return scheduling_utils.SchedulerOutput(prev_sample=x_prev) if return_dict else (x_prev,)
 
     # ---------------------------------------------------------------------------------------------------- forward process
