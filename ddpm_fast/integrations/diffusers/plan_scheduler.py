@@ -350,7 +350,8 @@ class PlanScheduler:
         s is a quantile of each sample's |x_0^|, clamped to 1..sample_max_value. Half precision is thresholded in float32.
         """
         dtype = torch.promote_types(sample.dtype, model_output.dtype)
-        p, q = (per_sample(column, sample) for column in plan.table(sample.device)[row].unbind(-1)[:2])
+        coefficients = plan.table(sample.device)[row]
+        p, q = (per_sample(coefficients[..., COLUMNS.index(name)], sample) for name in ("p", "q"))
         x_t, m = (x.to(torch.promote_types(dtype, torch.float32)) for x in (sample, model_output[:, : sample.shape[1]]))
         x_0 = p * x_t + q * m
         quantile = torch.quantile(x_0.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
