@@ -33,7 +33,7 @@ def frozen_process(process: Any, dtype: torch.dtype | None, device: Any, num_tim
             "train a ddpm_fast.UNet in its place, or draw with ddpm_fast.sample and ddpm_fast.plan_of, which take it as it is"
         )
         got = f"a {type(model).__name__}, " + (
-            "which is frozen already" if isinstance(model, FrozenModule) else f"whose layers are others: {advice}"
+            "which is frozen already" if isinstance(model, FrozenModule) else f"which freeze does not know: {advice}"
         )
         raise InvalidType("freeze", "x.model", "to be a ddpm_fast.UNet", got)
     expect(
@@ -108,7 +108,7 @@ def _check_tables(process: Any, schedule: NoiseSchedule) -> None:
 
 
 @checked()
-def load_checkpoint(process: nn.Module, path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema") -> int:
+def load_checkpoint(process: Any, path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema") -> int:
     """Load a checkpoint of denoising-diffusion-pytorch's Trainer (model-N.pt) without running its code.
 
     Args:

@@ -65,6 +65,7 @@ class FrozenModule(nn.Module):
         Timesteps may be one for all images, and labels of any integer dtype, as in the libraries.
 
         Raises:
+            TypeError: x is no tensor.
             ValueError: x records gradients, or what `FrozenUNet` raises.
         """
         check_type(self._original, "x", x, Tensor)
@@ -110,7 +111,7 @@ class FrozenModule(nn.Module):
     def _refuse(self, what: str, *arguments: Any) -> NoReturn:
         name = type(self).__name__
         got = f"one: change, move, save or train the {self._original} from which it was made, and freeze that again"
-        raise InvalidValue(name, "", f"no {what}, as it is frozen", got)
+        raise InvalidValue(name, "", f"no {what}, because the network is frozen", got)
 
 
 def _refusing(method: str) -> Callable[..., NoReturn]:

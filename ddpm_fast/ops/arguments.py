@@ -25,7 +25,7 @@ def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any], *, may_be_same:
         may_be_same: Whether `out` may be an input itself.
     """
     out_begin, out_end = _extent(out)
-    if out_begin == (0, 0):
+    if out_begin == (0, 0):  # its storage was freed, or it has no elements
         check_storage(op, "out", out)
     for name, x in inputs.items():
         if not isinstance(x, Tensor):

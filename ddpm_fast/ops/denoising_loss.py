@@ -80,7 +80,7 @@ def denoising_loss(
     else:
         objective = objective_of(op, schedule, prediction)
         target, factor = objective.on(x_0.device), objective.out_channels(1)
-        check_float(op, "x_0", x_0, min_dim=factor)  # one with channels, if the output has twice as many
+        check_float(op, "x_0", x_0, min_dim=2 if factor > 1 else 1)  # a learned variance doubles the channels
     total = target.table.shape[0]
     model_output, t, seeds = checked_loss(op, model_output, x_0, t, total, noise, seeds, reduction, factor)
     model_output = model_output if factor == 1 else model_output[:, : x_0.shape[1]]

@@ -30,7 +30,7 @@ _DRAWING: Final = {  # objects that hold a network, by the library and the class
 
 
 def check_model(caller: str, model: Model) -> None:
-    """Raise a TypeError unless `model` is a callable object. A class is not one, and what draws does not take x_t and t."""
+    """Raise a TypeError unless `model` may be called as model(x_t, t). Classes and pipelines take other arguments."""
     for kind in type(model).__mro__:
         if advice := _DRAWING.get((kind.__module__.partition(".")[0], kind.__name__)):
             got = f"a {type(model).__name__} x: {advice}"
@@ -47,7 +47,8 @@ def sampling_device(caller: str, model: Model, device: torch.device | str | None
     """
     model_device, _ = device_and_dtype(model)
     unnumbered = torch.device(model_device.type)
-    asked = computing_device(caller, unnumbered if device is None else device)
+    expect(model_device.type != "meta", caller, "model", "to have weights", "some on the meta device")
+    asked = unnumbered if device is None else computing_device(caller, device)
     on_first = model_device.type == "cuda" and not model_device.index and isinstance(model, nn.Module)
     if asked == unnumbered and not on_first:
         return model_device
@@ -127,7 +128,7 @@ def check_takes_labels(caller: str, model: Model, name: str, value: object) -> N
     try:
         signature.bind(None, None, None)
     except TypeError:
-        wanted = "to be None, as the model takes no labels beside x_t and t"
+        wanted = "to be None, as the model takes x_t and t alone"
         raise InvalidValue(caller, name, wanted, repr(value)) from None
 
 

@@ -294,7 +294,7 @@ def test_a_frozen_process_is_immutable_and_leaves_its_original() -> None:
         *(frozen.train, frozen.state_dict, frozen.half, lambda: setattr(frozen.model, "channels", 3)),
     ):
         with pytest.raises(
-            ValueError, match=r"^FrozenModule: expected no .*, as it is frozen, got one: .* the UNet from which"
+            ValueError, match=r"^FrozenModule: expected no .*, because the network is frozen, got one: .* the UNet from which"
         ):
             change()
     with pytest.raises(TypeError, match="it cannot be pickled: save the UNet"):
@@ -329,7 +329,7 @@ def test_networks_that_a_process_cannot_be_frozen_with_are_named() -> None:
             freeze(network)
     with pytest.raises(
         TypeError,
-        match=r"expected x\.model to be a ddpm_fast\.UNet, got a Unet, whose layers are others: train a ddpm_fast\.UNet in",
+        match=r"expected x\.model to be a ddpm_fast\.UNet, got a Unet, which freeze does not know: train a ddpm_fast\.UNet in",
     ):
         freeze(process)
     with pytest.raises(ValueError, match=r"expected x\.model to have no classes, which the process does not know"):

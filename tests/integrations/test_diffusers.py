@@ -599,6 +599,16 @@ def test_variances_that_are_not_a_number_in_diffusers(variance: str) -> None:
     torch.testing.assert_close(got, plain + (std - small) * noise, rtol=0, atol=1e-6)
 
 
+def test_a_timestep_between_those_of_a_chain_goes_to_the_next_of_them() -> None:
+    """A timestep on a GPU is not read, so it may be any."""
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(timesteps=[999, 500, 10])
+    steps, abar = scheduler._steps(), scheduler.schedule.alpha_bars
+    for t, next_one in ((600, 500), (501, 500), (400, 10), (11, 10)):
+        assert steps.plan.alpha_bars_prev[steps.rows[t]] == abar[next_one]
+    assert steps.plan.alpha_bars_prev[steps.rows[5]] == 1
+
+
 def test_trailing_timesteps_end_above_minus_one() -> None:
     """For some counts diffusers' list has one more, -1, at which it takes the last abar for the first."""
     theirs, ours = (

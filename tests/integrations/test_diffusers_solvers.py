@@ -719,6 +719,10 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         lambda: _set(9, timestep_spacing="leading", steps_offset=150),
         "expected timesteps with steps_offset in 0..999, got values from 250 to 1050",
     ),
+    (
+        lambda: _set(10, timestep_spacing="leading", steps_offset=-91),
+        "expected timesteps with steps_offset in 0..999, got values from -1 to",
+    ),
     (lambda: _set(9, lambda_min_clipped=9.0), r"expected lambda_min_clipped to be at most \d.*, lambda at timestep 1, got 9.0"),
     (lambda: _set(1, trained_betas=[0.1, 0.3]), "expected num_train_timesteps to be 2, .* got 1000"),
     (_listed([3, 3]), r"timesteps to be strictly descending timesteps in 0..999, got \[3, 3\]"),

@@ -268,7 +268,7 @@ def test_what_was_done_can_be_read() -> None:
     assert text.splitlines()[1:] == [
         "  1 fused: UNet2DModel",
         "  16 fused: ResnetBlock2D",
-        "  4 left: nothing is known of a SiLU after it in Attention",
+        "  4 left: no known SiLU follows it in Attention",
     ]
 
 
@@ -286,7 +286,7 @@ def test_any_sequential(dims: int) -> None:
     expected, slice_of_it = model(x), model[1:3](x)
     report = fuse(model)
     assert report.fused.keys() == {"1", "4"}
-    assert report.left == {"6": "nothing is known of a SiLU after it in Sequential"}
+    assert report.left == {"6": "no known SiLU follows it in Sequential"}
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(model[1:3](x), slice_of_it)
     torch.testing.assert_close(model[2:](model[:2](x)), expected)  # cut between norm and SiLU
@@ -353,7 +353,7 @@ LEFT: list[tuple[str, Callable[[nn.Module], Any], str, str]] = [
     ("UNet2DModel", shared, "conv_norm_out", "UNet2DModel.conv_act is used elsewhere, too"),
     ("guided-diffusion", hooked("out.1", "register_forward_hook"), "out.0", "Sequential.1 has hooks"),
     ("guided-diffusion", patched("out"), "out.0", "Sequential has another forward than the known class"),
-    ("guided-diffusion", replaced("out.1", nn.Dropout(0.1)), "out.0", "nothing is known of a SiLU after it in Sequential"),
+    ("guided-diffusion", replaced("out.1", nn.Dropout(0.1)), "out.0", "no known SiLU follows it in Sequential"),
     ("EDM", hooked(f"{EDM}.norm0", "register_forward_hook"), f"{EDM}.norm1", "UNetBlock.norm0 has hooks"),
     ("EDM", patched(EDM), f"{EDM}.norm1", "UNetBlock has another forward than the known class"),
 ]

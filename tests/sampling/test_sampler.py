@@ -582,5 +582,6 @@ def test_what_draws_is_no_model_and_the_error_says_what_to_pass() -> None:
 
 
 def test_a_model_without_weights_is_refused() -> None:
-    with refused(InvalidValue("Sampler", "device", "to be one that computes", "meta")):
-        Sampler(tiny_unet().to("meta"), ddpm_plan(SCHEDULE))
+    for device in (None, "cpu"):
+        with refused(InvalidValue("Sampler", "model", "to have weights", "some on the meta device")):
+            Sampler(tiny_unet().to("meta"), ddpm_plan(SCHEDULE), device=device)

@@ -183,6 +183,8 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         InvalidValue("load_dataset", "image_size", "to be a positive integer, (height, width) or None, each at least 1", [0, 0])
     ):
         load_dataset("digits", image_size=0)
+    with refused(InvalidValue("load_dataset", "channels", "to be a positive integer or None", "0")):
+        load_dataset("cifar10", str(tmp_path), channels=0)
     with pytest.raises(ValueError, match=r"to hold images .* got none"):
         load_dataset(str(tmp_path))
 

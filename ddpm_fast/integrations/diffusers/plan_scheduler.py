@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -142,7 +143,7 @@ class PlanScheduler:
         eps = torch.finfo(table.dtype).eps if table.is_floating_point() else 0
         # Each step rounds beta, alpha and their product in float32, which moves abar by beta / alpha, 1 and 1 times its eps.
         relative = 2**-23 * (1 + 1 / self.schedule.alphas.clamp(min=2**-23)).cumsum(0) + eps
-        # 2^-24 is the smallest positive number of float16, and what diffusers puts in the place of 0.
+        # 2^-24 is the smallest positive number of float16, and diffusers replaces 0 by it.
         return given.shape == exact.shape and bool(((given - exact).abs() <= exact * relative + 2**-24).all())
 
     # --------------------------------------------------------------------------------------------------------- timesteps
@@ -223,14 +224,16 @@ class PlanScheduler:
 
     def _build(self, *options: Any) -> Steps:
         """Return the steps of the chain's plan, and further ones from the timesteps between."""
-        # diffusers' steps go T // S lower, which may be between the chain's timesteps. It has none before set_timesteps:
-        # assigned timesteps then go each to the next.
+        # diffusers' steps go T // S lower, which may be between the chain's timesteps. Before set_timesteps there is no S, so
+        # assigned timesteps go each to the next.
         stride = self.schedule.num_timesteps // (self.num_inference_steps or len(self._chain))
         previous = None if self._to_next or self.num_inference_steps is None else (self._chain - stride).clamp(min=-1).tolist()
         chain = plan = self._plan(self._chain.tolist(), previous, *options)
         between = sorted({*self._has_step().nonzero()[:, 0].tolist()} - {*chain.timesteps.tolist()})
         if between:
-            others = self._plan(between, [max(t - stride, -1) for t in between], *options)
+            ascending = [-1, *sorted(self._chain.tolist())]
+            below = [ascending[bisect_left(ascending, t) - 1] if self._to_next else max(t - stride, -1) for t in between]
+            others = self._plan(between, below, *options)
             plan = replace(
                 chain,
                 timesteps=torch.cat([chain.timesteps, others.timesteps]),
@@ -270,7 +273,7 @@ class PlanScheduler:
             model_output: As in `step`.
             sample: As in `step`.
             *options: As in `_steps`.
-            most: The number of timesteps if they are not 1. None: the number of samples.
+            most: The number of timesteps that may be given instead of 1. None: the number of samples.
         """
         name, last = f"{type(self).__name__}.step", self.schedule.num_timesteps - 1
         check_float(name, "model_output", model_output)
@@ -340,8 +343,8 @@ class PlanScheduler:
         seeds = None
         if noise is None and plan.is_random:
             seeds = self.seeds = self.seeds.to(x_t.device) if isinstance(self.seeds, Tensor) else self.seeds
-        named = zip(("noise", "x_0_prev", "x_0_prev2"), (noise, *before), strict=False)
-        given: Any = {name: x.to(x_t) for name, x in named if x is not None}
+        names = ("noise", "x_0_prev", "x_0_prev2")[: 1 + len(before)]
+        given: Any = {name: x.to(x_t) for name, x in zip(names, (noise, *before), strict=True) if x is not None}
         return cast("tuple[Tensor, Tensor]", reverse_step(x_t, m, row, plan, seeds=seeds, return_x_0=True, **given))
 
     def _thresholded(self, plan: SamplingPlan, row: int | Tensor, model_output: Tensor, sample: Tensor) -> Tensor:

@@ -280,16 +280,17 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
         **kwargs: Any,
     ) -> None:
         if kwargs.get("set_alpha_to_zero") is not None:  # its deprecated name
-            self.register_to_config(set_alpha_to_one=kwargs["set_alpha_to_zero"])
-        expect(  # its plan's builder would say so of an argument that this scheduler has not
-            prediction_type != "sample" or not self.config.set_alpha_to_one,
+            set_alpha_to_one = kwargs["set_alpha_to_zero"]
+        self._starts_at_x_0 = set_alpha_to_one
+        expect(  # its plan's builder would name an argument that this scheduler does not have
+            prediction_type != "sample" or not set_alpha_to_one,
             type(self).__name__,
             "prediction_type",
             'to be "epsilon" or "v_prediction" with set_alpha_to_one, as an image alone does not determine epsilon',
             "'sample'",
         )
         self._set_up()
-        self.initial_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+        self.initial_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
         self._timesteps = torch.arange(num_train_timesteps)
 
     def _spaced(self, name: str, num_steps: Any) -> Tensor:
@@ -334,7 +335,7 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
             previous=None if previous is None else previous[::-1],
             prediction=self.config.prediction_type,
             clip=self._clip,
-            initial_alpha_bar=1.0 if self.config.set_alpha_to_one else float(self.schedule.alpha_bars[0]),
+            initial_alpha_bar=1.0 if self._starts_at_x_0 else float(self.schedule.alpha_bars[0]),
         )
 
     def _has_step(self) -> Tensor:
@@ -475,8 +476,9 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         theirs.alphas_cumprod = theirs.alphas_cumprod.numpy()  # NumPy 2 deprecates how diffusers turns a tensor to an array
         theirs.set_timesteps(num_steps)
         listed: Tensor = theirs.timesteps
-        # diffusers lists -1 for some numbers of "trailing", and a timestep twice for as many as there are.
-        return listed if spacing == "karras" else listed[listed != -1].unique_consecutive()
+        if spacing == "trailing":  # for some numbers of steps diffusers lists -1
+            listed = listed[listed != -1]
+        return listed if spacing == "karras" else listed.unique_consecutive()  # diffusers may list a timestep twice
 
     # ------------------------------------------------------------------------------------------------------------- plans
 
@@ -487,7 +489,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
             self._plan(
                 spacing,
                 order=order,
-                # With thresholding, the steps take x_0^ in the place of the model's output.
+                # With thresholding, the steps take x_0^ instead of the model's output.
                 prediction="sample" if config.thresholding else config.prediction_type,
                 **levels,
             )
@@ -608,7 +610,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
 
 
 def _schedule(config: Any) -> NoiseSchedule:
-    """Return the configuration's noise schedule, with abar = 2^-24 in the place of 0, as in diffusers.
+    """Return the configuration's noise schedule, with abar = 2^-24 instead of 0, as in diffusers.
 
     sigma / alpha is then finite. Timesteps before the last may have a smaller abar, which diffusers keeps. It is raised, so
     that noise levels descend.

@@ -37,7 +37,7 @@ def load_dataset(
     *,
     split: Literal["train", "test"] = "train",
     image_size: int | Sequence[int] | None = None,
-    channels: int | None = None,
+    channels: Annotated[int | None, within(low=1)] = None,
     data_range: _Range = "measured",
     condition: str | os.PathLike[str] | None = None,
     condition_range: _Range = "measured",
