@@ -1,4 +1,4 @@
-// The digest of the sources of this build. A file of its own, as it is compiled after each change.
+// The digest of the sources of this build. A separate file, because each change compiles it again.
 namespace ddpm_fast {
 
 extern const char* const build_sources;

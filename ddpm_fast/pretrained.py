@@ -178,7 +178,7 @@ def load_folder(
 
     Args:
         path: A folder in diffusers' layout, with unet/ and scheduler/ or the files of both at its root.
-            A plan.json beside them becomes `Pretrained.plan`. Or the folder of a training run: the averaged network of
+            A plan.json next to them becomes `Pretrained.plan`. Or the folder of a training run: the averaged network of
             the newest checkpoint is loaded.
         device: Device of the weights. None: the CPU.
         dtype: Dtype of the weights. None: float32.

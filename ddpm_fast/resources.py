@@ -44,13 +44,13 @@ def no_folder(path: str | os.PathLike[str]) -> str:
     with suppress(OSError):  # there is no parent, or it may not be read
         beside = [each.name for each in path.parent.iterdir() if any(each.glob("*.json")) or (each / "unet").is_dir()]
     for close in difflib.get_close_matches(path.name, beside, 1):
-        return f"{text!r}, which is none; did you mean {str(path.with_name(close))!r}?"
+        return f"{text!r}, which does not exist; did you mean {str(path.with_name(close))!r}?"
     reason, parent = "", str(path.parent)
     if parent != ".":
         reason = f": {parent!r} has no such folder" if os.path.isdir(parent) else f": there is no folder {parent!r}"
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) and not path.parent.is_dir():  # it may be a hub's owner/name
         reason += f"; a model of the Hugging Face hub is downloaded first: hf download {text} --local-dir {path.name}"
-    return f"{text!r}, which is none{reason}"
+    return f"{text!r}, which does not exist{reason}"
 
 
 def existing_folder(path: Path) -> Path:

@@ -133,7 +133,7 @@ bool can_start_threads() { return getpid() == loaded_in; }
 void start_team(int threads, void (*body)(void*, TeamMember&), void* context) {
   Team team(threads);
   // OpenMP's own wait at the end of the region. A wait that sleeps, as in `finish`, made loops of 1 ms up to three times
-  // slower beside busy neighbours: threads that slept come late to the end.
+  // slower with busy neighbours, because threads that slept come late to the end.
 #pragma omp parallel num_threads(threads)
   {
     TeamMember member(team, omp_get_thread_num());

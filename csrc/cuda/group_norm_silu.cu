@@ -29,7 +29,7 @@ struct Forward {
 };
 
 // Coefficients of a channel: act((x + shift - mean) a + b). b includes shift and mean except in float32, which would lose
-// precision if the mean is large beside the deviations.
+// precision if the mean is large relative to the deviations.
 struct Coefficients {
   float a, b, shift, mean;
 };

@@ -25,7 +25,7 @@ _WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 @click.version_option(__version__, prog_name="ddpm-fast")
 def main() -> None:
     """Train, sample, edit and evaluate denoising diffusion probabilistic models."""
-    # Idle threads sleep instead of spinning, or programs beside this one slow it down several times. The OpenMP runtime reads
+    # Idle threads sleep instead of spinning, or other programs slow this one down several times. The OpenMP runtime reads
     # the variable when PyTorch is loaded. If torch is loaded already, another program uses this as a library, so leave its
     # environment alone.
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAIT_VARIABLES):

@@ -42,7 +42,7 @@ _COLUMNS = 8  # at most, of a grid with conditions
 
 
 @click.command("sample", cls=Command)
-# torchrun takes --num for an abbreviation of its own options.
+# torchrun parses --num as one of its own options.
 @click.option(
     "--num",
     "--num-samples",

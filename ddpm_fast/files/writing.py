@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file to write to. On exit, flush it to disk and rename it to `path` in one step.
 
     `path` holds either all old or all new bytes, even after a crash. Of several writers the last one wins. A link at
-    `path` is replaced, not followed. If the body raises, `path` stays as it is.
+    `path` is replaced, not followed. If the body raises, `path` stays unchanged.
 
     Args:
         path: File to replace. Its folder exists.

@@ -82,8 +82,8 @@ def sampling_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def adapted(caller: str, model: Model, device: torch.device, dtype: torch.dtype | None, num_timesteps: int) -> Adapter:
     """Return the adapter of the network that computes `model` fastest.
 
-    A `UNet` is frozen. Any other model is used as it is, or copied to another device or dtype. A `UNet` that
-    cannot be frozen is treated so too, with a warning that names the reason.
+    A `UNet` is frozen. Any other model is used unchanged, or copied to another device or dtype. So is a `UNet` that
+    cannot be frozen, with a warning that names the reason.
 
     Args:
         caller: Name of the calling function for error messages.

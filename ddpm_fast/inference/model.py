@@ -17,7 +17,7 @@ Model: TypeAlias = Callable[..., Any]
 
 
 def inference_form(model: Model) -> Model:
-    """Return the `FrozenUNet` that a frozen network of another library holds, or any other model as it is."""
+    """Return the `FrozenUNet` that a frozen network of another library holds, or any other model unchanged."""
     return getattr(model, "frozen_unet", model)
 
 

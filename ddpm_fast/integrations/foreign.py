@@ -18,7 +18,7 @@ from ..nn.comparison import hooks_of, patched_methods, why_opaque
 
 
 def unwrapped(name: str, network: Any) -> Any:
-    """Return the network that torch.compile has wrapped, or any other object as it is. `name` names it in errors."""
+    """Return the network that torch.compile has wrapped, or any other object unchanged. `name` names it in errors."""
     if not hasattr(network, "_orig_mod"):
         return network
     hooks = network._forward_hooks or network._forward_pre_hooks

@@ -248,4 +248,4 @@ def _is_plain_norm(module: nn.Module) -> bool:
 
 def _why_unknown(model: nn.Module, name: str) -> str:
     """Return why no kind has the norm of this name."""
-    return f"nothing is known of a SiLU after it in {type(model.get_submodule(name.rpartition('.')[0])).__name__}"
+    return f"no known SiLU follows it in {type(model.get_submodule(name.rpartition('.')[0])).__name__}"

@@ -150,7 +150,7 @@ def _norm_silu(norm: Any, x: Tensor, time: Tensor | None = None, *, modulates: b
 
 
 def _fitting(value: Any, x: Tensor) -> Any:
-    """Return `value` in a dtype that the op accepts beside x."""
+    """Return `value` in a dtype that the op accepts together with x."""
     return value if value is None or value.dtype in (x.dtype, torch.float32) else value.to(x.dtype)
 
 

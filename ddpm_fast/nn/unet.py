@@ -246,13 +246,13 @@ def unet_on_weights(
 
 
 class WithoutDraws(TorchFunctionMode):
-    """A context in which new layers keep their weights as they are allocated.
+    """A context in which new layers do not initialize their weights.
 
     A draw on the meta device imports PyTorch's compiler, which takes seconds.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Return the tensor of a draw as it is. Any other function is called."""
+        """Return the tensor of a draw unchanged. Call any other function."""
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_"):
             return args[0] if args else kwargs["tensor"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def in_autocast(x: Tensor) -> bool:
-    """Return whether autocast is on for x's device. There is none for meta tensors."""
+    """Return whether autocast is on for x's device. Meta tensors have no autocast."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 

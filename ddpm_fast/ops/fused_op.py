@@ -25,7 +25,7 @@ class FusedOp(Execution):
 
     A call chooses the backend and takes one of three paths:
 
-    1. The reference is called as it is, so PyTorch differentiates and compiles it.
+    1. The reference is called directly, so PyTorch differentiates and compiles it.
     2. Plain tensors in eager mode bypass the dispatcher, which takes longer than a small kernel.
     3. Every other call goes through `torch.ops.ddpm_fast.<name>`: a call that is compiled, runs in a dispatch mode, or has
        a tensor subclass or a lazily negated tensor.

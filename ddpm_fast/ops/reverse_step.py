@@ -45,7 +45,7 @@ def reverse_step(
 
     Args:
         x_t: [N, C, ...], floating.
-        model_output: m, shaped like x_t, in x_t's dtype. Half precision is allowed beside float32. With
+        model_output: m, shaped like x_t, in x_t's dtype. Half precision is allowed if x_t is float32. With
             learned variance it has 2 C channels, the prediction first. With guidance it has 2 N samples,
             the conditional half first.
         step: 0..S-1, counted from the first step executed (the largest timestep): an int, a 0-d int64
@@ -166,7 +166,10 @@ def _check_model_output(x_t: Tensor, model_output: Tensor, plan: SamplingPlan, g
     half = (torch.float16, torch.bfloat16)
     if model_output.dtype != x_t.dtype and not (x_t.dtype == torch.float32 and model_output.dtype in half):
         raise InvalidType(
-            op, "model_output", f"to have the dtype of x_t, {x_t.dtype}, or half precision beside float32", model_output.dtype
+            op,
+            "model_output",
+            f"to have the dtype of x_t, {x_t.dtype}, or half precision if that is float32",
+            model_output.dtype,
         )
     check_device(op, "model_output", model_output, "x_t", x_t)
 

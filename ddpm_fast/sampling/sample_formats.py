@@ -175,7 +175,7 @@ class _Npz(SampleFormat):
 
     def finish(self, blocks: Sequence[range], manifest: Mapping[str, Any]) -> None:
         if not self.result.exists():
-            whole = self.path / self.result.name  # a process that is killed leaves no file beside the result
+            whole = self.path / self.result.name  # a process that is killed leaves no file next to the result
             with replacing(whole) as temporary, zipfile.ZipFile(temporary, "w") as archive:
                 self.add(archive, blocks)
             write_json(self.beside, manifest)  # before the archive, which is nobody's without it

@@ -51,7 +51,7 @@ class Sampler:
     sizes, devices and thread counts. Images match up to floating-point rounding in the network.
 
     A `UNet` is frozen (see `freeze`) with the weights that it has now: later changes of the model have no effect. Any other
-    model, and a `UNet` that cannot be frozen, is called as it is, and has to be in eval mode if several Samplers share it.
+    model, and a `UNet` that cannot be frozen, is called unchanged, and has to be in eval mode if several Samplers share it.
 
     A step of a frozen network is one program, from x_t to x_{t-1}. On a GPU it is captured as a CUDA graph. The
     four programs used last are kept. They differ by batch size, guidance scale, number of threads and stream.

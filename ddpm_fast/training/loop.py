@@ -173,7 +173,7 @@ class Saving:
     def if_it_fails(self) -> Iterator[None]:
         """Save the steps that are done if the body fails: a callback, another process, an image, a file, or for want of memory.
 
-        Raise the error with the name of the last good checkpoint. A callback's error stays as it is.
+        Raise the error with the name of the last good checkpoint. A callback's error stays unchanged.
         """
         try:
             yield

@@ -190,7 +190,7 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective)
     factor = 2 ** (len(widths) - 1)
     wanted = f"images whose sides are multiples of {factor} for {len(widths)} levels of channels"
     fitting = [-(-side // factor) * factor for side in (height, width)]
-    got = f"{width}x{height}; choose another image_size, such as {size_of(fitting)}, or fewer levels: fewer numbers in channels"
+    got = f"{width}x{height}; choose another image_size, such as {size_of(fitting)}, or fewer numbers in channels"
     expect(height % factor == 0 and width % factor == 0, "train", "", wanted, got)
     attended = [min(height, width) >> level in options.attention for level in range(len(widths))]
     return {
@@ -207,7 +207,7 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective)
         "resnet_time_scale_shift": "scale_shift" if options.scale_shift else "default",
         "num_class_embeds": len(info.classes) + 1 if labelled else None,
         **({"variance": objective.variance} if objective.predicts_variance else {}),
-        # Images beside sub-folders make a class without a name.
+        # Images next to sub-folders make a class without a name.
         **({"class_names": list(info.classes)} if labelled and all(info.classes) else {}),
         # Ho et al.'s choices
         "downsample_padding": 0,

@@ -183,7 +183,7 @@ class Report:
                     device=task.device,
                     shape=info.shape,
                     progress=False,
-                    cuda_graph=False,  # a graph takes memory beside that of the training
+                    cuda_graph=False,  # a graph would take memory that the training needs
                 )
                 if shown is not None:
                     images = in_bands([shown.condition, images.cpu(), shown.images], columns)

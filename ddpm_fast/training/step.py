@@ -23,7 +23,7 @@ from .options import TrainOptions
 from .state import State
 from .task import Task
 
-_OF_BOUND: Final = 0.001  # weight of the variational bound beside the denoising loss (Nichol and Dhariwal 2021)
+_OF_BOUND: Final = 0.001  # weight of the variational bound in the loss (Nichol and Dhariwal 2021)
 _DRAWN: Final = 4096  # indices that are drawn together, as a call takes longer than an index
 
 

@@ -340,9 +340,10 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--model", "org/name"],
             "expected --model to be a folder .*, got 'org/name', .* hf download org/name --local-dir name",
         ),
-        (["--model", "name"], "expected --model to be a folder that holds a model, got 'name', which is none$"),
-        (["--model", "./trianed"], r"expected --model .* got 'trianed', which is none; did you mean 'trained'\?$"),
-        (["--model", "./flolder.png"], r"expected --model .* got 'flolder\.png', which is none$"),  # folder.png holds no model
+        (["--model", "name"], "expected --model to be a folder that holds a model, got 'name', which does not exist$"),
+        (["--model", "./trianed"], r"expected --model .* got 'trianed', which does not exist; did you mean 'trained'\?$"),
+        # folder.png holds no model
+        (["--model", "./flolder.png"], r"expected --model .* got 'flolder\.png', which does not exist$"),
     ],
 )
 def test_sample_refuses_before_work(

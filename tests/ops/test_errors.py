@@ -141,7 +141,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         InvalidType(
             "reverse_step",
             "model_output",
-            "to have the dtype of x_t, torch.float32, or half precision beside float32",
+            "to have the dtype of x_t, torch.float32, or half precision if that is float32",
             "torch.float64",
         ),
     ),

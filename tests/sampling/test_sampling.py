@@ -555,7 +555,7 @@ def test_labels_for_a_model_that_takes_none_are_refused_before_any_work() -> Non
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         raise AssertionError("the model was called")
 
-    message = r"^sample: expected class_labels to be None, as the model takes no labels beside x_t and t, got 3$"
+    message = r"^sample: expected class_labels to be None, as the model takes x_t and t alone, got 3$"
     with pytest.raises(ValueError, match=message):
         sample(predict, ddpm_plan(SCHEDULE), 2, shape=(1, 4, 4), class_labels=3, progress=False)
 
@@ -659,7 +659,7 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
         ("--gif way.mp3", "expected --gif to end in"),
         ("--device nowhere", "'nowhere'"),
         ("--num 0", "--num"),
-        ("--model nowhere", "expected --model to be a folder that holds a model, got 'nowhere', which is none"),
+        ("--model nowhere", "expected --model to be a folder that holds a model, got 'nowhere', which does not exist"),
     ],
 )
 def test_command_refuses_bad_values_in_a_line(folder: Path, tmp_path: Path, arguments: str, message: str) -> None:
@@ -683,7 +683,7 @@ def test_a_model_that_changes_its_input_is_refused() -> None:
     [
         (tiny_unet(), 3, "to be None, as the model has no classes"),
         (tiny_unet(classes=3), 4, "to be in 0..3"),
-        (lambda x_t, t: x_t, 3, "to be None, as the model takes no labels beside x_t and t"),
+        (lambda x_t, t: x_t, 3, "to be None, as the model takes x_t and t alone"),
     ],
 )
 def test_a_label_for_no_class_has_to_fit_the_model(model: Any, no_label: int, wanted: str) -> None:

@@ -334,7 +334,7 @@ def test_image_sides_must_fit_the_levels(tmp_path: Path) -> None:
             "train",
             "",
             "images whose sides are multiples of 16 for 5 levels of channels",
-            "8x8; choose another image_size, such as 16, or fewer levels: fewer numbers in channels",
+            "8x8; choose another image_size, such as 16, or fewer numbers in channels",
         )
     ):
         train(tmp_path / "run", **QUIET | {"channels": [16] * 5})

@@ -7,7 +7,7 @@ sample's own seed with `scheduler.seeds`. docs/migrating/diffusers.md lists the 
 """
 
 try:
-    # DiffusionPipeline.from_pretrained looks for it beside a scheduler.
+    # DiffusionPipeline.from_pretrained looks for it in the module of a scheduler.
     from diffusers import SchedulerMixin as SchedulerMixin
 except ModuleNotFoundError as error:
     message = f"{error.name} is missing: install it with pip install 'ddpm_fast[diffusers]'"

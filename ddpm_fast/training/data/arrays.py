@@ -96,7 +96,7 @@ def arrays(name: str, source: Source, value_range: Ranges | Literal["measured"] 
             the largest of each channel, or pictures if they are uint8. None: pictures.
 
     Raises:
-        ValueError: An array is none, has another shape or dtype than the first, or has values that are not finite or outside
+        ValueError: An array is no image, has another shape or dtype than the first, or has values not finite or outside
             of the range. The message names it.
     """
     first = _array(source, None, 0)
@@ -121,7 +121,7 @@ def _read_array(source: Source, first: NDArray[Any], ranges: Ranges | None, inde
 
 
 def _array(source: Source, first: NDArray[Any] | None, index: int) -> NDArray[Any]:
-    """Return an array as [C, H, W]. Raise a ValueError if it is none, or unlike the first."""
+    """Return an array as [C, H, W]. Raise a ValueError if it is no image, or unlike the first."""
     place, item = source.place(index), source[index]
     if not isinstance(item, np.ndarray):  # a file
         found = loaded_arrays(str(item))

@@ -82,7 +82,7 @@ class Checked(ItemDataset):
             yield from (each.numpy().tobytes() for each in (image, condition) if each is not None)
 
     def _item(self, index: int, channels: int | None, reads: int | None) -> Item:
-        """Return an item of so many channels. Raise a ValueError that names it if it is none."""
+        """Return an item with so many channels. Raise a ValueError that names it if it has others."""
         place = f"dataset[{index}]"
         try:
             item = self._source[index]
@@ -121,7 +121,7 @@ def _parts(place: str, item: Any) -> tuple[Any, Any, Any]:
 
 
 def _condition(place: str, given: Any, pixels: Tensor, channels: int | None) -> Tensor:
-    """Return a condition as uint8 or float32 [K, ...] on the CPU. Raise a ValueError if it is none."""
+    """Return a condition as uint8 or float32 [K, ...] on the CPU. Raise a ValueError if it is no condition."""
     size = ", ".join(map(str, ["K" if channels is None else channels, *pixels.shape[1:]]))
     wanted = f"to have a condition of uint8 or finite floats [{size}], or a PIL image"
     values = _tensor(place, given, channels, wanted)
