@@ -22,24 +22,24 @@ HUB = "; a model of the Hugging Face hub is downloaded first: hf download {} --l
 @pytest.mark.parametrize(
     ("path", "wanted"),
     [
-        ("runs/mien", "none; did you mean 'runs/mine'?"),
-        ("runs/mien/", "none; did you mean 'runs/mine'?"),
-        ("./runs/mien", "none; did you mean 'runs/mine'?"),
-        (Path("modal"), "none; did you mean 'model'?"),
-        (Path("rums"), "none"),  # runs holds no model itself
-        ("runs/other", "none: 'runs' has no such folder"),
+        ("runs/mien", "does not exist; did you mean 'runs/mine'?"),
+        ("runs/mien/", "does not exist; did you mean 'runs/mine'?"),
+        ("./runs/mien", "does not exist; did you mean 'runs/mine'?"),
+        (Path("modal"), "does not exist; did you mean 'model'?"),
+        (Path("rums"), "does not exist"),  # runs holds no model itself
+        ("runs/other", "does not exist: 'runs' has no such folder"),
         (
             "google/ddpm-cifar10-32",
-            "none: there is no folder 'google'" + HUB.format("google/ddpm-cifar10-32", "ddpm-cifar10-32"),
+            "does not exist: there is no folder 'google'" + HUB.format("google/ddpm-cifar10-32", "ddpm-cifar10-32"),
         ),
-        ("./google/ddpm", "none: there is no folder 'google'"),
-        ("../google/ddpm", "none: there is no folder '../google'"),
-        ("~/models/ddpm", "none: there is no folder '~/models'"),
-        ("/no/such", "none: there is no folder '/no'"),
-        ("a/b/c", "none: there is no folder 'a/b'"),
-        ("file", "a file"),
-        ("elsewhere", "none"),
-        ("runs/" + "x" * 300, "none: 'runs' has no such folder"),
+        ("./google/ddpm", "does not exist: there is no folder 'google'"),
+        ("../google/ddpm", "does not exist: there is no folder '../google'"),
+        ("~/models/ddpm", "does not exist: there is no folder '~/models'"),
+        ("/no/such", "does not exist: there is no folder '/no'"),
+        ("a/b/c", "does not exist: there is no folder 'a/b'"),
+        ("file", "is a file"),
+        ("elsewhere", "does not exist"),
+        ("runs/" + "x" * 300, "does not exist: 'runs' has no such folder"),
     ],
 )
 def test_a_model_folder_that_is_missing_has_advice(
@@ -51,7 +51,7 @@ def test_a_model_folder_that_is_missing_has_advice(
     Path("model/unet").mkdir(parents=True)
     Path("file").touch()
     Path("runs/miem").touch()  # no folder
-    assert no_folder(path) == f"{os.fspath(path)!r}, which is {wanted}"
+    assert no_folder(path) == f"{os.fspath(path)!r}, which {wanted}"
 
 
 def test_folders_that_cannot_be_written_are_refused_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
