@@ -579,7 +579,7 @@ def test_transforms_of_torch_func_go_through_a_fused_model() -> None:
     torch.testing.assert_close(results(), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # it still makes such modules
 def test_modules_of_torchscript_are_left_alone() -> None:
     model = nn.Sequential(torch.jit.script(nn.Linear(8, 8)), nn.GroupNorm(2, 8), nn.SiLU())
     assert list(fuse(model).fused) == ["1"]

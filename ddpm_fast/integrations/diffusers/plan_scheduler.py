@@ -295,18 +295,9 @@ class PlanScheduler:
         self, model_output: Tensor, sample: Tensor, generator: Any, given: Tensor | None = None, dtype: Any = None
     ) -> Tensor | None:
         """Return the noise that is given or that diffusers draws for a step, or None with seeds."""
-        expect(
-            given is None or generator is None,
-            f"{type(self).__name__}.step",
-            "",
-            "at most one of generator and variance_noise",
-            "both",
-        )
-        return (
-            randn_tensor(sample.shape, generator, model_output.device, dtype or model_output.dtype)
-            if given is None and self.seeds is None
-            else given
-        )
+        name, draws = f"{type(self).__name__}.step", given is None and self.seeds is None
+        expect(given is None or generator is None, name, "", "at most one of generator and variance_noise", "both")
+        return randn_tensor(sample.shape, generator, model_output.device, dtype or model_output.dtype) if draws else given
 
     def _advance(
         self, steps: Steps, t: Tensor, known: list[int], model_output: Tensor, sample: Tensor, noise: Tensor | None

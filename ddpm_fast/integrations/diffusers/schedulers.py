@@ -120,13 +120,8 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
             TypeError: An argument has an unsupported type or dtype.
         """
         steps, t, known = self._read(timestep, model_output, sample)
-        expect(
-            all(steps.rows[each] < steps.chain.num_steps for each in known),
-            f"{type(self).__name__}.step",
-            "timestep",
-            "to be one of the scheduler's timesteps",
-            known,
-        )
+        outside = [each for each in known if steps.rows[each] >= steps.chain.num_steps]
+        expect(not outside, f"{type(self).__name__}.step", "timestep", "to be one of the scheduler's timesteps", outside)
         # At t = 0 sigma is 0, and diffusers draws nothing.
         noise = self._noise(model_output, sample, generator) if not known or any(known) else torch.zeros_like(sample)
         pair = self._advance(steps, t, known, model_output, sample, noise)
