@@ -64,7 +64,7 @@ def check_dtype(caller: str, name: str, value: Any, *, optional: bool = False) -
 
 
 def dtype_names(dtypes: Sequence[torch.dtype]) -> list[str]:
-    """Return the names of dtypes as messages have them."""
+    """Return the names of dtypes as messages write them."""
     return [str(dtype).removeprefix("torch.") for dtype in dtypes]
 
 
@@ -93,7 +93,7 @@ def check_ints(caller: str, name: str, value: Any, low: int, form: str) -> None:
     Args:
         caller: Name of the calling function.
         name: Name of the argument.
-        value: The argument. Bools are no ints, and a str or bytes is no sequence.
+        value: The argument. A bool is not an int, and neither str nor bytes is a sequence.
         low: The least value.
         form: Description of such a sequence.
     """
@@ -112,7 +112,7 @@ def check_int(
     Args:
         caller: Name of the calling function.
         name: Name of the argument.
-        value: The argument. A bool is no int.
+        value: The argument. A bool is not an int.
         low: The least value. None: any.
         high: The largest value. None: any.
         optional: Accept None.
@@ -151,7 +151,7 @@ def check_number(
     Args:
         caller: Name of the calling function.
         name: Name of the argument.
-        value: The argument. A bool is no number.
+        value: The argument. A bool is not a number.
         low: The least value. None: any.
         high: The largest value. None: any.
         above: An excluded lower bound, instead of `low`.
@@ -183,7 +183,7 @@ def as_json(value: Any) -> Any:
 
 
 def checked_ranges(caller: str, name: str, value: Any) -> Ranges:
-    """Return ranges of values as pairs (low, high), one for all channels or one a channel.
+    """Return ranges of values as pairs (low, high), one for all channels or one for each channel.
 
     Raises:
         TypeError: A bound is not a number.
@@ -323,7 +323,7 @@ def checked_seeds(op: str, seeds: Tensor, n: int, device: torch.device, name: st
 
 
 def check_values(op: str, name: str, x: Tensor) -> None:
-    """Raise if `x` has no shape, no values or no memory, the reasons why it cannot be read or moved."""
+    """Raise if `x` cannot be read or moved because it has no shape, no values or no memory."""
     check_strided(op, name, x)
     if x.is_meta:
         raise InvalidValue(op, name, "to have values", "a tensor on the meta device")

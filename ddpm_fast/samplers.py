@@ -54,7 +54,7 @@ SAMPLERS: Final[dict[str, NamedSampler]] = {
 """Samplers of `named_plan` and of the command line. A new one is a line here and a module that builds its plans."""
 
 DEFAULT_SAMPLER: Final = "dpm++2m-sde"
-"""The sampler of models that bring no plan: its noise corrects a model that is not finished."""
+"""The sampler of models without a plan of their own. Its noise corrects a model's errors."""
 
 _plan = partial(Option, "Sampler")
 

@@ -23,7 +23,7 @@ class Refused(click.ClickException):
 
 
 class Stopped(click.ClickException):
-    """The end of a command by Ctrl-C, with what has become of its work."""
+    """Raised when Ctrl-C ends a command. The text says what has become of its work."""
 
     exit_code = 128 + signal.SIGINT
 
@@ -74,7 +74,7 @@ class _Stream:
 
 
 class _OutputFails(Exception):
-    """Standard output cannot be written, which is no error of another file."""
+    """Raised if standard output, and no other file, cannot be written."""
 
 
 def _raise_output_fails(error: Exception) -> None:
@@ -82,7 +82,7 @@ def _raise_output_fails(error: Exception) -> None:
 
 
 class Command(click.Command):
-    """A command whose errors are one line if a person can mend them, by the names of its options. Others are bugs."""
+    """A command that prints an error which a user can mend as one line, with the names of its options. Others are bugs."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, with log lines above its progress bars."""

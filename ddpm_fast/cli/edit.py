@@ -201,7 +201,7 @@ def _opened(
         command: The command's name, for errors.
         sources: The images to read.
         options: The options that all editing commands have.
-        inputs: Further files that the command reads. `--out` may be none of them.
+        inputs: Further files that the command reads. `--out` must be another file.
 
     Returns:
         The model, and the images, float32 [N, C, H, W] in [-1, 1] on the CPU.
@@ -304,7 +304,7 @@ def _write(rows: Tensor, options: dict[str, Any]) -> None:
 
 
 def _say(rows: Tensor, options: dict[str, Any]) -> None:
-    """Say what is written."""
+    """Print which file is written."""
     if not options["quiet"]:
         click.echo(f"{options['out']}: {len(rows)} row{'s' * (len(rows) > 1)} of {rows.shape[1]} images.")
 

@@ -86,7 +86,7 @@ def flag(declared: Declared, *names: str, **settings: Any) -> DeclaredOption:
     Args:
         declared: The declaration.
         *names: Its flags. None: that of its name.
-        **settings: Settings of the option that the declaration does not have, or has otherwise.
+        **settings: Settings of the option that replace the declaration's, or that it lacks.
     """
     name, kind, default, option = declared
     kinds, declarations = declared.kinds, [*(names or ("--" + name.replace("_", "-"),)), name]
@@ -182,12 +182,12 @@ def dtype_of(options: dict[str, Any]) -> torch.dtype | None:
 
 
 def chosen_plan(options: dict[str, Any]) -> dict[str, Any]:
-    """Return those of a command's options that choose a plan."""
+    """Return the options of a command that choose a plan."""
     return {name: options[name] for name in PlanOptions.__annotations__ if name in options}
 
 
 def drawing(options: dict[str, Any]) -> dict[str, Any]:
-    """Return a command's options of drawing as the arguments of a function that draws."""
+    """Return the options of a command that a drawing function takes as arguments."""
     return {"batch_size": options["batch_size"], "seed": options["seed"], "progress": not options["quiet"]} | (
         {"guidance_scale": options["guidance_scale"]} if "guidance_scale" in options else {}
     )

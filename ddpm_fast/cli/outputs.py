@@ -49,7 +49,7 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
 def check_pictures(
     shape: tuple[int, int, int, int], frames: int, out: Path, scale: int, gif: Path | None, gif_scale: int
 ) -> None:
-    """Raise unless the formats can hold pictures of images [N, C, H, W], where C counts the shown channels."""
+    """Raise unless the formats can hold pictures of images of this shape [N, C, H, W]. C is the number of channels to show."""
     from ..files.images import ANIMATED, STRIP, grid_shape, image_format
 
     num, shown, *sides = shape
@@ -62,7 +62,7 @@ def check_pictures(
 
 
 def grey_for_bad(images: Tensor) -> tuple[Tensor, str]:
-    """Return images [N, C, H, W] with grey ones for those that are not finite, and what to say of them."""
+    """Replace images [N, C, H, W] that are not finite by grey ones. Return the images, and a sentence about them."""
     bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     where = f"from number {bad[0]} (of 0..{len(images) - 1})" if bad else ""
     return images.nan_to_num(0, 0, 0), f"{len(bad)} of {len(images)} images are not finite and drawn grey, {where}" * bool(bad)

@@ -19,15 +19,15 @@ from ..options import checked, within
 from .writing import replacing
 
 ANIMATED: Final = ("GIF", "WEBP")
-STRIP: Final = 11  # images a row of a strip
+STRIP: Final = 11  # images per row of a strip
 _ICONS: Final = ("ICO", "ICNS")  # Pillow would shrink the picture to an icon's size
-_LARGEST: Final = {"GIF": 65535, "JPEG": 65500, "MPO": 65500, "WEBP": 16383}  # pixels a side
+_LARGEST: Final = {"GIF": 65535, "JPEG": 65500, "MPO": 65500, "WEBP": 16383}  # pixels per side
 _TITLE: Final = 14  # height of a title, in pixels
 _MODES: Final = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
 
 
 def in_range(images: Tensor, ranges: Sequence[Sequence[float]]) -> Tensor:
-    """Map images [..., C, H, W] from [-1, 1] to ranges of values, a pair (low, high) for all channels or one a channel.
+    """Map images [..., C, H, W] from [-1, 1] to ranges of values, a pair (low, high) for all channels or one for each channel.
 
     The result is float64.
     """
@@ -66,7 +66,7 @@ def image_grid(
 
     Args:
         images: [N, C, H, W] in [-1, 1], N >= 1. C is 1 (grey), 3 (RGB) or 4 (RGBA), unless `channels` are given.
-        columns: Images a row. By default the grid is full and nearly square; if N allows no such grid, the cells that
+        columns: Images per row. By default the grid is full and nearly square; if N allows no such grid, the cells that
             are left over are grey.
         padding: Pixels between the images and around them. None: 2, or 0 for one image, which needs no frame.
         scale: Draw every pixel of an image as scale x scale pixels.
@@ -190,7 +190,7 @@ def save_trajectory(
     scale: Annotated[int, within(low=1)] = 1,
     channels: Sequence[int] | None = None,
 ) -> Path:
-    """Write an animation (.gif, .webp) of images coming out of noise, or a strip (.png, ...) with one row an image.
+    """Write an animation (.gif, .webp) of images coming out of noise, or a strip (.png, ...) with one row per image.
 
     Args:
         trajectory: [F, N, C, H, W], x_T first and x_0 last, from `Sampler.trajectory`.
@@ -198,7 +198,7 @@ def save_trajectory(
         frames: Show this many of the F states, evenly spaced, including the first and the last. By default an animation
             shows all of them and a strip 11.
         seconds: Length of an animation. It then rests on x_0 for a third of that time.
-        columns: Images a row of an animation. See `image_grid`.
+        columns: Images per row of an animation. See `image_grid`.
         padding: See `image_grid`.
         scale: See `image_grid`.
         channels: See `image_grid`.
@@ -300,7 +300,7 @@ def in_bands(kinds: Sequence[Tensor], columns: int) -> Tensor:
 
     Args:
         kinds: A condition [N, K, H, W], see `condition_as_image`, then images [N, C, H, W].
-        columns: Images a row. The last rows are filled with grey.
+        columns: Images per row. The last rows are filled with grey.
     """
     condition, *others = kinds
     first = condition_as_image(condition, others[0].shape[1])

@@ -191,7 +191,7 @@ class TimeTerms:
         return [_projected(emb, weight, bias).to(dtype) for weight, bias in zip(self._weights, self._biases, strict=True)]
 
     def append(self, builder: Builder, timesteps: Tensor, step: Tensor, n: int, class_labels: Tensor | None) -> list[Buffer]:
-        """Append the calls that compute the stacks of a step of a plan, and return them.
+        """Append the calls that compute the stacked time terms of a plan's step, and return the stacks.
 
         Args:
             builder: Receives the calls.

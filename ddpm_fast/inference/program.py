@@ -202,7 +202,7 @@ def plan_memory(
     alive at the same time (greedy by size, Pisarchyk and Lee 2020).
 
     Args:
-        results: The inputs, then the result of each call in order. Those that are tensors have memory.
+        results: The inputs, then the result of each call in order. Tensors among them have memory already.
         num_inputs: Number of inputs. They are alive from the start.
         last: Index of a buffer -> number of the last call that reads it.
 

@@ -132,7 +132,7 @@ class StepState:
 
 
 def write_beside_condition(joint: Tensor, x_t: Tensor, *, centered: bool = False) -> None:
-    """Write x_t [n, C, H, W] to the first channels of [n, C + K, H, W], or to both halves of [2 n, C + K, H, W].
+    """Write x_t [n, C, H, W] to the first channels of [n, C + K, H, W], or of both halves of guidance's [2 n, C + K, H, W].
 
     Args:
         joint: Input of a network that reads a condition, which the last channels hold.

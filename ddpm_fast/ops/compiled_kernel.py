@@ -67,7 +67,7 @@ class CompiledKernel:
     ) -> tuple[tuple[Any, ...], torch.device]:
         """Return the values of the fields for a CPU, without a scratch buffer, and the device of the tensors.
 
-        `layout` is the format of a main tensor that has both, as one of a single channel has.
+        `layout` is the format to assume if the main tensor has both, as a tensor with one channel has.
         """
         a, main = arguments, results[0] if self._main is None else arguments[self._main]
         given = [*results, *a, dtype_code(main.dtype), *sizes(main, layout), None, torch.get_num_threads()]
@@ -145,7 +145,7 @@ def shared_format(op: str, tensors: Sequence[Tensor]) -> torch.memory_format:
 
 
 def sizes(x: Tensor, layout: torch.memory_format | None = None) -> tuple[int, int, int, int]:
-    """Return n, c, hw and channels_last (0 or 1) of a dense tensor. `layout` decides where it has both formats."""
+    """Return n, c, hw and channels_last (0 or 1) of a dense tensor. `layout` is assumed if it has both formats."""
     n = x.shape[0]
     if x.is_contiguous() and layout is not torch.channels_last:
         c = x.shape[1] if x.dim() > 1 else 1

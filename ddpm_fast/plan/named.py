@@ -53,11 +53,11 @@ def named_plan(objective: Objective, *, clip: Clip = 1.0, **options: Unpack[Plan
 
 @checked()
 def default_plan(objective: Objective, *, steps: Annotated[int | None, within(low=1)] = None, clip: Clip = 1.0) -> SamplingPlan:
-    """Build the plan of a model that brings none: DPM-Solver++(2M) with noise, which corrects a model that is not finished.
+    """Build the plan for models without one of their own: DPM-Solver++(2M) with noise, which corrects a model's errors.
 
     Args:
         objective: What the model predicts.
-        steps: The number of steps. More than the schedule has levels take all of them. None: 20.
+        steps: The number of steps. A number above that of the schedule's levels takes every level. None: 20.
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
 
     Raises:

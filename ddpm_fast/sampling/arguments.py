@@ -194,7 +194,7 @@ class Request:
         return replace(self, given={**self.given, **given})
 
     def part(self, images: slice, **given: Any) -> Request:
-        """Return the request for some of the images, as one batch, with other options."""
+        """Return a request for one batch: some of the images. `given` replaces options."""
 
         def cut(value: Any) -> Any:
             return value[images] if isinstance(value, Tensor) else value

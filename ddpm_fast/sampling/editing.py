@@ -30,8 +30,8 @@ _LARGEST: Final = 2.0  # resampling overshoots a little; images in 0..255 are a 
 def vary(sampler: Sampler, images: Tensor, strength: _Strength = 0.5, **options: Unpack[EditOptions]) -> Tensor:
     """Draw variations of images: add noise, and take it away again (SDEdit, Meng et al. 2022, section 3).
 
-    The images are noised to the level where the last round(strength S) of the plan's S levels begin, or the last one
-    (derivation eq. 3). The plan runs from there.
+    The images get the noise of a level of the plan (derivation eq. 3), and the plan runs from there. Of its S levels the
+    last round(strength S) run, and at least one.
 
     Args:
         sampler: A Sampler. Plans with noise give other images for other seeds.
@@ -180,7 +180,7 @@ def _request(
     denoises: bool = True,
     in_range: bool = True,
 ) -> Request:
-    """Check the sampler, the images and the options of a call. Return the request for images, whose classes nobody knows.
+    """Check the sampler, the images and the options of a call. Return the request. Images without labels have no class.
 
     Args:
         caller: Name of the calling function for error messages.
@@ -209,7 +209,7 @@ def _keep_known(plan: SamplingPlan, known: Tensor, painted: Tensor, seeds: Tenso
 
 
 def _blend(known: Tensor, drawn: Tensor, painted: Tensor) -> Tensor:
-    """Return `known`, and `drawn` as far as `painted` says. Pixels with 0 are those of `known`, whatever was drawn."""
+    """Mix `known` and `drawn` by the weights `painted`. Where the weight is 0, `known` stays, even next to NaN."""
     return torch.where(painted == 0, known, torch.lerp(known, drawn, painted))
 
 
@@ -219,7 +219,7 @@ def _denoised(sampler: Sampler, images: Tensor, strength: float, request: Reques
     if strength == 0:
         return x_0
     plan = sampler.plan
-    levels = plan.timesteps.unique_consecutive()  # Heun's method has two rows a level
+    levels = plan.timesteps.unique_consecutive()  # Heun's method has two rows per level
     count = max(1, round(strength * len(levels)))  # no strength but 0 returns the images
     timestep = int(levels[-count])
     row = int((plan.timesteps == timestep).nonzero()[0])

@@ -50,9 +50,10 @@ def write_samples(
 
     The ending of `out` chooses the format:
 
-    - `.npz`: `arr_0` uint8 [num_samples, H, W, C] and, with class labels, `arr_1` int64 [num_samples], as guided-diffusion has.
+    - `.npz`: `arr_0` uint8 [num_samples, H, W, C] and, with class labels, `arr_1` int64 [num_samples], as guided-diffusion
+      writes them.
     - None, or that of a folder that exists: a folder of PNGs `000000/000123.png`, a folder for each 1000 images, and
-      `dataset.json` with the labels or null, as EDM has.
+      EDM's `dataset.json`, which has the labels or null.
 
     Values in [-1, 1] become 0..255 by `to_uint8`. Images of one channel are grey PNGs (mode L), and have C = 1 in an npz. If
     the model's config has a `data_range`, an npz holds float32 of that range.

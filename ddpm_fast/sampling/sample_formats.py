@@ -126,7 +126,7 @@ class _Folder(SampleFormat):
 
 
 class _Npz(SampleFormat):
-    """An npz as guided-diffusion has it, with the manifest next to it, and until it is whole a folder with an npy a block."""
+    """An npz in guided-diffusion's form with its manifest. Until it is whole, a folder next to it has an npy per block."""
 
     kind = "npz"
     channels = None
@@ -178,7 +178,7 @@ class _Npz(SampleFormat):
             whole = self.path / self.result.name  # a process that is killed leaves no file next to the result
             with replacing(whole) as temporary, zipfile.ZipFile(temporary, "w") as archive:
                 self.add(archive, blocks)
-            write_json(self.beside, manifest)  # before the archive, which is nobody's without it
+            write_json(self.beside, manifest)  # before the archive, which nothing could continue without it
             whole.replace(self.result)
             flush_names(self.result.parent)
         if self.path.exists():

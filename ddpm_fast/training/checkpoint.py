@@ -49,12 +49,12 @@ class Checkpoints:
         self.path = run_dir / "checkpoints"
 
     def folders(self) -> list[Path]:
-        """Return the folders that are named as checkpoints, newest first. Links and files are none."""
+        """Return the folders that are named as checkpoints, newest first, without links and files."""
         named = (entry for entry in self.path.glob("step-*") if _NAME.fullmatch(entry.name))
         return sorted((each for each in named if each.is_dir() and not each.is_symlink()), key=_numbers, reverse=True)
 
     def are_lost(self) -> bool:
-        """Return whether the run has had checkpoints, or a folder for them, which are gone."""
+        """Return whether checkpoints that the run has written, or their folder, are gone."""
         return not self.path.is_dir() or (not self.folders() and (self.path / "latest").is_symlink())
 
     def newest(self, part: str | None = "") -> Path | None:

@@ -98,7 +98,7 @@ def check_is_unet(caller: str, name: str, folder: Path) -> None:
 
 
 def write_scheduler(folder: Path, objective: Objective) -> None:
-    """Write scheduler_config.json as diffusers' DDPMScheduler reads it; the key "ddpm_fast" has our own form."""
+    """Write scheduler_config.json for diffusers' DDPMScheduler. The key "ddpm_fast" adds the schedule for `load_folder`."""
     schedule = objective.schedule
     config = schedule.to_config()
     diffusers_names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}

@@ -89,7 +89,7 @@ class CsvLog(Logger):
             write_text(self.path, self.until(step))
 
     def _exists(self, caller: str) -> bool:
-        """Return whether there is a file. Raise an OSError for what is no file, such as a pipe that would be waited for."""
+        """Return whether there is a file. Raise an OSError if it is a pipe, a link or a folder: opening a pipe could wait."""
         if not os.path.lexists(self.path):
             return False
         if self.path.is_symlink() or not self.path.is_file():
@@ -133,7 +133,7 @@ class TensorBoard(Logger):
 
 
 def tensorboard(folder: Path, step: int) -> list[Logger]:
-    """Return a `TensorBoard` in a list, which is empty, with a word about it, if there cannot be one."""
+    """Return a list with a `TensorBoard`. If there cannot be one, log the reason and return an empty list."""
     try:
         return [TensorBoard(folder, step)]
     except ImportError:

@@ -90,7 +90,7 @@ class Stops:
 
     The first SIGINT, SIGTERM or SIGHUP is a reason. Later ones are ignored, as launchers repeat them while a checkpoint is
     written. A SIGINT after the first signal acts as usual in a single process. Only the main thread receives signals. A SIGHUP
-    that is ignored, as under nohup, stays so.
+    that is ignored, as under nohup, stays ignored.
 
     Args:
         processes: The processes. They stop after the same step, which is the one after a process has a reason.
@@ -120,7 +120,7 @@ class Stops:
                 signal.signal(signal.SIGINT, self._previous.pop(signal.SIGINT))
 
     def agreed(self) -> str | None:
-        """Tell the others this process's reason to stop. Return the reason of all: of several processes, of the step before."""
+        """Return the reason to stop that all processes share. Several processes learn of a reason one step later."""
         reason = self._received or ("max_minutes" if time.monotonic() > self._deadline else None)
         if self._processes.size == 1:
             return reason
@@ -171,9 +171,9 @@ class Saving:
 
     @contextmanager
     def if_it_fails(self) -> Iterator[None]:
-        """Save the steps that are done if the body fails: a callback, another process, an image, a file, or for want of memory.
+        """Save the finished steps if the body fails, and raise its error with the name of the last good checkpoint.
 
-        Raise the error with the name of the last good checkpoint. A callback's error stays unchanged.
+        The cause may be an image, a file, another process, or a lack of memory. The error of a callback stays unchanged.
         """
         try:
             yield
@@ -198,7 +198,7 @@ class Saving:
             raise (ProcessLost if is_lost else ValueError)(f"train: {error}; {hint}") from error
 
     def _try_to_save(self) -> None:
-        """Save the steps that are done, if the weights are finite. The folder may be full, or gone, and memory exhausted."""
+        """Save the finished steps if the weights are finite. A full disk, a lost folder or a lack of memory may prevent it."""
         task, state, folder = self._task, self._state, self._task.folder
         if not (task.processes.is_first and state.is_whole):
             return

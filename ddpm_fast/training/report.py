@@ -28,7 +28,7 @@ _log = logging.getLogger("ddpm_fast")
 
 
 class CallbackError(Exception):
-    """The error of a callback or a logger, which is its argument, told from errors of the run."""
+    """Wraps an exception raised by a callback or a logger, which is its argument."""
 
 
 def call_back(callback: Callable[..., object] | None, *arguments: object) -> None:
@@ -99,7 +99,7 @@ class Report:
         self._tell(lambda logger: logger.close())
 
     def _tell(self, call: Callable[[Logger], None]) -> None:
-        """Call a method of each logger, also if one fails, which is closed and left out from then on."""
+        """Call a method of each logger. One that fails is closed and left out from then on, and the others are called."""
         failed: Exception | None = None
         for logger in tuple(self._loggers):
             try:
@@ -158,7 +158,7 @@ class Report:
             _log.warning(text, listed(changed))
 
     def _draw_grid(self) -> None:
-        """Draw a grid with the averaged weights, with one column a class or 8 columns."""
+        """Draw a grid with the averaged weights, with one column per class, or 8 columns."""
         task, state, dataset, info = self._task, self._state, self._task.dataset, self._task.dataset.info
         if not task.processes.is_first or len(info.shape) != 3:  # signals and volumes are no pictures
             return
@@ -191,7 +191,12 @@ class Report:
                 scale = max(1, 128 // max(images.shape[2:]))
                 titles = info.classes[:columns] if task.labelled and shown is None else ()
                 save_grid(images, path, columns=columns, channels=channels, scale=scale, titles=titles)
-            except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:  # a run does not end for a picture
+            except (
+                OSError,
+                ValueError,
+                MemoryError,
+                torch.OutOfMemoryError,
+            ) as error:  # no reason to end the run
                 _log.warning("%s could not be drawn: %s", path, error)
                 return
             self._tell(lambda logger: logger.images(images[:, channels], state.step))

@@ -176,7 +176,7 @@ def _device(name: str | None, processes: Processes) -> torch.device:
 def _check_folder(folder: RunFolder, options: Mapping[str, Any], stored: Mapping[str, Any] | None) -> None:
     """Raise unless a run can begin in the folder, or go on.
 
-    To go on, its options must be these, its checkpoints must be there, and it must not have done more steps than are wanted.
+    A run can go on if it has these options, its checkpoints exist, and it has not done more steps than are wanted.
     """
     if stored is None:
         folder.check_new()

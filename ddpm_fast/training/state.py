@@ -107,7 +107,7 @@ class State:
         self.counted_until = time.perf_counter()
 
     def copy_from_first(self, processes: Processes) -> None:
-        """Let all processes have the state of rank 0."""
+        """Copy the state of rank 0 to all processes."""
         self.step, self.seconds, losses = processes.from_first((self.step, self.seconds, [float(loss) for loss in self.losses]))
         device = next(self.model.parameters()).device
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in losses]
@@ -168,7 +168,7 @@ class State:
 
 
 def begin(task: Task, state: State) -> dict[str, Any]:
-    """Begin or continue the run in its folder. Return the content of config.json, and let the state be the run's."""
+    """Begin or continue the run in its folder. Load its newest checkpoint into the state. Return the content of config.json."""
     folder, checkpoints, config = task.folder, task.folder.checkpoints, task.config()
     checkpoint = checkpoints.newest()
     if task.stored is None:

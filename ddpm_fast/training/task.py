@@ -65,7 +65,7 @@ class Task(Run):
 
     @property
     def sums_in_tree(self) -> bool:
-        """True if gradients are the same bits for any number of processes that is a power of two."""
+        """True if gradients are summed in one tree, so that 1, 2, 4, ... processes compute the same bits."""
         return all(count & (count - 1) == 0 for count in (self.processes.size, len(self.micro_batches)))
 
     @property
@@ -124,12 +124,12 @@ def _described(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same(task: Task, stored: Mapping[str, Any], config: dict[str, Any], *, warn: bool) -> None:
-    """Refuse to resume a run as something else than it was started as. Complete the fingerprint of its data.
+    """Raise if a resumed run differs from the run that was started. Complete the fingerprint of its data.
 
     Args:
         task: The task.
         stored: The content of config.json.
-        config: Its content as the run would be started now.
+        config: Its content if the run were started now.
         warn: Warn if gradients are summed in another order than before.
     """
     folder, old, new = task.folder, _described(stored), _described(config)

@@ -34,8 +34,8 @@ class Trainer:
     is a uint8 tensor [C, H, W], a floating tensor [C, H, W] in [-1, 1], or a PIL image. A PIL image is converted to the
     network's 1, 3 or 4 channels. A label is an integer in 0..num_classes-1. A network without classes ignores labels. A
     condition is of the image's size: uint8 [K, H, W], which is mapped to [-1, 1], finite floats, or a PIL image. The network
-    reads it after the C channels of x_t. An item must be a function of its index: a random transform makes a resumed run
-    differ from an uninterrupted one. `flip` mirrors images and conditions reproducibly.
+    reads it after the C channels of x_t. An item must depend on its index alone, because a random transform makes a
+    resumed run differ from an uninterrupted one. `flip` mirrors images and conditions reproducibly.
 
     A network that is no `UNet` is called as model(x_t, t), or model(x_t, t, class_labels) with `num_classes`. It may also
     train on signals [C, L] or volumes [C, D, H, W]. Its checkpoints hold `model.safetensors` and `ema.safetensors`, its
@@ -49,7 +49,7 @@ class Trainer:
         schedule: Use this noise schedule. Or an objective, which replaces the options `prediction`, `variance` and
             `loss_weight`; leave them out.
         dataset: Train on these images: any map-style data set, with `__len__` and `__getitem__`.
-        options: Train in this way.
+        options: Train with these options.
         run_dir: Write to this folder. It must be new or empty unless `options` resume a run.
         num_classes: Number of classes of a network that is no `UNet`. It gets labels in 0..num_classes, where num_classes
             is "no label". None: it gets no labels.
@@ -91,7 +91,7 @@ class Trainer:
 
     @property
     def ema(self) -> nn.Module:
-        """The moving average of the network, in eval mode. It exists from the start of `run`."""
+        """The moving average of the network, in eval mode. `run` makes it, so reading it before is an error."""
         if self._ema is None:
             raise RuntimeError("Trainer: expected run to be called before ema is read, got no call")
         return self._ema
@@ -148,7 +148,7 @@ def train(
 
     Args:
         run_dir: Write to this folder. It must be new or empty unless `options` resume a run.
-        options: Train in this way. Default: `TrainOptions()`.
+        options: Train with these options. Default: `TrainOptions()`.
         data: Read these images. Default: `DataOptions()`.
         model: Make this network and noise schedule. Default: `ModelOptions()`.
 
@@ -164,7 +164,7 @@ def train(
             is an OSError.
         FileNotFoundError: There is no run to resume.
         FloatingPointError: The loss or the weights are no longer finite.
-        BlockingIOError: Another process trains in `run_dir`. Where there are no locks, a warning is logged.
+        BlockingIOError: Another process trains in `run_dir`. If the file system has no locks, a warning is logged.
         ProcessLost: Another of the processes has failed or ended. It is a RuntimeError.
     """
     options = TrainOptions() if options is None else options

@@ -26,7 +26,7 @@ def _difference(
     model_output, x_0, t, table, noise, seeds, sample, tile, hw,
     C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """Return model_output - (a x_0 + b epsilon) of a tile, the tile's offsets and its mask."""
+    """Return three blocks of a tile: model_output - (a x_0 + b epsilon), the offsets and the mask."""
     offset, mask = locate(tile, hw, C, PIXELS, CHANNELS, C)
     first = sample * hw * C
     row = table + 2 * tl.load(t + sample)

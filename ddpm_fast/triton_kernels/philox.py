@@ -78,7 +78,7 @@ def normal_pair(w0, w1):
 
 @triton.jit
 def normal_quad(seed, stream, block):
-    """Return the four normals of each Philox block, four neighbours within the sample."""
+    """Return the four normals of each Philox block. They belong to four neighbouring elements of the sample."""
     w0, w1, w2, w3 = philox(seed, stream, block)
     z0, z1 = normal_pair(w0, w1)
     z2, z3 = normal_pair(w2, w3)

@@ -207,7 +207,7 @@ class PlanScheduler:
         return self._steps(*options).chain
 
     def _steps(self, *options: Any) -> Steps:
-        """Return the steps of the chain for these options of a step, such as eta."""
+        """Return the plan of the timesteps that are set, for these options of `step`, such as eta."""
         if options not in self._kept:
             name, total, given = type(self).__name__, self.schedule.num_timesteps, self.config.num_train_timesteps
             if torch.compiler.is_compiling():
@@ -327,7 +327,7 @@ class PlanScheduler:
     ) -> tuple[Tensor, Tensor]:
         """Return x_{t-1} and x_0^ of one `reverse_step`, in the wider dtype of model_output and sample.
 
-        `before` are x_0^ of earlier steps, the latest first.
+        `before` holds the x_0^ of earlier steps, the latest first.
         """
         x_t = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         m = model_output if x_t.dtype == torch.float32 else model_output.to(x_t.dtype)  # float32 takes half precision as it is

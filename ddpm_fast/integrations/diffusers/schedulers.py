@@ -534,13 +534,13 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         """Return the sample at the next timestep of the chain.
 
         The scheduler counts its steps and remembers x_0^ of the last ones in `model_outputs`, as diffusers
-        does. A chain that starts in the middle, such as image to image, has order 1 in its first step.
+        does. If sampling starts in the middle, as image to image does, there is no x_0^ before, so the first step has order 1.
 
         Args:
             model_output: Like sample. With a learned variance and predicted noise it may have twice the
                 channels, the prediction first.
-            timestep: An int or an integer tensor with one element. Only the first step of a chain reads it, and not
-                after `set_begin_index`.
+            timestep: An int or an integer tensor with one element. The first step looks up its place in the
+                timesteps, unless `set_begin_index` gave it. Later steps do not read it.
             sample: x_t, [N, ...], floating.
             generator: Draws the noise of "sde-dpmsolver++", in float32. With `seeds` it is not used.
             variance_noise: The noise itself, like sample, instead of a generator.

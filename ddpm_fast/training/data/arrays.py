@@ -92,7 +92,7 @@ def arrays(name: str, source: Source, value_range: Ranges | Literal["measured"] 
     Args:
         name: Name of the data set.
         source: The source. Its arrays have one shape, [H, W] or [H, W, C], and one dtype.
-        value_range: (low, high) of the values, which become -1 and 1: of all, or of each channel. "measured": the least and
+        value_range: (low, high) of the values, which become -1 and 1, for all channels or for each. "measured": the least and
             the largest of each channel, or pictures if they are uint8. None: pictures.
 
     Raises:

@@ -24,8 +24,8 @@ _OUTSIDE: Final = 1e-3  # the range's ends are rounded
 class Checked(ItemDataset):
     """The items of a user's map-style data set, checked as they are read.
 
-    An item must be a function of its index. Then a resumed run trains on the images of an uninterrupted one, and the
-    fingerprint is the data set's.
+    An item must depend on its index alone. Otherwise a resumed run would train on other images than an uninterrupted one,
+    and the fingerprint would not identify the data set.
 
     Args:
         source: An object with `__len__` and `__getitem__(int)`. See `Trainer` for its items.

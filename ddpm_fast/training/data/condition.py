@@ -105,9 +105,9 @@ def read_conditions(
 ) -> Tensor:
     """Read the conditions that a trained network reads from a folder or file.
 
-    The network's configuration says what they are. For "low-resolution" they are images of the small size, which are
-    enlarged. Others are resized to it first. For "mask" the transparent pixels of images are the holes. An image without
-    any gets a random box.
+    The network's configuration says what they are. For "low-resolution" they are images, which are resized to the small
+    size if they have another, and then enlarged. For "mask" the transparent pixels of images are the holes. An image
+    without any gets a random box.
 
     Args:
         path: Image files or arrays, as `load_dataset` reads them.
@@ -115,7 +115,7 @@ def read_conditions(
         shape: (C, H, W) of an image that it draws.
         seed: Seed of the boxes of "mask".
         first: Read only this many, from the first. None: all.
-        condition_range: The two numbers that are -1 and 1, or two for each channel, for a network that keeps none.
+        condition_range: The two numbers that become -1 and 1, or two for each channel, if the network keeps none.
 
     Returns:
         float32 [N, K, H, W].

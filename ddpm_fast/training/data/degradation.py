@@ -19,8 +19,8 @@ class Degradation:
     """A function of images whose results a network restores. It is written `low-resolution:4`, `grey` or `mask`.
 
     Attributes:
-        name: "low-resolution": reduced and enlarged again, both bicubically. "grey": the luma. "mask": a box of random place
-            and size is cut out, and a further channel is 1 in it and -1 outside.
+        name: "low-resolution": reduced and enlarged again, both bicubically. "grey": the brightness (luma). "mask": a box of
+            random place and size is cut out, and a further channel is 1 in it and -1 outside.
         factor: Divisor of height and width of "low-resolution". 1 for others.
     """
 
@@ -43,7 +43,7 @@ class Degradation:
         return {"low-resolution": channels, "grey": 1, "mask": channels + 1}[self.name]
 
     def check(self, caller: str, shape: tuple[int, ...], ranges: int) -> None:
-        """Raise a ValueError if images of the shape (C, H, W), in this number of ranges, cannot be degraded so."""
+        """Raise a ValueError if images of the shape (C, H, W), in this number of ranges, cannot be degraded in this way."""
         channels, height, width = shape
         of = f"{channels} channels" if channels != 3 else "channels of several ranges"
         fits = self.name != "grey" or (channels == 3 and ranges == 1)

@@ -33,7 +33,7 @@ class Item(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Items together.
+    """A batch of items.
 
     Attributes:
         images: uint8 or float32 [B, C, ...].
@@ -56,12 +56,12 @@ class DatasetInfo:
         dtype: uint8 or float32.
         classes: Names of the classes; a single one if the images carry no labels.
         preparation: What was done to the images' size, in words.
-        data_range: (low, high) of the files' values, which are -1 and 1 here: of all, or of each channel. None: pictures of
-            0..255.
+        data_range: (low, high) of the files' values, which became -1 and 1, for all channels or for each. None: pictures
+            of 0..255.
         condition: What a network reads next to x_t: images, or a degradation that is computed from a batch as it is used.
         condition_channels: K of a condition, 0 without one.
         condition_range: The `data_range` of the conditions.
-        knows_ranges: False for a user's own data set, whose ranges are the network's.
+        knows_ranges: False for a user's own data set, whose ranges stand in the network's configuration.
     """
 
     name: str
@@ -101,7 +101,7 @@ class ItemDataset(Dataset[Item]):
         raise NotImplementedError
 
     def contents(self, exact: bool) -> Iterator[bytes]:
-        """Yield bytes that tell this data set from others: all of them, or a sample."""
+        """Yield bytes that identify this data set: those of all items, or of a sample."""
         raise NotImplementedError
 
     def fingerprint(self, *, exact: bool = False) -> dict[str, str]:

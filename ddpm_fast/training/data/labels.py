@@ -28,7 +28,7 @@ def checked_labels(
         classes: Names of the classes. None: their numbers.
 
     Raises:
-        ValueError: `labels` are not so many integers, or one is out of range.
+        ValueError: `labels` are not `count` integers, or one is out of range.
     """
     if labels is None:
         return torch.zeros(count, dtype=torch.int64), ("",)
@@ -52,7 +52,7 @@ def listed_labels(place: str, read: Callable[[], bytes], names: Sequence[str]) -
         int64 [N], and one class "" if the labels are null. None: the file is of another kind.
 
     Raises:
-        ValueError: The labels are no pairs, or a name has none.
+        ValueError: The labels are not pairs of name and number, or a name has none.
     """
     try:
         values = json.loads(read())

@@ -47,8 +47,8 @@ def load_dataset(
 ) -> ItemDataset:
     """Load a data set by name.
 
-    Images are decoded at once, so corrupt ones are found before any work. Images that take more than `memory` bytes are
-    decoded as they are used. Then only their headers are read at once, unless `skip_broken` is true.
+    Images are decoded at once, so corrupt ones are found before any work. If they take more than `memory` bytes,
+    they are decoded as they are used, and only their headers are read at once, unless `skip_broken` is true.
 
     Args:
         name: "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
@@ -195,7 +195,7 @@ def partners(source: Source, paired: Source) -> Source:
 
 
 def read_image(path: str | os.PathLike[str], shape: Sequence[int], *, caller: str = "read_image", name: str = "path") -> Tensor:
-    """Read the largest centred part of an image with the proportions of the shape, resized.
+    """Read an image, crop it to the proportions of the shape around its centre, and resize it.
 
     Args:
         path: A file that Pillow can read.
@@ -239,7 +239,7 @@ def _sides(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
 
 
 def _hint(path: Path) -> str:
-    """Say for an error what may have been meant by a path that does not exist."""
+    """Return a hint, for an error, at what may have been meant by a path that does not exist."""
     names = {name: name for name in DATASETS}
     with suppress(OSError):  # there is no such folder, or it may not be read
         names |= {each.name: str(each) for each in path.parent.iterdir() if each.is_dir() or each.suffix in (".zip", *ARRAYS)}

@@ -71,9 +71,9 @@ def batches(
 
 
 class _Batches(Dataset[Any]):
-    """The batches of a data set for a DataLoader. The error of a wrong item stands for its batch.
+    """The batches of a data set for a DataLoader. If an item is wrong, its batch is the error.
 
-    An error that a worker raises would come with the worker's traceback as its text. It would also keep the workers alive.
+    The error is not raised, because PyTorch would replace its text by the worker's traceback and keep the workers alive.
     """
 
     def __init__(self, dataset: ItemDataset) -> None:

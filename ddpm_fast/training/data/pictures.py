@@ -93,9 +93,9 @@ def _damaged(source: Source) -> dict[int, str]:
 
 
 def check_whole(source: Source, broken: Mapping[int, str], *, skip_broken: bool = False) -> None:
-    """Raise a ValueError if there are broken pictures and they must not be left out, or if there are no others.
+    """Raise a ValueError that names the corrupt pictures, unless they may be left out and others remain.
 
-    The message names them. If they may be left out, a warning does.
+    In that case a warning names them.
     """
     named = listed([f"{source.label(index)} ({reason})" for index, reason in broken.items()])
     got = f"{len(broken)} of {len(source)} that it cannot: {named}; {_MEND}"
@@ -172,7 +172,7 @@ def pixels(image: Image.Image) -> Tensor:
 def converted(image: Image.Image, kind: str | None, channels: int) -> Image.Image:
     """Return a picture of 1 channel (grey), 3 (RGB), where what is transparent lies on white, or 4 (RGBA).
 
-    16 bits a channel become 8.
+    16 bits per channel become 8.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow itself cuts off at 255
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))

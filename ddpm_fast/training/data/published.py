@@ -81,7 +81,7 @@ def _downloading(name: str, folder: Path, urls: Sequence[str], files: str, other
 
 
 def read_fashion_mnist(root: Path | None, split: str, size: tuple[int, int] | None) -> Source:
-    """Return Fashion-MNIST, padded to 32x32, which is halved often, unless its own size 28x28 is wanted."""
+    """Return Fashion-MNIST in its own size 28x28 if that is wanted, else padded to 32x32, which a U-Net can halve often."""
     stem = "train" if split == "train" else "t10k"
     names = [f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"]
     plain = [(root or FASHION_MNIST_DEBIAN) / name for name in names]

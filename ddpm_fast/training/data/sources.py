@@ -188,7 +188,7 @@ def _ending(names: Iterable[str], endings: tuple[str, ...]) -> list[str]:
 def _files(root: Path) -> Iterator[str]:
     """Yield the paths of files in a folder and its sub-folders, relative to it, without pipes and devices.
 
-    A link to nothing is a missing file.
+    A link to nothing is yielded, so that reading it fails.
     """
 
     def fail(error: OSError) -> None:
