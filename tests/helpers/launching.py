@@ -1,9 +1,10 @@
 """Processes for tests: several as torchrun starts them, or one as the target of `multiprocessing`.
 
-PyTorch and the package are imported once, and the processes are forked from there. Importing takes most of a test's time.
+PyTorch and the package are imported once in a server for each process of the tests, and the processes are forked from there.
+Importing would take most of a test's time.
 """
 
-import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -11,10 +12,26 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
+import warnings
 from collections.abc import Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import NoReturn
+from unittest import mock
+
+IMPORTED = ("ddpm_fast.cli", "ddpm_fast.sampling.sample_files", "ddpm_fast.training.loop", "sklearn.datasets")
+
+
+def forking() -> ForkServerContext:
+    """Return the context of `multiprocessing` whose processes have imported PyTorch, with one thread each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED])
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+    return context
 
 
 def run_ranks(
@@ -24,41 +41,72 @@ def run_ranks(
 
     Args:
         size: Number of processes.
-        arguments: Arguments of Python: -W options, then -c or -m with theirs.
+        arguments: Arguments of Python: "-W ignore" or not, then -c or -m with theirs.
         folder: Working folder. It receives the output in files, which are removed.
         timeout: Seconds after which all are killed, and TimeoutExpired is raised.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    first = next(i for i, argument in enumerate(arguments) if argument in ("-c", "-m"))
-    parent = subprocess.Popen(
-        [sys.executable, *arguments[:first], __file__, str(size), *arguments[first:]],
-        env={**os.environ, **shared},
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    context = forking()
+    ranks = []
+    for rank in range(size):
+        variables = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(context.Process(target=_run_rank, args=(folder, rank, variables, [*arguments])))
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + timeout
     try:
-        codes, _ = parent.communicate(timeout=timeout)
+        for process in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.exitcode is None:
+                raise subprocess.TimeoutExpired([*arguments], timeout)
     finally:
-        if parent.poll() is None:
-            os.killpg(parent.pid, signal.SIGKILL)
+        for process in ranks:
+            if process.is_alive():
+                os.killpg(process.pid or 0, signal.SIGKILL)
+                process.join()
     done = []
-    for rank, code in enumerate(json.loads(codes)):
+    for rank, process in enumerate(ranks):
         out, err = (_output(folder, rank, name) for name in ("out", "err"))
         texts = [file.read_text() for file in (out, err)]
         texts[0] = re.sub(r"^\[Gloo\] .*\n", "", texts[0], flags=re.MULTILINE)  # from PyTorch 2.9
         out.unlink()
         err.unlink()
-        done.append(subprocess.CompletedProcess(arguments, code, *texts))
+        done.append(subprocess.CompletedProcess(arguments, process.exitcode or 0, *texts))
     return done
 
 
 def _output(folder: Path, rank: int, name: str) -> Path:
     return folder / f".rank{rank}.{name}"
+
+
+def _run_rank(folder: Path, rank: int, variables: dict[str, str], arguments: list[str]) -> NoReturn:
+    """Run Python in this process as a rank, with its output in files, and exit with its status."""
+    os.setsid()  # so that its own processes can be killed with it
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    sys.path.insert(0, "")
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(_output(folder, rank, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    if arguments[0] == "-W":
+        warnings.simplefilter(arguments[1])  # type: ignore[arg-type]
+        arguments = arguments[2:]
+    sys.exit(_run(*arguments))
+
+
+def exit_with_python(errors: Path, *arguments: str) -> NoReturn:
+    """Run Python in this process, with standard error in a file, and exit with its status."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+    sys.exit(_run(*arguments))
 
 
 def _run(kind: str, program: str, *arguments: str) -> int:
@@ -78,36 +126,3 @@ def _run(kind: str, program: str, *arguments: str) -> int:
         traceback.print_exc()
         return 1
     return 0
-
-
-def exit_with_python(errors: Path, *arguments: str) -> NoReturn:
-    """Run Python in this process, with standard error in a file, and exit with its status."""
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
-    sys.exit(_run(*arguments))
-
-
-def _main() -> None:
-    """Fork the ranks, and print their exit statuses."""
-    import ddpm_fast.cli
-    import ddpm_fast.sampling.sample_files
-    import ddpm_fast.training.loop  # noqa: F401
-
-    children = []
-    for rank in range(int(sys.argv[1])):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        for number, name in ((1, "out"), (2, "err")):
-            descriptor = os.open(_output(Path(), rank, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.dup2(descriptor, number)
-        code = _run(*sys.argv[2:])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
-
-
-if __name__ == "__main__":
-    _main()
