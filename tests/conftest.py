@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import build_age
+import cases
 import environment  # noqa: F401 (before fixtures: torch and triton read the variables that it sets)
 import pairwise
 import pytest
@@ -25,13 +26,6 @@ from fixtures import (  # noqa: F401
     no_matrix_kernels,
     no_matrix_units,
 )
-
-# Each case of these asks another question of a library.
-ABOUT_LIBRARIES = (
-    *("cli/", "files/", "integrations/", "nn/", "plan/", "schedule/", "test_pretrained.py", "test_schemas.py"),
-    *("ops/test_parity.py", "ops/test_registration.py", "ops/test_tensors.py", "ops/test_transforms.py", "training/test_data"),
-)
-
 
 LEFT_OUT: pytest.StashKey[Counter[str]] = pytest.StashKey()  # how many tests the run's settings leave out, by reason
 WHY: pytest.StashKey[str] = pytest.StashKey()  # why they leave out a test
@@ -56,9 +50,7 @@ class PassedTests:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run slow tests, and full products of most parameters")
-    help = "run a few cases of each test, but all that ask a library something"
-    parser.addoption("--few", action="store_true", help=help)
+    parser.addoption("--full", action="store_true", help="run slow tests, and all cases of each test")
     parser.addoption("--write-passed", metavar="FILE", type=Path, help="write the names of the tests that pass to FILE")
     help = "leave out the tests that FILE names, except those marked `again`"
     parser.addoption("--skip-passed", metavar="FILE", type=Path, help=help)
@@ -82,14 +74,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     late = {} if full else {"slow": summary.SLOW, "data_sets": summary.DATA_SETS}
     quick = [item for item in items if not any(map(item.get_closest_marker, late))]
-    chosen = _few(quick) if config.getoption("few") else {item.nodeid for item in quick}
+    chosen = {item.nodeid for item in items} if full else cases.chosen(quick)
 
     def why_left_out(item: pytest.Item) -> str | None:
         for marker, why in late.items():
             if item.get_closest_marker(marker):
                 return why
         if item.nodeid not in chosen:
-            return summary.FEW
+            return summary.CASES
         return summary.PASSED if item.nodeid in passed and not item.get_closest_marker("again") else None
 
     left_out = []
@@ -111,18 +103,6 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist, which tells the one that prints
         session.config.workeroutput["left_out"] = dict(session.config.stash.get(LEFT_OUT, {}))
-
-
-def _few(items: list[pytest.Item]) -> set[str]:
-    """Return the names of the first, a middle and the last case of each test, and of all that are about libraries."""
-    cases = defaultdict(list)
-    for item in items:
-        cases[item.nodeid.partition("[")[0]].append(item.nodeid)
-    chosen: set[str] = set()
-    for test, names in cases.items():
-        is_whole = test.removeprefix("tests/").startswith(ABOUT_LIBRARIES)
-        chosen |= set(names) if is_whole else {names[0], names[(len(names) - 1) // 2], names[-1]}
-    return chosen
 
 
 @pytest.hookimpl(optionalhook=True)

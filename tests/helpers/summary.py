@@ -8,7 +8,7 @@ from collections.abc import Mapping
 # Why the settings of a run leave out a test, in the words of its last lines.
 SLOW = "slow: `make check-all` runs them"
 DATA_SETS = "read a published data set: `make check-all` runs them"
-FEW = "further cases of tests that ran: --few leaves them out"
+CASES = "further cases of tests that ran: `make check-all` runs them"
 PASSED = "passed before on the same tree: --skip-passed leaves them out"
 CHOSEN = "left out by -k, -m or --deselect"
 OTHERS = "for {} other reasons: the option -rs lists them"
