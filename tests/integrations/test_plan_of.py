@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import assert_same, diffusers, generator, images, make, make_unet
-from torch import Tensor, nn
+from pipelines import assert_same, diffusers, images, make, make_unet
+from scheduler_pairs import made
+from torch import nn
 
 from ddpm_fast import Sampler, freeze, plan_of, sample, sample_seeds, write_samples
 from ddpm_fast.integrations import diffusers as schedulers
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
 
 SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
     ("DDPM", {}),
@@ -23,23 +26,13 @@ SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
 @pytest.mark.parametrize(("kind", "settings"), SCHEDULERS, ids=str)
-def test_a_plan_is_what_the_scheduler_does(kind: str, settings: dict[str, Any]) -> None:
-    """`sample` draws what the pipeline's loop draws from the same noise."""
-    scheduler = getattr(diffusers, f"{kind}Scheduler")(**settings)
-    unet = make_unet()
-    plan = plan_of(scheduler, 5)
-    own = getattr(schedulers, f"{kind}Scheduler").from_config(scheduler.config)
-    own.set_timesteps(5)
-    own.seeds = sample_seeds(3, 2)
-    x = start = torch.randn(2, 2, 16, 16, generator=generator())
-    with torch.no_grad():
-        for t in own.timesteps:
-            x = own.step(unet(x, t).sample, t, x).prev_sample
-    got = sample(freeze(unet), plan, 2, seed=3, x_T=start, progress=False)
-    assert plan.timesteps.tolist() == own.timesteps.tolist()
-    torch.testing.assert_close(got, x, rtol=0, atol=1e-4 * float(x.abs().max()))
+def test_a_plan_is_what_the_scheduler_of_this_package_does(kind: str, settings: dict[str, Any]) -> None:
+    theirs, ours = (getattr(module, f"{kind}Scheduler")(**settings) for module in (diffusers, schedulers))
+    ours.set_timesteps(5)
+    plan, wanted = plan_of(theirs, 5), ours.sampling_plan()
+    for name in ("timesteps", "coefficients", "alpha_bars", "alpha_bars_prev"):
+        assert torch.equal(getattr(plan, name), getattr(wanted, name))
 
 
 def test_options_that_were_changed_later_count() -> None:
@@ -51,24 +44,20 @@ def test_options_that_were_changed_later_count() -> None:
     assert torch.equal(plan.coefficients, plan_of(given, 5).coefficients)
 
 
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
-def test_a_plan_takes_the_timesteps_that_are_set() -> None:
-    scheduler = diffusers.DDPMScheduler(num_train_timesteps=50)
-    assert plan_of(scheduler).num_steps == 50
-    scheduler.set_timesteps(10)
-    assert plan_of(scheduler).timesteps.tolist() == scheduler.timesteps.tolist()
-    scheduler.set_timesteps(timesteps=[40, 20, 3])
-    assert plan_of(scheduler).timesteps.tolist() == [40, 20, 3]
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("DDPM", 10), ("DDPM", [40, 20, 3]), ("DDIM", 10), ("DPMSolverMultistep", 7), ("DDIMInverse", 5)]
+)
+def test_a_plan_takes_the_timesteps_that_are_set(kind: str, steps: Any) -> None:
+    scheduler = made(getattr(diffusers, f"{kind}Scheduler"), steps, num_train_timesteps=50)
+    timesteps = scheduler.timesteps.tolist()
+    assert plan_of(scheduler).timesteps.tolist() == timesteps
     assert plan_of(scheduler, 5).num_steps == 5
-    assert scheduler.timesteps.tolist() == [40, 20, 3]
-    solver = diffusers.DPMSolverMultistepScheduler(num_train_timesteps=50)
-    solver.set_timesteps(7)
-    assert plan_of(solver).timesteps.tolist() == solver.timesteps.tolist()
-    assert plan_of(make("DDIM"), 7, eta=0.5).is_random
-    assert not plan_of(make("DDIM"), 7).is_random
-    inverse = diffusers.DDIMInverseScheduler()
-    inverse.set_timesteps(5)
-    assert plan_of(inverse).timesteps.tolist() == inverse.timesteps.tolist()
+    assert scheduler.timesteps.tolist() == timesteps
+
+
+def test_a_plan_has_the_default_timesteps_and_an_eta() -> None:
+    assert plan_of(diffusers.DDPMScheduler(num_train_timesteps=50)).num_steps == 50
+    assert [plan_of(make("DDIM"), 7, eta=eta).is_random for eta in (0.5, 0.0, None)] == [True, False, False]
 
 
 def assigned(**attributes: Any) -> Callable[[Any], None]:
@@ -96,7 +85,6 @@ SCHEDULER_CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
 @pytest.mark.parametrize("what", SCHEDULER_CHANGES)
 def test_changes_of_a_scheduler_are_named(what: str) -> None:
     kind, change, message = SCHEDULER_CHANGES[what]
@@ -105,73 +93,9 @@ def test_changes_of_a_scheduler_are_named(what: str) -> None:
     pipe.scheduler.set_timesteps(10)
     assert plan_of(pipe).num_steps == 10
     change(pipe.scheduler)
-    with pytest.raises(ValueError, match=rf"^freeze: expected x.* ({message})"):
-        freeze(pipe)
-    with pytest.raises(ValueError, match=rf"^plan_of: expected x.* ({message})"):
-        plan_of(pipe)
-
-
-def test_levels_of_a_scheduler_may_be_moved_and_rounded() -> None:
-    """Training scripts do that."""
-    pipe = make()
-    expected = images(pipe)
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(dtype)
-        frozen = freeze(pipe)
-        assert frozen.scheduler.alphas_cumprod is not pipe.scheduler.alphas_cumprod
-        assert_same(images(frozen), expected)
-
-
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
-@pytest.mark.parametrize("zero_snr", [False, True])
-@pytest.mark.parametrize("kind", ["DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep"])
-@pytest.mark.parametrize("total", [10, 1000])
-def test_levels_of_a_scheduler_may_be_computed_in_another_way(total: int, kind: str, zero_snr: bool) -> None:
-    """They may come from its betas in float64, also where float32 has few digits left at zero terminal SNR."""
-    settings = {"rescale_betas_zero_snr": zero_snr, "prediction_type": "v_prediction", "num_train_timesteps": total}
-    scheduler = getattr(diffusers, f"{kind}Scheduler")(**settings)
-    levels = (1 - scheduler.betas.double()).cumprod(0).float()
-    if kind == "DPMSolverMultistep" and zero_snr:
-        levels[-1] = 2**-24
-    scheduler.alphas_cumprod = levels
-    assert plan_of(scheduler, 5).num_steps == 5
-
-
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("eta", [0.0, 0.7])
-@pytest.mark.parametrize("steps", [7, 30, 50])
-@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
-def test_ddim_pipelines_draw_the_same_images_in_every_spacing(spacing: str, steps: int, eta: float, clip: bool) -> None:
-    """Weights are small, as an untrained network amplifies rounding from step to step."""
-    pipe = make("DDIM")
-    settings = {"prediction_type": "v_prediction", "clip_sample": clip, "timestep_spacing": spacing}
-    pipe.scheduler = diffusers.DDIMScheduler(**settings)
-    with torch.no_grad():
-        for parameter in pipe.unet.conv_out.parameters():
-            parameter.mul_(0.1)
-    expected = images(pipe, num_inference_steps=steps, eta=eta)
-    assert expected.std() > 0.1
-    assert_same(images(freeze(pipe), num_inference_steps=steps, eta=eta), expected)
-
-
-class Looping(diffusers.DDIMPipeline):  # type: ignore[misc, name-defined]
-    """A call that takes the timesteps that are set."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            for t in self.scheduler.timesteps:
-                x = self.scheduler.step(self.unet(x, t).sample, t, x).prev_sample
-        return x
-
-
-def test_timesteps_that_are_set_stay() -> None:
-    pipe = Looping(unet=make_unet(), scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction"))
-    pipe.scheduler.set_timesteps(5)
-    frozen = freeze(pipe)
-    assert frozen.scheduler.timesteps.tolist() == pipe.scheduler.timesteps.tolist()
-    x = torch.randn(2, 2, 16, 16, generator=generator())
-    assert_same(frozen(x), pipe(x))
-    assert plan_of(pipe).timesteps.tolist() == pipe.scheduler.timesteps.tolist()
+    for call in (freeze, plan_of):
+        with pytest.raises(ValueError, match=rf"^{call.__name__}: expected x.* ({message})"):
+            call(pipe)
 
 
 def test_seeds_of_a_scheduler_stay() -> None:
@@ -197,19 +121,25 @@ def test_frozen_networks_draw_files_and_in_samplers(tmp_path: Path) -> None:
         write_samples(tmp_path / "images.npz", Sampler(freeze(pipe).unet, plan), 2, progress=False)
 
 
-def test_what_is_no_plan_is_named() -> None:
-    for wrong in ({}, make_unet(), nn.Linear(1, 1)):
-        with pytest.raises(TypeError, match=r"^plan_of: expected x to be a scheduler or pipeline of diffusers, or a Gaussian"):
-            plan_of(wrong)
-    with pytest.raises(TypeError, match=r"^plan_of: expected x to be one of DDPMScheduler, .*, got a PNDMScheduler$"):
-        plan_of(diffusers.PNDMScheduler())
-    with pytest.raises(ValueError, match=r"^plan_of: expected eta to be None for a DDPMScheduler, got 0\.5$"):
-        plan_of(diffusers.DDPMScheduler(), eta=0.5)
-    with pytest.raises(
-        ValueError, match=r"^plan_of: expected num_steps to be given, or x to have timesteps that were set, got nei"
-    ):
-        plan_of(make("DDIM"))
-    with pytest.raises(ValueError, match=r"^plan_of: expected x to have a supported configuration, got: DPMSolver"):
-        plan_of(diffusers.DPMSolverMultistepScheduler(use_lu_lambdas=True))
-    with pytest.raises(ValueError, match=r"thresholding"):
-        plan_of(diffusers.DDPMScheduler(thresholding=True))
+@pytest.mark.parametrize(
+    ("x", "arguments", "error", "message"),
+    [
+        *(
+            (wrong, {}, TypeError, "x to be a scheduler or pipeline of diffusers, or a GaussianDiffusion")
+            for wrong in ({}, make_unet(), nn.Linear(1, 1))
+        ),
+        (diffusers.PNDMScheduler(), {}, TypeError, "x to be one of DDPMScheduler, .*, got a PNDMScheduler$"),
+        (diffusers.DDPMScheduler(), {"eta": 0.5}, ValueError, r"eta to be None for a DDPMScheduler, got 0\.5$"),
+        (make("DDIM"), {}, ValueError, "num_steps to be given, or x to have timesteps that were set, got neither"),
+        (
+            diffusers.DPMSolverMultistepScheduler(use_lu_lambdas=True),
+            {},
+            ValueError,
+            "x to have a supported configuration, got: DPMSolver",
+        ),
+        (diffusers.DDPMScheduler(thresholding=True), {}, ValueError, "thresholding to be false"),
+    ],
+)
+def test_what_is_no_plan_is_named(x: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^plan_of: expected {message}"):
+        plan_of(x, **arguments)
