@@ -5,6 +5,7 @@ Those libraries are on no package index. The blocks are written from what they c
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -18,6 +19,15 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.float()).to(input.dtype)
+
+
+def in_float64(network: Any) -> Any:
+    """Return a copy that computes in float64, its `GroupNorm32` too."""
+    wide = copy.deepcopy(network).double()
+    for layer in wide.modules():
+        if type(layer) is GroupNorm32:
+            layer.__class__ = nn.GroupNorm
+    return wide
 
 
 class SiLU(nn.Module):
