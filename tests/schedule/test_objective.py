@@ -132,20 +132,17 @@ def test_channels_follow_the_variance() -> None:
 def test_the_loss_is_on_the_target(name: str, source: str) -> None:
     objective, t = of(SCHEDULES["cosine"], name), torch.tensor([0, 500, 999])
     x_0, epsilon, m = torch.randn(3, 3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    seeds = sample_seeds(3, 3)
-    given = {"noise": epsilon} if source == "noise" else {"seeds": seeds}
-    if source == "seeds":
-        zero = torch.zeros_like(x_0)
-        epsilon = q_sample(zero, 999, SCHEDULES["flow"], seeds=seeds)  # alpha is 0 and sigma 1
+    given: dict[str, Any] = {"noise": epsilon} if source == "noise" else {"seeds": sample_seeds(3, 3)}
+    epsilon = q_sample(torch.zeros_like(x_0), 999, SCHEDULES["flow"], **given)  # alpha is 0 and sigma 1
     a, b = objective.target.float().double()[t].reshape(3, 2, 1, 1, 1).unbind(1)  # as kernels read them
     wanted = (m - (a * x_0 + b * epsilon)).square().flatten(1).mean(dim=1)
-    losses = denoising_loss(m, x_0, t, objective, reduction="none", **given)  # type: ignore[arg-type]
+    losses = denoising_loss(m, x_0, t, objective, reduction="none", **given)
     torch.testing.assert_close(losses, wanted, rtol=1e-13, atol=0)
     if name != "custom":
         by_name = denoising_loss(m, x_0, t, objective.schedule, prediction=name, reduction="none", **given)  # type: ignore[arg-type]
         assert torch.equal(by_name, losses)
     learned = Objective(objective.schedule, objective.prediction, "learned_range")
-    both = denoising_loss(torch.cat([m, m], dim=1), x_0, t, learned, reduction="none", **given)  # type: ignore[arg-type]
+    both = denoising_loss(torch.cat([m, m], dim=1), x_0, t, learned, reduction="none", **given)
     assert torch.equal(both, losses)  # the variance is not its business
 
 
@@ -159,20 +156,14 @@ def test_a_new_objective_compiles(name: str) -> None:
     assert torch.equal(compiled(m), denoising_loss(m, x_0, 3, objective, seeds=seeds))
 
 
-def test_columns_of_a_name_are_that_name() -> None:
-    """Plans and losses are the same."""
-    schedule = SCHEDULES["cosine"]
-    x_0, m = torch.randn(2, 2, 1, 4, 4)
-    for name in TARGETS:
-        named, given = Objective(schedule, name), Objective(schedule, Objective(schedule, name).target)  # type: ignore[arg-type]
-        assert (named.name, given.name) == (name, "custom")
-        losses = [denoising_loss(m, x_0, 7, each, seeds=sample_seeds(0, 2), reduction="none") for each in (named, given)]
-        assert torch.equal(*losses)
-        for build in (ddpm_plan, ddim_plan, dpm_solver_plan):
-            one, other = build(named, 7), build(given, 7)  # type: ignore[operator]
-            # A solver computes alpha again from its levels, with other roundings than the timesteps' columns.
-            torch.testing.assert_close(one.coefficients, other.coefficients, rtol=1e-14, atol=1e-14)
-            assert other.prediction == "custom"
+@pytest.mark.parametrize("build", [ddpm_plan, ddim_plan, dpm_solver_plan])
+@pytest.mark.parametrize("name", TARGETS)
+def test_columns_of_a_name_give_the_plans_of_that_name(name: Any, build: Callable[..., SamplingPlan]) -> None:
+    named = Objective(SCHEDULES["cosine"], name)
+    one, other = build(named, 7), build(Objective(named.schedule, named.target), 7)
+    # A solver computes alpha again from its levels, with other roundings than the timesteps' columns.
+    torch.testing.assert_close(one.coefficients, other.coefficients, rtol=1e-14, atol=1e-14)
+    assert (one.prediction, other.prediction) == (name, "custom")
 
 
 PLANS: dict[str, Callable[..., SamplingPlan]] = {
@@ -215,8 +206,8 @@ def test_ddim_on_the_flow_schedule_is_eulers_method() -> None:
     x = y = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for row, t in zip(plan.coefficients, plan.timesteps.tolist(), strict=True):
         m = torch.tanh(2 * x) + s[t]  # any network of the rescaled x_t
-        values = dict(zip(("p", "q", "k0", "k1", "k2"), row[:5], strict=True))
-        x = values["k0"] * (values["p"] * x + values["q"] * m) + values["k1"] * x + values["k2"] * m
+        p, q, k0, k1, k2 = row[:5]
+        x = k0 * (p * x + q * m) + k1 * x + k2 * m
         y = y - m / steps
         arrived = s[t] - 1 / steps
         scale = ((1 - arrived).square() + arrived.square()).sqrt()
@@ -225,9 +216,11 @@ def test_ddim_on_the_flow_schedule_is_eulers_method() -> None:
 
 def test_samplers_say_what_they_need_where_abar_is_0() -> None:
     objective = Objective(NoiseSchedule.flow(100), "flow")
-    for plan in (ddpm_plan(objective, 5), ddim_plan(objective, 5, spacing="trailing"), dpm_solver_plan(objective, 5)):
+    for plan in (
+        *(ddpm_plan(objective, 5), ddim_plan(objective, 5, spacing="trailing"), dpm_solver_plan(objective, 5)),
+        dpm_solver_plan(objective, 5, spacing="karras", lambda_min=-5.1),
+    ):
         assert plan.coefficients[:, :8].isfinite().all()
-    assert dpm_solver_plan(objective, 5, spacing="karras", lambda_min=-5.1).coefficients[:, :8].isfinite().all()
     with pytest.raises(ValueError, match="heun_plan: expected abar to be above 0 at the first timestep, got 0 at 99: pass"):
         heun_plan(objective, 5)
     with pytest.raises(ValueError, match="sigma_max to be given, as abar is 0 at the last timestep"):
