@@ -45,20 +45,21 @@ class Recording(nn.Module):
         return self.weight * torch.tanh(x_t)
 
 
-def tiny_unet(classes: int | None = None, learned_variance: bool = False) -> UNet:
-    """Random weights in every layer, a level with attention."""
+def tiny_unet(classes: int | None = None, learned_variance: bool = False, **changes: Any) -> UNet:
+    """Return a network with random weights in every layer and a level with attention. `changes` are of its configuration."""
     torch.manual_seed(0)
-    model = UNet(
-        sample_size=8,
-        in_channels=1,
-        out_channels=2 if learned_variance else 1,
-        block_out_channels=[8, 16],
-        down_block_types=["DownBlock2D", "AttnDownBlock2D"],
-        up_block_types=["AttnUpBlock2D", "UpBlock2D"],
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=None if classes is None else classes + 1,
-    )
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 2 if learned_variance else 1,
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "num_class_embeds": None if classes is None else classes + 1,
+    }
+    model = UNet(**config | changes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

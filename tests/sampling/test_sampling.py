@@ -5,18 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from drawing import SCHEDULE, Gaussian, Recording, tiny_unet
-from PIL import Image
 from refusals import refused
 from small_unets import randomise
 from torch import Tensor, nn
@@ -26,18 +21,14 @@ from ddpm_fast import (
     Sampler,
     ddim_plan,
     ddpm_plan,
-    dpm_solver_plan,
     freeze,
     noise,
     sample,
     sample_seeds,
-    save_grid,
 )
-from ddpm_fast.cli import main
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 from ddpm_fast.nn import UNet
 from ddpm_fast.plan import COLUMNS
-from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_X_T
 
 CLASSES = ("zero", "one", "ankle boot")
@@ -558,124 +549,6 @@ def test_labels_for_a_model_that_takes_none_are_refused_before_any_work() -> Non
     message = r"^sample: expected class_labels to be None, as the model takes x_t and t alone, got 3$"
     with pytest.raises(ValueError, match=message):
         sample(predict, ddpm_plan(SCHEDULE), 2, shape=(1, 4, 4), class_labels=3, progress=False)
-
-
-# ------------------------------------------------------------------------------------------------------------ command line
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that `ddpm-fast sample` can load."""
-    path = tmp_path_factory.mktemp("model")
-    UNet(**tiny_unet(classes=3).config, class_names=CLASSES).save_pretrained(path / "unet")
-    config = {"_class_name": "DDPMScheduler", "variance_type": "fixed_large", "ddpm_fast": SCHEDULE.to_config()}
-    (path / "scheduler").mkdir()
-    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    return path
-
-
-def run(folder: Path, out: Path, *arguments: str) -> Result:
-    return CliRunner().invoke(main, ["sample", "--model", str(folder), "--out", str(out), *arguments])
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
-def expected(images: Tensor, path: Path) -> np.ndarray:
-    return pixels(save_grid(images, path, scale=16))
-
-
-def test_command_draws_16_images_by_default(folder: Path, tmp_path: Path) -> None:
-    result = run(folder, tmp_path / "samples.png")
-    assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'samples.png'}: 16 images of 3 classes in turn in 20 steps (dpm++2m-sde), " in result.output
-    assert "images/s" in result.output
-    plan = dpm_solver_plan(SCHEDULE, 20, eta=1.0, solver="heun", spacing="karras")
-    images = sample(load_folder(folder).model, plan, 16, class_labels=[i % 3 for i in range(16)], progress=False)
-    assert np.array_equal(pixels(tmp_path / "samples.png"), expected(images, tmp_path / "expected.png"))
-
-
-def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
-    options = "--num 5 --steps 4 --sampler ddim --eta 0.5 --spacing trailing --guidance 2 --seed 9 --batch-size 2 --quiet"
-    result = run(folder, tmp_path / "a.png", *options.split(), "--classes", "1, Ankle boot", "--gif", str(tmp_path / "a.gif"))
-    assert (result.exit_code, result.output) == (0, "")
-    plan = ddim_plan(SCHEDULE, 4, eta=0.5, spacing="trailing")
-    images = sample(
-        load_folder(folder).model,
-        plan,
-        5,
-        seed=9,
-        class_labels=[1, 2, 1, 2, 1],
-        guidance_scale=2.0,
-        batch_size=2,
-        progress=False,
-    )
-    assert np.array_equal(pixels(tmp_path / "a.png"), expected(images, tmp_path / "expected.png"))
-    with Image.open(tmp_path / "a.gif") as animation:
-        assert animation.n_frames == 5  # x_T and one after each step
-
-    result = run(
-        *(folder, tmp_path / "b.png", "--num", "2", "--classes", "none", "--dtype", "float64"),
-        *("--sampler", "ddpm", "--variance", "fixed_small"),
-    )
-    assert result.exit_code == 0, result.output
-    assert "2 images of no class in 20 steps (ddpm), " in result.output
-    arguments: dict[str, Any] = {"class_labels": "none", "dtype": torch.float64, "progress": False}
-    images = sample(load_folder(folder).model, ddpm_plan(SCHEDULE), 2, **arguments)
-    assert np.array_equal(pixels(tmp_path / "b.png"), expected(images, tmp_path / "expected.png"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--classes hat", "expected --classes to be integers or names among zero, one, ankle boot, got 'hat'"),
-        ("--classes 3", "expected --classes to be in 0..2, got 3"),
-        ("--steps 21 --sampler ddpm", "expected --steps to be in 1..20 with ddpm, got 21"),
-        ("--eta 1 --sampler ddpm", "expected --eta to go with sampler dpm++2m-sde or ddim, got 1.0 with ddpm"),
-        ("--spacing karras --sampler ddim", "expected --spacing to be leading, trailing or linspace with ddim"),
-        (
-            "--sampler ddim --sigma-min 0",
-            "expected --sigma-min to go with sampler dpm++2m or dpm++2m-sde or heun, got 0.0 with ddim",
-        ),
-        ("--sampler dpm++2m --sigma-max 1", """expected --sigma-max to go with spacing="karras", got 1.0 with 'linspace'"""),
-        ("--sigma-max 99", "expected --sigma-max to be in 0.0708881..5.44346, the levels of the timesteps, got 99.0"),
-        ("--sigma-min 0.3 --sigma-max 0.2", "expected --sigma-max to be above the last level, 0.3, got 0.2"),
-        ("--sigma-min nan", "expected --sigma-min to be at least 0 and finite or None, got nan"),
-        ("--sampler ddim --variance fixed_small", "expected --variance to go with sampler ddpm, got fixed_small with ddim"),
-        ("--variance learned", "expected --variance to go with sampler ddpm, got learned with dpm++2m-sde"),
-        (
-            "--sampler ddpm --variance learned",
-            "expected --variance to be fixed_small or fixed_large for this model, got learned",
-        ),
-        ("--classes none --guidance 2", "expected --guidance to be None or 1, as there are no class_labels, got 2.0"),
-        ("--guidance nan", "expected --guidance to be at least -10000.0 and at most 10000.0 or None, got nan"),
-        ("--device meta", "expected --device to be one that computes, got meta"),
-        ("--out /dev/null/a.png", "/dev/null"),
-        ("--out /proc/a.png", "/proc"),
-        ("--gif /dev/null/a.gif", "/dev/null"),
-        ("--out image.xyz", "expected --out to end in"),
-        ("--gif way.mp3", "expected --gif to end in"),
-        ("--device nowhere", "'nowhere'"),
-        ("--num 0", "--num"),
-        ("--model nowhere", "expected --model to be a folder that holds a model, got 'nowhere', which does not exist"),
-    ],
-)
-def test_command_refuses_bad_values_in_a_line(folder: Path, tmp_path: Path, arguments: str, message: str) -> None:
-    result = run(folder, tmp_path / "a.png", *arguments.split())
-    assert result.exit_code == 2
-    line = result.output.splitlines()[-1]
-    assert line.startswith("Error: ")
-    assert message in line
-    assert "sampling" not in result.output  # refused before the work
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_that_changes_its_input_is_refused() -> None:
-    plan = ddpm_plan(SCHEDULE)
-    with pytest.raises(ValueError, match="expected model to leave its input as it is, got one that changes x_t in place"):
-        sample(lambda x, t: x.mul_(0.5), plan, 2, shape=(1, 4, 4), progress=False)
 
 
 @pytest.mark.parametrize(
