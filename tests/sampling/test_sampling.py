@@ -6,14 +6,13 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from drawing import SCHEDULE, Gaussian, Recording, tiny_unet
+from drawing import PLAN, SCHEDULE, Gaussian, Recording, draw, tiny_unet
 from refusals import refused
-from small_unets import randomise
 from torch import Tensor, nn
 
 from ddpm_fast import (
@@ -27,7 +26,6 @@ from ddpm_fast import (
     sample_seeds,
 )
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
-from ddpm_fast.nn import UNet
 from ddpm_fast.plan import COLUMNS
 from ddpm_fast.reference import STREAM_X_T
 
@@ -109,26 +107,14 @@ def test_what_the_network_predicts_makes_no_difference(prediction: Any) -> None:
     torch.testing.assert_close(draw(prediction), draw("epsilon"), rtol=0, atol=1e-6)  # float32 coefficients
 
 
-def test_learned_variance_takes_the_second_half_of_the_channels() -> None:
-    class Split(nn.Module):
-        def __init__(self, v: float) -> None:
-            super().__init__()
-            self.v = v
+@pytest.mark.parametrize(("v", "variance"), [(1.0, "fixed_large"), (-1.0, "fixed_small")])
+def test_learned_variance_takes_the_second_half_of_the_channels(v: float, variance: Any) -> None:
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([torch.tanh(x_t), torch.full_like(x_t, v)], dim=1)
 
-        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-            return torch.cat([torch.tanh(x_t), torch.full_like(x_t, self.v)], dim=1)
-
-    def draw(v: float) -> Tensor:
-        return sample(Split(v), ddpm_plan(SCHEDULE, variance="learned_range"), 3, shape=(1, 4, 4), progress=False)
-
-    def fixed(variance: Any) -> Tensor:
-        model = Recording()
-        nn.init.ones_(model.weight)
-        return sample(model, ddpm_plan(SCHEDULE, variance=variance), 3, shape=(1, 4, 4), progress=False)
-
-    torch.testing.assert_close(draw(1.0), fixed("fixed_large"), rtol=0, atol=1e-5)
-    torch.testing.assert_close(draw(-1.0), fixed("fixed_small"), rtol=0, atol=1e-5)
-    assert not torch.allclose(draw(0.0), draw(1.0), atol=1e-2)
+    drawn = draw(network, 3, ddpm_plan(SCHEDULE, variance="learned_range"), shape=(1, 4, 4))
+    fixed = draw(lambda x_t, t: torch.tanh(x_t), 3, ddpm_plan(SCHEDULE, variance=variance), shape=(1, 4, 4))
+    torch.testing.assert_close(drawn, fixed, rtol=0, atol=1e-5)
 
 
 def test_multistep_plans_are_given_the_x_0_of_the_steps_before() -> None:
@@ -137,7 +123,7 @@ def test_multistep_plans_are_given_the_x_0_of_the_steps_before() -> None:
     coefficients[1:, COLUMNS.index("k3")] = 0.25
     coefficients[2:, COLUMNS.index("k4")] = -0.125
     plan = dataclasses.replace(plan, coefficients=coefficients)
-    drawn = sample(Recording(), plan, 2, shape=(1, 4, 4), progress=False, dtype=torch.float64)
+    drawn = draw(Recording(), 2, plan, shape=(1, 4, 4), dtype=torch.float64)
 
     x = noise((2, 1, 4, 4), sample_seeds(0, 2), stream=STREAM_X_T, dtype=torch.float64)
     previous = earlier = torch.zeros_like(x)
@@ -152,35 +138,28 @@ def test_multistep_plans_are_given_the_x_0_of_the_steps_before() -> None:
 # ------------------------------------------------------------------------------------------------------------ independence
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_an_image_is_the_same_alone_in_a_batch_and_in_chunks() -> None:
     plan = ddpm_plan(SCHEDULE, 5)
-    together = sample(Recording(), plan, 16, seed=7, shape=(3, 6, 5), progress=False)
-    assert len({tuple(image.flatten().tolist()) for image in together}) == 16
-    for batch_size in (1, 3, 16, 100):
-        chunked = sample(Recording(), plan, 16, seed=7, batch_size=batch_size, shape=(3, 6, 5), progress=False)
-        assert torch.equal(chunked, together)
-    assert torch.equal(sample(Recording(), plan, 5, seed=7, shape=(3, 6, 5), progress=False), together[:5])
-    alone = sample(Recording(), plan, 1, seed=sample_seeds(7, 16)[9:10], shape=(3, 6, 5), progress=False)
-    assert torch.equal(alone[0], together[9])
-    assert not torch.equal(sample(Recording(), plan, 16, seed=8, shape=(3, 6, 5), progress=False), together)
+    together = draw(Recording(), 16, plan, seed=7, shape=(3, 6, 5))
+    for batch_size in (1, 3, 100):
+        assert torch.equal(draw(Recording(), 16, plan, seed=7, batch_size=batch_size, shape=(3, 6, 5)), together)
+    assert torch.equal(draw(Recording(), 1, plan, seed=sample_seeds(7, 16)[9:10], shape=(3, 6, 5))[0], together[9])
+    for each in (together[8], *draw(Recording(), 2, plan, seed=8, shape=(3, 6, 5))):
+        assert not torch.equal(each, together[9])
 
 
-def test_an_image_of_a_network_differs_by_the_rounding_of_its_convolutions(two_threads: None) -> None:
-    model, plan = tiny_unet(), ddpm_plan(SCHEDULE, 5)
-    exact = sample(model, plan, 16, progress=False, dtype=torch.float64)
+def test_an_image_of_a_network_differs_by_the_rounding_of_its_convolutions() -> None:
+    model, plan, threads = tiny_unet(), ddpm_plan(SCHEDULE, 5), torch.get_num_threads()
+    exact = draw(model, 16, plan, dtype=torch.float64)
     sampler = Sampler(model, plan)
-    together, on_the_way = sampler.trajectory(16, progress=False)
-    alone, alone_on_the_way = sampler.trajectory(1, seed=sample_seeds(0, 16)[11:12], progress=False)
-    torch.set_num_threads(1)
-    one_thread = sample(model, plan, 16, progress=False)
+    try:
+        torch.set_num_threads(2)
+        together, on_the_way = sampler.trajectory(16, progress=False)
+        alone, alone_on_the_way = sampler.trajectory(1, seed=sample_seeds(0, 16)[11:12], progress=False)
+        torch.set_num_threads(1)
+        one_thread = draw(model, 16, plan)
+    finally:
+        torch.set_num_threads(threads)
     rounding = 2 * float((together - exact).abs().max())  # float32 rounding, as the batch of 16 has it
     assert rounding < 1e-3
     torch.testing.assert_close(alone[0], together[11], rtol=0, atol=rounding)
@@ -197,22 +176,16 @@ def test_the_model_is_left_as_it_was() -> None:
     model.add_module("frozen", nn.Dropout(0.5).eval())
     model.add_module("dropout", nn.Dropout(0.5))
     model.forward = lambda x, t: model.dropout(model.frozen(model.body(x, t)))  # type: ignore[method-assign]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    images = sample(model, ddpm_plan(SCHEDULE), 2, shape=(1, 4, 4), progress=False)
-    assert all(not training for *_, training in model.body.calls)  # dropout was off
-    assert torch.equal(images, sample(Recording(), ddpm_plan(SCHEDULE), 2, shape=(1, 4, 4), progress=False))
-    assert (model.training, model.body.training, model.frozen.training, model.dropout.training) == (True, True, False, True)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    before = copy.deepcopy(model.state_dict())
+    assert torch.equal(draw(model, shape=(1, 4, 4)), draw(Recording(), shape=(1, 4, 4)))  # dropout was off
+    assert [each.training for each in (model, model.body, model.frozen, model.dropout)] == [True, True, False, True]
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_the_mode_is_restored_after_an_error() -> None:
-    class Failing(Recording):
-        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-            raise RuntimeError("out of order")
-
-    model = Failing()
-    with pytest.raises(RuntimeError, match="out of order"):
-        sample(model, ddpm_plan(SCHEDULE), 1, shape=(1, 2, 2), progress=False)
+    model = nn.Identity()  # takes one argument
+    with pytest.raises(TypeError, match="positional argument"):
+        draw(model, shape=(1, 2, 2))
     assert model.training
 
 
@@ -228,69 +201,49 @@ def test_the_state_has_the_memory_format_of_the_weights(layout: torch.memory_for
     # The noise is that of the logical order, whatever the memory is like.
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
-
-    class Zero(nn.Module):
-        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-            return torch.zeros_like(x_t)
-
-    plan = ddpm_plan(SCHEDULE, 3)
-    torch.testing.assert_close(
-        sample(model, plan, 2, shape=(3, 4, 4), progress=False), sample(Zero(), plan, 2, shape=(3, 4, 4), progress=False)
-    )
+    zero = draw(lambda x_t, t: torch.zeros_like(x_t), shape=(3, 4, 4))
+    torch.testing.assert_close(draw(model, shape=(3, 4, 4)), zero)
 
 
 def test_the_state_of_a_frozen_network_is_channels_last() -> None:
     """The network would else convert it at every step."""
-    seen: list[Tensor] = []
-    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "add_attention": False}
-    frozen = freeze(UNet(sample_size=4, layers_per_block=1, block_out_channels=[8], norm_num_groups=2, **blocks))
-    sample(frozen, ddpm_plan(SCHEDULE, 3), 2, progress=False, callback=lambda step, timestep, x_t: seen.append(x_t))
-    assert len(seen) == 3
-    for x_t in seen:
-        assert x_t.is_contiguous(memory_format=torch.channels_last)
-        assert not x_t.is_contiguous()
+    seen: list[tuple[bool, bool]] = []
+
+    def look(step: int, timestep: int, x_t: Tensor) -> None:
+        seen.append((x_t.is_contiguous(memory_format=torch.channels_last), x_t.is_contiguous()))
+
+    draw(freeze(tiny_unet(in_channels=3, out_channels=3), num_timesteps=20), callback=look)
+    assert seen == [(True, False)] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_network_steps_a_float32_state(dtype: torch.dtype) -> None:
     model, plan = Recording(), ddpm_plan(SCHEDULE)
-    exact = sample(model, plan, 4, shape=(1, 8, 8), progress=False)
+    exact = draw(model, 4, plan, shape=(1, 8, 8))
     calls = len(model.calls)
-    images = sample(model, plan, 4, shape=(1, 8, 8), progress=False, dtype=dtype)
+    images = draw(model, 4, plan, shape=(1, 8, 8), dtype=dtype)
     assert images.dtype == torch.float32
     assert (model.weight.dtype, len(model.calls)) == (torch.float32, calls)  # a copy was cast, and called
     # Each of 20 steps may move the image by the rounding of a prediction of size up to 1, times q <= 1.
-    error = (images - exact).abs().max()
-    assert 0 < error < 20 * torch.finfo(dtype).eps
-
+    assert 0 < (images - exact).abs().max() < 20 * torch.finfo(dtype).eps
     cast = copy.deepcopy(model).to(dtype)
-    assert torch.equal(sample(cast, plan, 4, shape=(1, 8, 8), progress=False), images)
+    assert torch.equal(draw(cast, 4, plan, shape=(1, 8, 8)), images)
     assert {call[1] for call in cast.calls[calls:]} == {dtype}
 
 
 def test_images_are_ordinary_tensors() -> None:
-    images, states = Sampler(Recording(), ddpm_plan(SCHEDULE), shape=(3, 4, 4)).trajectory(2, progress=False)
-    for tensor in (images, states):
+    for tensor in Sampler(Recording(), ddpm_plan(SCHEDULE), shape=(3, 4, 4)).trajectory(2, progress=False):
         assert tensor.is_contiguous()
-        assert not tensor.is_inference()
         assert not tensor.requires_grad
-    weight = torch.ones((), requires_grad=True)
-    (weight * images).sum().backward()  # saves images for the backward pass
-    torch.testing.assert_close(weight.grad, images.sum())
+        weight = torch.ones((), requires_grad=True)
+        (weight * tensor).sum().backward()  # saves the tensor for the backward pass, as no inference tensor can be
+        torch.testing.assert_close(weight.grad, tensor.sum())
 
 
 def test_the_model_may_wrap_its_output_as_diffusers_does() -> None:
-    @dataclasses.dataclass
-    class Output:
-        sample: Tensor
-
-    class Wrapping(Recording):
-        def forward(self, x_t: Tensor, t: Tensor) -> Any:
-            return Output(super().forward(x_t, t))
-
-    plan = ddpm_plan(SCHEDULE)
-    wrapped = sample(Wrapping(), plan, 2, shape=(1, 4, 4), progress=False)
-    assert torch.equal(wrapped, sample(Recording(), plan, 2, shape=(1, 4, 4), progress=False))
+    model = Recording()
+    wrapped = draw(lambda x_t, t: SimpleNamespace(sample=model(x_t, t)), shape=(1, 4, 4))
+    assert torch.equal(wrapped, draw(model, shape=(1, 4, 4)))
 
 
 # --------------------------------------------------------------------------------------------------- classes and guidance
@@ -298,72 +251,48 @@ def test_the_model_may_wrap_its_output_as_diffusers_does() -> None:
 
 def test_class_labels_are_one_for_all_or_one_an_image() -> None:
     model, plan = tiny_unet(classes=3), ddpm_plan(SCHEDULE, 5)
-    mixed = sample(model, plan, 4, class_labels=[0, 1, 2, 1], progress=False)
-    assert torch.equal(sample(model, plan, 4, class_labels=torch.tensor([0, 1, 2, 1]), progress=False), mixed)
+    mixed = draw(model, 4, plan, class_labels=[0, 1, 2, 1])
+    assert torch.equal(draw(model, 4, plan, class_labels=torch.tensor([0, 1, 2, 1])), mixed)
     for label in range(3):
-        same = sample(model, plan, 4, class_labels=label, progress=False)
+        same = draw(model, 4, plan, class_labels=label)
         rows = [i for i in range(4) if [0, 1, 2, 1][i] == label]
         torch.testing.assert_close(same[rows], mixed[rows])
         assert not torch.allclose(same, mixed, atol=1e-3)
-    unlabelled = sample(model, plan, 4, class_labels="none", progress=False)
-    assert torch.equal(unlabelled, sample(model, plan, 4, class_labels=3, progress=False))
 
 
-def test_classes_take_turns_without_labels() -> None:
-    model, plan = tiny_unet(classes=3), ddpm_plan(SCHEDULE, 3)
-    in_turn = sample(model, plan, 5, class_labels=[0, 1, 2, 0, 1], progress=False)
-    sampler = Sampler(model, plan)
-    for images in (
-        sample(model, plan, 5, progress=False),
-        sampler(5, progress=False),
-        sampler.trajectory(5, progress=False)[0],
-    ):
-        assert torch.equal(images, in_turn)
-    # Guidance of labels that nobody gave is that of the classes in turn.
-    guided = sample(model, plan, 3, guidance_scale=2.0, progress=False)
-    assert torch.equal(guided, sample(model, plan, 3, class_labels=[0, 1, 2], guidance_scale=2.0, progress=False))
-    assert torch.equal(sampler(5, class_labels="None", progress=False), sampler(5, class_labels=3, progress=False))
+TURNS, CONDITION = {"class_labels": [0, 1, 2, 0, 1]}, {"condition": torch.ones(5, 1, 8, 8)}
 
 
-def test_a_class_may_be_called_none() -> None:
-    model = UNet(**{**tiny_unet(classes=3).config, "class_names": ["all", "some", "none"]})
-    randomise(model)
-    sampler = Sampler(model, ddpm_plan(SCHEDULE, 2))
-    assert torch.equal(sampler(2, class_labels="none", progress=False), sampler(2, class_labels=2, progress=False))
-    assert not torch.equal(sampler(2, class_labels="none", progress=False), sampler(2, class_labels=3, progress=False))
-
-
-def test_with_a_condition_there_is_no_class_unless_one_is_given() -> None:
-    model = UNet(**{**tiny_unet(classes=3).config, "in_channels": 2})
-    randomise(model)
-    sampler = Sampler(model, ddpm_plan(SCHEDULE, 2))
-    given: dict[str, Any] = {"condition": torch.ones(3, 1, 8, 8), "progress": False}
-    images = sampler(3, **given)
-    assert torch.equal(images, sampler(3, class_labels="none", **given))
-    assert torch.equal(images, sampler(3, class_labels=3, **given))
-    assert not torch.equal(images, sampler(3, class_labels=[0, 1, 2], **given))
+@pytest.mark.parametrize(
+    ("config", "given", "same"),
+    [
+        ({}, {}, TURNS),
+        # Guidance of labels that nobody gave is that of the classes in turn.
+        ({}, {"guidance_scale": 2.0}, TURNS | {"guidance_scale": 2.0}),
+        ({}, {"class_labels": "None"}, {"class_labels": 3}),
+        ({"class_names": ["all", "some", "none"]}, {"class_labels": "none"}, {"class_labels": 2}),
+        # With a condition there is no class unless one is given.
+        ({"in_channels": 2}, CONDITION, CONDITION | {"class_labels": 3}),
+        ({"in_channels": 2}, CONDITION | {"class_labels": "none"}, CONDITION | {"class_labels": 3}),
+    ],
+)
+def test_classes_take_turns_without_labels_and_none_is_no_class(config: Any, given: Any, same: Any) -> None:
+    sampler = Sampler(tiny_unet(classes=3, **config), PLAN)
+    expected = sampler(5, **same, progress=False)
+    for images in (sampler(5, **given, progress=False), sampler.trajectory(5, **given, progress=False)[0]):
+        assert torch.equal(images, expected)
+    assert not torch.equal(sampler(5, **given | {"class_labels": 1}, progress=False), expected)
 
 
 def test_no_label_gives_guidance_to_a_model_without_a_configuration() -> None:
-    model, plan = tiny_unet(classes=3), ddpm_plan(SCHEDULE, 3)
+    model, arguments = tiny_unet(classes=3), {"class_labels": 1, "guidance_scale": 2.0, "shape": (1, 8, 8)}
 
     def foreign(x_t: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
         return model(x_t, t, class_labels)  # type: ignore[no-any-return]
 
-    drawn = [
-        sample(each, plan, 2, class_labels=1, guidance_scale=2.0, shape=(1, 8, 8), no_label=no_label, progress=False)
-        for each, no_label in ((foreign, 3), (model, None))
-    ]
-    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
-    unlabelled = sample(foreign, plan, 2, shape=(1, 8, 8), no_label=3, progress=False)
-    assert torch.equal(unlabelled, sample(foreign, plan, 2, class_labels=3, shape=(1, 8, 8), progress=False))
-    wanted = "to be None or 1, as nothing says which label is no class: pass no_label"
-    with refused(InvalidValue("sample", "guidance_scale", wanted, "2.0")):
-        sample(foreign, plan, 2, class_labels=1, guidance_scale=2.0, shape=(1, 8, 8), progress=False)
-    with refused(InvalidValue("sample", "guidance_scale", "to be None or 1, as there are no class_labels", "2.0")):
-        sample(foreign, plan, 2, class_labels=3, guidance_scale=2.0, shape=(1, 8, 8), no_label=3, progress=False)
-    with refused(InvalidType("sample", "no_label", "to be an integer in 0..9223372036854775807 or None", "'3'")):
-        sample(foreign, plan, 2, class_labels=1, shape=(1, 8, 8), no_label="3", progress=False)  # type: ignore[arg-type]
+    torch.testing.assert_close(draw(foreign, no_label=3, **arguments), draw(model, **arguments), rtol=1e-4, atol=1e-4)
+    unlabelled = draw(foreign, shape=(1, 8, 8), no_label=3)
+    assert torch.equal(unlabelled, draw(foreign, class_labels=3, shape=(1, 8, 8), no_label=3))
 
 
 def test_guidance_combines_the_conditional_and_the_unlabelled_prediction() -> None:
@@ -380,10 +309,6 @@ def test_guidance_combines_the_conditional_and_the_unlabelled_prediction() -> No
     plan = ddpm_plan(SCHEDULE, variance="fixed_large", clip=None)
     drawn = sample(model, plan, 3, class_labels=labels, guidance_scale=scale, progress=False, dtype=torch.float64)
     torch.testing.assert_close(drawn, exact, rtol=0, atol=20 * 2**-24 * float(exact.abs().max()))
-    chunked = sample(
-        model, plan, 3, class_labels=labels, guidance_scale=scale, batch_size=2, progress=False, dtype=torch.float64
-    )
-    torch.testing.assert_close(chunked, drawn)
 
 
 @pytest.mark.parametrize("scale", [None, 1, 1.0])
@@ -404,9 +329,8 @@ def test_guidance_of_1_costs_no_second_half(scale: float | None) -> None:
 
 
 def test_the_trajectory_goes_from_x_T_to_x_0() -> None:
-    plan = ddpm_plan(SCHEDULE)
     shape = (5, 2, 3, 3)
-    sampler = Sampler(Recording(), plan, shape=shape[1:])
+    sampler = Sampler(Recording(), ddpm_plan(SCHEDULE), shape=shape[1:])
     images, states = sampler.trajectory(5, batch_size=2, num_frames=21, progress=False)
     assert states.shape == (21, *shape)
     assert torch.equal(states[0], noise(shape, sample_seeds(0, 5), stream=STREAM_X_T))
@@ -417,39 +341,33 @@ def test_the_trajectory_goes_from_x_T_to_x_0() -> None:
         assert torch.equal(some, states[list(frames)])
         assert torch.equal(again, images)
     assert torch.equal(sampler(5, progress=False), images)
+    assert torch.equal(sampler(5, x_T=states[0], batch_size=2, progress=False), images)
     long = ddpm_plan(NoiseSchedule.linear(120))
     assert len(Sampler(Recording(), long, shape=(1, 2, 2)).trajectory(1, progress=False)[1]) == 51
-    with refused(InvalidValue("Sampler.trajectory", "num_frames", "to be a positive integer", "0")):
-        sampler.trajectory(5, num_frames=0)
-
-
-def test_x_T_takes_the_place_of_noise() -> None:
-    plan, shape = ddpm_plan(SCHEDULE), (5, 2, 3, 3)
-    x_T = noise(shape, sample_seeds(0, 5), stream=STREAM_X_T)
-    images = sample(Recording(), plan, 5, shape=shape[1:], progress=False)
-    for batch_size in (None, 2):
-        again = sample(Recording(), plan, 5, shape=shape[1:], x_T=x_T, batch_size=batch_size, progress=False)
-        assert torch.equal(again, images)
-    assert not torch.equal(sample(Recording(), plan, 5, shape=shape[1:], x_T=-x_T, progress=False), images)
 
 
 def test_the_model_sees_the_timesteps_of_the_plan() -> None:
     model, plan = Recording(), ddpm_plan(SCHEDULE, 7, spacing="trailing")
-    sample(model, plan, 3, shape=(1, 2, 2), progress=False)
-    seen = torch.stack([t for _, _, t, _ in model.calls])
-    assert seen.dtype == torch.int64
-    assert torch.equal(seen, plan.timesteps[:, None].expand(7, 3))
+    draw(model, 3, plan, shape=(1, 2, 2))
+    torch.testing.assert_close(torch.stack([t for _, _, t, _ in model.calls]), plan.timesteps[:, None].expand(7, 3))
 
 
 def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = ddpm_plan(SCHEDULE, 5)
-    sample(Recording(), plan, 4, shape=(1, 2, 2), batch_size=2)
+    sampler = Sampler(Recording(), ddpm_plan(SCHEDULE, 5), shape=(1, 2, 2))
+    sampler(4, batch_size=2)
     assert "10/10" in capsys.readouterr().err
-    sample(Recording(), plan, 4, shape=(1, 2, 2), progress=False)
+    sampler(4, progress=False)
     assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------------------------------------ errors
+
+
+class Labelled(nn.Module):
+    """A network with classes and without a configuration."""
+
+    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        return x_t
 
 
 @pytest.mark.parametrize(
@@ -531,6 +449,29 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
             {"class_labels": "none", "guidance_scale": 2.0},
             InvalidValue("sample", "guidance_scale", "to be None or 1, as there are no class_labels", "2.0"),
         ),
+        (
+            {"model": Recording(), "shape": (1, 4, 4), "class_labels": 3},
+            InvalidValue("sample", "class_labels", "to be None, as the model takes x_t and t alone", "3"),
+        ),
+        *(
+            ({"model": model, "shape": (1, 8, 8), "no_label": no_label}, InvalidValue("sample", "no_label", wanted, no_label))
+            for model, no_label, wanted in (
+                (tiny_unet(), 3, "to be None, as the model has no classes"),
+                (tiny_unet(classes=3), 4, "to be in 0..3"),
+                (Recording(), 3, "to be None, as the model takes x_t and t alone"),
+            )
+        ),
+        ({"no_label": "3"}, InvalidType("sample", "no_label", "to be an integer in 0..9223372036854775807 or None", "'3'")),
+        (
+            {"class_labels": 3, "guidance_scale": 2.0, "no_label": 3},
+            InvalidValue("sample", "guidance_scale", "to be None or 1, as there are no class_labels", "2.0"),
+        ),
+        (
+            {"model": Labelled(), "shape": (1, 8, 8), "class_labels": 1, "guidance_scale": 2.0},
+            InvalidValue(
+                "sample", "guidance_scale", "to be None or 1, as nothing says which label is no class: pass no_label", "2.0"
+            ),
+        ),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(
@@ -540,25 +481,3 @@ def test_bad_arguments_are_refused_before_any_work(
     monkeypatch.setattr(type(arguments["model"]), "__call__", None)  # not to be called
     with refused(error):
         sample(**arguments, progress=False)
-
-
-def test_labels_for_a_model_that_takes_none_are_refused_before_any_work() -> None:
-    def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        raise AssertionError("the model was called")
-
-    message = r"^sample: expected class_labels to be None, as the model takes x_t and t alone, got 3$"
-    with pytest.raises(ValueError, match=message):
-        sample(predict, ddpm_plan(SCHEDULE), 2, shape=(1, 4, 4), class_labels=3, progress=False)
-
-
-@pytest.mark.parametrize(
-    ("model", "no_label", "wanted"),
-    [
-        (tiny_unet(), 3, "to be None, as the model has no classes"),
-        (tiny_unet(classes=3), 4, "to be in 0..3"),
-        (lambda x_t, t: x_t, 3, "to be None, as the model takes x_t and t alone"),
-    ],
-)
-def test_a_label_for_no_class_has_to_fit_the_model(model: Any, no_label: int, wanted: str) -> None:
-    with refused(InvalidValue("sample", "no_label", wanted, str(no_label))):
-        sample(model, ddim_plan(SCHEDULE, 2), 1, shape=(1, 8, 8), no_label=no_label)
