@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from drawing import PLAN, tiny_unet
+from refusals import refused
 
 import ddpm_fast as d
+from ddpm_fast.errors import InvalidValue
 from ddpm_fast.inference import Interface
 from ddpm_fast.options import options_of
 from ddpm_fast.sampling.arguments import labels_of
@@ -40,39 +42,38 @@ def test_names_become_numbers(labels: Any, expected: Any) -> None:
     assert labels_of("sample", NAMES, labels) == expected
 
 
-@pytest.mark.parametrize("labels", ["hat", [0, "hat"]])
-def test_unknown_names_are_errors_that_list_the_known(labels: Any) -> None:
-    known = "T-shirt, ankle boot, BAG, bag"
-    with pytest.raises(ValueError, match=f"^sample: expected class_labels to be integers or names among {known}, got 'hat'$"):
-        labels_of("sample", NAMES, labels)
+UNKNOWN = InvalidValue("sample", "class_labels", "to be integers or names among T-shirt, ankle boot, BAG, bag", "'hat'")
+NAMELESS = InvalidValue("sample", "class_labels", "to be integers, as the model has no class names", "'bag'")
 
 
-@pytest.mark.parametrize("config", [{}, {"num_class_embeds": 3}, {"class_names": None}])
-def test_names_need_a_model_with_names(config: dict[str, Any]) -> None:
-    names = Interface.from_config(config, halves=False).class_names
-    message = "^sample: expected class_labels to be integers, as the model has no class names, got 'bag'$"
-    with pytest.raises(ValueError, match=message):
-        labels_of("sample", names, ["bag"])
+@pytest.mark.parametrize(
+    ("config", "labels", "error"),
+    [
+        ({"class_names": NAMES}, "hat", UNKNOWN),
+        ({"class_names": NAMES}, [0, "hat"], UNKNOWN),
+        ({}, ["bag"], NAMELESS),
+        ({"num_class_embeds": 3}, ["bag"], NAMELESS),
+        ({"class_names": None}, ["bag"], NAMELESS),
+    ],
+)
+def test_unknown_names_are_errors_that_list_the_known(config: dict[str, Any], labels: Any, error: InvalidValue) -> None:
+    with refused(error):
+        labels_of("sample", Interface.from_config(config, halves=False).class_names, labels)
 
 
-def _calls() -> dict[str, tuple[Callable[..., Any], type, tuple[Any, ...]]]:
-    """Return functions that draw, their options, and arguments without options."""
-    sampler = d.Sampler(tiny_unet(), PLAN)
-    inverse = sampler.with_plan(d.ddim_inversion_plan(PLAN.schedule, 3))
-    images = torch.zeros(2, 1, 8, 8)
-    return {
-        "sample": (d.sample, DrawOptions, (tiny_unet(), PLAN, 2)),
-        "Sampler": (sampler.__call__, DrawOptions, (2,)),
-        "Sampler.trajectory": (sampler.trajectory, DrawOptions, (2,)),
-        "vary": (d.vary, EditOptions, (sampler, images)),
-        "interpolate": (d.interpolate, EditOptions, (sampler, images, images)),
-        "invert": (d.invert, BatchOptions, (inverse, images)),
-        "inpaint": (d.inpaint, EditOptions, (sampler, images, images[:1])),
-        "write_samples": (d.write_samples, EditOptions, ("nowhere", sampler, 2)),
-    }
-
-
-CALLS = _calls()
+SAMPLER, IMAGES = d.Sampler(tiny_unet(), PLAN), torch.zeros(2, 1, 8, 8)
+INVERSE = SAMPLER.with_plan(d.ddim_inversion_plan(PLAN.schedule, 3))
+# Functions that draw, their options, and arguments without options.
+CALLS: dict[str, tuple[Callable[..., Any], type, tuple[Any, ...]]] = {
+    "sample": (d.sample, DrawOptions, (tiny_unet(), PLAN, 2)),
+    "Sampler": (SAMPLER.__call__, DrawOptions, (2,)),
+    "Sampler.trajectory": (SAMPLER.trajectory, DrawOptions, (2,)),
+    "vary": (d.vary, EditOptions, (SAMPLER, IMAGES)),
+    "interpolate": (d.interpolate, EditOptions, (SAMPLER, IMAGES, IMAGES)),
+    "invert": (d.invert, BatchOptions, (INVERSE, IMAGES)),
+    "inpaint": (d.inpaint, EditOptions, (SAMPLER, IMAGES, IMAGES[:1])),
+    "write_samples": (d.write_samples, EditOptions, ("nowhere", SAMPLER, 2)),
+}
 
 
 @pytest.mark.parametrize("caller", CALLS)

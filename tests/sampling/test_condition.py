@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from refusals import refused
 from small_unets import randomise
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from ddpm_fast import (
     NoiseSchedule,
     Sampler,
+    SamplingPlan,
     UNet,
     ddim_inversion_plan,
     ddpm_plan,
@@ -26,11 +29,12 @@ from ddpm_fast import (
     sample,
     sample_seeds,
     save_grid,
+    to_uint8,
     variational_bound,
     vary,
     write_samples,
 )
-from ddpm_fast.errors import InvalidType, InvalidValue
+from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 from ddpm_fast.files.images import in_bands
 
 SCHEDULE = NoiseSchedule.linear(20)
@@ -115,36 +119,34 @@ def test_two_maps_give_what_one_gives(case: str, dtype: torch.dtype) -> None:
         assert error < (3e-6 if dtype == torch.float32 else 2e-2), float(error)
 
 
-def test_each_batch_reads_its_part() -> None:
-    model, given, seeds = network(), condition(), sample_seeds(7, N)
-    for each in (model, Foreign(model)):
-        images = sample(each, PLAN, N, seed=7, condition=given, batch_size=2, shape=(C, *SIDES), progress=False)
-        for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
-            arguments: dict[str, Any] = {"condition": given[part], "shape": (C, *SIDES), "progress": False}
-            assert torch.equal(images[part], sample(each, PLAN, len(given[part]), seed=seeds[part], **arguments))
+@pytest.mark.parametrize("kind", [freeze, Foreign])
+def test_each_batch_reads_its_part(kind: Any) -> None:
+    sampler, given, seeds = Sampler(kind(network()), PLAN, shape=(C, *SIDES)), condition(), sample_seeds(7, N)
+    images = sampler(N, seed=7, condition=given, batch_size=2, progress=False)
+    for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        alone = sampler(len(seeds[part]), seed=seeds[part], condition=given[part], progress=False)
+        assert torch.equal(images[part], alone)
 
 
-def test_a_sampler_takes_another_condition_at_each_call() -> None:
-    model = network()
-    for each in (freeze(model), Foreign(model)):
-        draw = Sampler(each, PLAN, shape=(C, *SIDES))
-        first, second = (draw(N, condition=condition() * scale, progress=False) for scale in (1, -1))
-        assert not torch.equal(first, second)
-        assert torch.equal(first, draw(N, condition=condition(), progress=False))
-        images, states = draw.trajectory(N, condition=condition(), progress=False)
-        assert torch.equal(images, first)
-        assert torch.equal(states[-1], first)
-    draw = Sampler(Foreign(network(in_channels=C + 1)), PLAN, shape=(C, *SIDES))
-    assert torch.isfinite(draw(N, condition=condition(channels=1), progress=False)).all()
+@pytest.mark.parametrize("kind", [freeze, Foreign])
+def test_a_sampler_takes_another_condition_at_each_call(kind: Any) -> None:
+    draw = Sampler(kind(network()), PLAN, shape=(C, *SIDES))
+    first, second = (draw(N, condition=condition() * scale, progress=False) for scale in (1, -1))
+    assert not torch.equal(first, second)
+    images, states = draw.trajectory(N, condition=condition(), progress=False)
+    assert torch.equal(images, first)
+    assert torch.equal(states[-1], first)
+
+
+def test_a_network_without_a_configuration_reads_any_number_of_channels() -> None:
+    foreign = Foreign(network(in_channels=C + 1))
+    images = sample(foreign, PLAN, N, condition=condition(channels=1), shape=(C, *SIDES), progress=False)
+    assert torch.isfinite(images).all()
 
 
 def test_a_network_may_not_change_its_input() -> None:
-    class Changing(nn.Module):
-        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-            return x_t.mul_(2)[:, :C]
-
     with refused(InvalidValue("sample", "model", "to leave its input as it is", "one that changes x_t in place")):
-        sample(Changing(), PLAN, N, condition=condition(), shape=(C, *SIDES), progress=False)
+        sample(lambda x_t, t: x_t.mul_(2)[:, :C], PLAN, N, condition=condition(), shape=(C, *SIDES), progress=False)
 
 
 def test_predicted_variances_leave_the_rest_to_the_condition() -> None:
@@ -155,34 +157,28 @@ def test_predicted_variances_leave_the_rest_to_the_condition() -> None:
     assert images.shape == (N, C, *SIDES)
 
 
-def test_editing_reads_the_condition() -> None:
-    model, given = network().double(), condition().double()
-    images = condition(channels=C).double().tanh()
-    joined = Joined(model, given)
-    arguments: dict[str, Any] = {"progress": False}
-    inversion = ddim_inversion_plan(SCHEDULE, 4, clip=None)
-    mask = torch.zeros(1, 1, *SIDES)
-    mask[..., :4] = 1
-    reading, alone = Sampler(model, PLAN), Sampler(joined, PLAN)
-    whole = Sampler(Joined(model, given.repeat_interleave(3, 0)), PLAN)
-    inverting = [sampler.with_plan(inversion) for sampler in (reading, alone)]
-    repainting = [sampler.with_plan(repaint_plan(SCHEDULE, 4, 1, 2)) for sampler in (reading, alone)]
-    pairs = [
-        (vary(reading, images, condition=given, **arguments), vary(alone, images, **arguments)),
-        (invert(inverting[0], images, condition=given, **arguments), invert(inverting[1], images, **arguments)),
-        (
-            inpaint(repainting[0], images, mask, condition=given, **arguments),
-            inpaint(repainting[1], images, mask, **arguments),
-        ),
-        (
-            interpolate(reading, images, images.flip(0), 3, condition=given, **arguments),
-            interpolate(whole, images, images.flip(0), 3, **arguments),
-        ),
-    ]
-    for actual, expected in pairs:
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
-    parts = inpaint(reading, images, mask, condition=given, batch_size=2, **arguments)
-    torch.testing.assert_close(parts, inpaint(reading, images, mask, condition=given, **arguments), rtol=0, atol=1e-11)
+MASK = torch.zeros(1, 1, *SIDES)
+MASK[..., :4] = 1
+EDITS: dict[str, tuple[SamplingPlan, Callable[..., Tensor]]] = {
+    "vary": (PLAN, vary),
+    "invert": (ddim_inversion_plan(SCHEDULE, 4, clip=None), invert),
+    "inpaint": (repaint_plan(SCHEDULE, 4, 1, 2), lambda sampler, images, **given: inpaint(sampler, images, MASK, **given)),
+    "interpolate": (
+        PLAN,
+        lambda sampler, images, **given: interpolate(sampler, images, images.flip(0), 3, **given),
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_editing_reads_the_condition(edit: str) -> None:
+    plan, function = EDITS[edit]
+    model, given, images = network().double(), condition().double(), condition(channels=C).double().tanh()
+    joined = Joined(model, given.repeat_interleave(3, 0) if edit == "interpolate" else given)
+    wanted = function(Sampler(joined, plan), images, progress=False)
+    for batch_size in (None, 2):
+        edited = function(Sampler(model, plan), images, condition=given, batch_size=batch_size, progress=False)
+        torch.testing.assert_close(edited, wanted, rtol=0, atol=1e-11)
 
 
 def test_the_bound_reads_the_condition() -> None:
@@ -193,54 +189,49 @@ def test_the_bound_reads_the_condition() -> None:
 
 
 def test_files_are_of_one_condition(tmp_path: Path) -> None:
-    model, given = network(), condition()
-    sampler = Sampler(model, PLAN)
-    write_samples(tmp_path / "a.npz", sampler, N, batch_size=2, condition=given, progress=False)
-    images = sample(model, PLAN, N, batch_size=2, condition=given, progress=False)
+    given, arguments = condition(), {"batch_size": 2, "progress": False}
+    sampler = Sampler(network(), PLAN)
+    write_samples(tmp_path / "a.npz", sampler, N, condition=given, **arguments)
     with np.load(tmp_path / "a.npz") as archive:
-        expected = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).numpy()
-        assert np.array_equal(archive["arr_0"], expected.astype(np.uint8))
-    with pytest.raises(ValueError, match="condition"):
-        write_samples(tmp_path / "a.npz", sampler, N, batch_size=2, condition=-given, progress=False)
+        images = to_uint8(sampler(N, condition=given, **arguments)).permute(0, 2, 3, 1)
+        assert np.array_equal(archive["arr_0"], images)
+    with pytest.raises(ValueError, match="expected condition to be"):
+        write_samples(tmp_path / "a.npz", sampler, N, condition=-given, **arguments)
 
 
-WRONG: dict[str, tuple[Any, Exception]] = {
+def refusal(got: str) -> InvalidValue:
+    return InvalidValue("sample", "condition", "to be floating [5, 2, 8, 16]", got)
+
+
+SHAPE = "to be (C, H, W) with C at most 2, which the model reads"
+WRONG: dict[str, tuple[dict[str, Any], ArgumentError]] = {
     "none": (
-        None,
+        {"condition": None},
         InvalidValue("sample", "condition", "to be [5, 2, 8, 16], as the model reads 2 channels after x_t", "None"),
     ),
-    "channels": (
-        condition(channels=1),
-        InvalidValue("sample", "condition", "to be floating [5, 2, 8, 16]", "torch.float32 [5, 1, 8, 16]"),
+    "channels": ({"condition": condition(channels=1)}, refusal("torch.float32 [5, 1, 8, 16]")),
+    "size": ({"condition": condition(sides=(8, 8))}, refusal("torch.float32 [5, 2, 8, 8]")),
+    "count": ({"condition": condition(4)}, refusal("torch.float32 [4, 2, 8, 16]")),
+    "dtype": ({"condition": condition().to(torch.uint8)}, refusal("torch.uint8 [5, 2, 8, 16]")),
+    "type": ({"condition": [1.0]}, InvalidType("sample", "condition", "to be a tensor or None", "list")),
+    "nan": ({"condition": condition() * torch.nan}, InvalidValue("sample", "condition", "to be finite", "NaN or infinity")),
+    "plain": (
+        {"model": network(in_channels=C)},
+        InvalidValue("sample", "condition", "to be None, as the model reads x_t alone", "a condition"),
     ),
-    "size": (
-        condition(sides=(8, 8)),
-        InvalidValue("sample", "condition", "to be floating [5, 2, 8, 16]", "torch.float32 [5, 2, 8, 8]"),
+    "shape": (
+        {"model": network(in_channels=2), "condition": None, "shape": (3, 8, 16)},
+        InvalidValue("sample", "shape", SHAPE, (3, 8, 16)),
     ),
-    "count": (condition(4), InvalidValue("sample", "condition", "to be floating [5, 2, 8, 16]", "torch.float32 [4, 2, 8, 16]")),
-    "dtype": (
-        condition().to(torch.uint8),
-        InvalidValue("sample", "condition", "to be floating [5, 2, 8, 16]", "torch.uint8 [5, 2, 8, 16]"),
-    ),
-    "type": ([1.0], InvalidType("sample", "condition", "to be a tensor or None", "list")),
-    "nan": (condition() * torch.nan, InvalidValue("sample", "condition", "to be finite", "NaN or infinity")),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_conditions_that_do_not_fit_are_refused(case: str) -> None:
-    given, error = WRONG[case]
-    with refused(error):  # type: ignore[arg-type]
-        sample(network(), PLAN, N, condition=given, progress=False)
-
-
-def test_models_and_conditions_that_do_not_go_together_are_refused() -> None:
-    plain = network(in_channels=C)
-    with refused(InvalidValue("sample", "condition", "to be None, as the model reads x_t alone", "a condition")):
-        sample(plain, PLAN, N, condition=condition(), progress=False)
-    wanted = "to be (C, H, W) with C at most 2, which the model reads"
-    with refused(InvalidValue("sample", "shape", wanted, (3, 8, 16))):
-        sample(network(in_channels=2), PLAN, N, shape=(3, 8, 16), progress=False)
+    changes, error = WRONG[case]
+    arguments = {"model": network(), "plan": PLAN, "num_samples": N, "condition": condition()} | changes
+    with refused(error):
+        sample(**arguments, progress=False)
 
 
 def test_bands_show_conditions_above_images() -> None:
@@ -256,12 +247,10 @@ def test_bands_show_conditions_above_images() -> None:
 
 
 def test_pictures_show_chosen_channels(tmp_path: Path) -> None:
-    from PIL import Image
-
     images = torch.linspace(-1, 1, 5 * 4).view(1, 5, 2, 2)
     save_grid(images, tmp_path / "a.png", channels=[3], scale=1)
-    shown = ((images[0, 3] + 1) * 127.5).round().to(torch.uint8).numpy()
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), shown)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.array_equal(np.asarray(picture), to_uint8(images[0, 3]))
     with refused(InvalidValue("save_grid", "channels", "to be those of images, [1, 5, 2, 2]", [5])):
         save_grid(images, tmp_path / "a.png", channels=[5])
     with pytest.raises(ValueError, match="or choose channels"):
