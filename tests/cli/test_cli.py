@@ -445,33 +445,19 @@ def test_leftovers_of_killed_commands_go(small: Path, trained: Path, tmp_path: P
     assert all(path.exists() for path in new)
 
 
-def test_a_folder_that_was_removed_is_made_again(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = Sampler.__call__
-
-    def draw(*arguments: object, **keywords: object) -> object:
-        shutil.rmtree(tmp_path / "out")
-        return call(*arguments, **keywords)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Sampler, "__call__", draw)
-    (tmp_path / "out").mkdir()
-    run("sample", "--model", small, "--num", 1, "--steps", 1, "--out", tmp_path / "out" / "a.png")
-    assert (tmp_path / "out" / "a.png").exists()
-
-
 # ------------------------------------------------------------------------------------------------------------- many images
 
 
-def test_each_image_is_written(small: Path, tmp_path: Path) -> None:
-    draw = ["sample", "--model", small, "--num", 3, "--steps", 1, "--batch-size", 2]
-    (tmp_path / "made.png").mkdir()
-    for name, out in (("folder", f"{tmp_path / 'folder'}{os.sep}"), ("made.png", tmp_path / "made.png")):
-        assert f"{tmp_path / name}: 3 images of 3 classes in turn in 1 step (dpm++2m-sde), " in run(*draw, "--out", out)
-        assert len([*(tmp_path / name / "000000").iterdir()]) == 3
-    run(*draw, "--out", tmp_path / "a.npz")
-    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
-        assert arrays["arr_0"].shape == (3, 8, 8, 1)
-        assert arrays["arr_1"].tolist() == [0, 1, 2]
-    assert "expected --seed to be 0, as " in run(*draw, "--out", tmp_path / "a.npz", "--seed", 1, code=2)
+def test_each_image_is_written(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("made.png").mkdir()
+    draw = ["sample", "--model", small, "--num", 3, "--steps", 1, "--batch-size", 2, "--out"]
+    for out in (f"folder{os.sep}", "made.png", "a.npz"):
+        assert f"{Path(out)}: 3 images of 3 classes in turn in 1 step (dpm++2m-sde), " in run(*draw, out)
+    assert [len([*Path(name, "000000").iterdir()]) for name in ("folder", "made.png")] == [3, 3]
+    with np.load("a.npz", allow_pickle=False) as arrays:
+        assert (arrays["arr_0"].shape, arrays["arr_1"].tolist()) == ((3, 8, 8, 1), [0, 1, 2])
+    assert "expected --seed to be 0, as " in run(*draw, "a.npz", "--seed", 1, code=2)
 
 
 INTERRUPTED = """
@@ -596,28 +582,27 @@ def test_what_a_person_can_mend_is_one_line(options: list[str], error: Exception
     assert (result.exception is error) == (str(error) == "a bug")  # Python shows its traceback
 
 
-def test_memory_of_the_host_that_runs_out_is_an_error_of_one_line(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PyTorch's error has no type of its own."""
-
-    def fail(*_: object, **__: object) -> None:
-        torch.empty(1 << 60, dtype=torch.uint8)
-
-    monkeypatch.setattr(Sampler, "__call__", fail)
-    monkeypatch.setattr(ddpm_fast, "vary", fail)
-    monkeypatch.setattr("ddpm_fast.training.parts.UNet", fail)
-    reason = r"needs less: (can't allocate|not enough) memory: you tried to allocate \d+ bytes\..*"
-    for arguments, options in (
-        (["sample", "--model", small, "--out", tmp_path / "a.png"], "--num or --batch-size"),
-        (["edit", "vary", "digits:0", "--model", small, "--out", tmp_path / "a.png"], "--num or --batch-size"),
+@pytest.mark.parametrize(
+    ("patched", "command", "options"),
+    [
+        ("ddpm_fast.sampling.sampler.Sampler.__call__", "sample --model {small}", "--num or --batch-size"),
+        ("ddpm_fast.vary", "edit vary digits:0 --model {small}", "--num or --batch-size"),
         (
-            ["train", tmp_path / "run", *TINY, "--steps", 1],
+            "ddpm_fast.training.parts.UNet",
+            "train run " + " ".join(TINY),
             "--batch-size or --micro-batch-size or --image-size or --channels or --data-memory",
         ),
-    ):
-        line = run(*arguments, code=2).splitlines()[-1]
-        assert re.fullmatch(f"Error: out of memory; a smaller {options} {reason}", line), line
+    ],
+)
+def test_memory_of_the_host_that_runs_out_is_an_error_of_one_line(
+    patched: str, command: str, options: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's error has no type of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(patched, lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
+    line = run(*command.format(small=small).split(), code=2).splitlines()[-1]
+    reason = r"needs less: (can't allocate|not enough) memory: you tried to allocate \d+ bytes\..*"
+    assert re.fullmatch(f"Error: out of memory; a smaller {options} {reason}", line), line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import ddpm_fast
+from ddpm_fast import pretrained
 from ddpm_fast.files.images import save_grid
 from ddpm_fast.training.data import load_dataset, published, read_batch, to_unit_range
 
@@ -381,27 +382,25 @@ def test_other_models_are_refused(config: dict[str, Any], message: str) -> None:
     assert message in refused(save_model(Path("other"), tiny_unet(**config), SCHEDULE), "vary", "digits:0")
 
 
-def test_nothing_is_loaded_for_options_that_exclude_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddpm_fast import pretrained
-
-    def load(*_: Any) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(pretrained, "load_folder", load)
-    refused(folder, "inpaint", "digits:0")
-    refused(folder, "invert", "digits:0", "--guidance=2")
-    refused(folder, "vary", "nothing.png")
-    refused(folder, "vary", "digits:0", "--out=a.txt")
+@pytest.mark.parametrize(
+    "command", ["inpaint digits:0", "invert digits:0 --guidance=2", "vary nothing.png", "vary digits:0 --out=a.txt"]
+)
+def test_nothing_is_loaded_for_options_that_exclude_each_other(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "load_folder", lambda *_: pytest.fail("the model was loaded"))
+    refused(folder, *command.split())
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "mask"])
-def test_the_result_never_replaces_a_file_that_is_read(folder: Path, command: str) -> None:
+READ = {command: ["in.png" if each == "digits:0" else each for each in COMMANDS[command]] for command in COMMANDS}
+
+
+@pytest.mark.parametrize("out", ["in.png", "./in.png", "same.png"])
+@pytest.mark.parametrize(("command", "arguments"), [*READ.items(), ("inpaint", ["digits:0", "--mask=in.png"])])
+def test_the_result_never_replaces_a_file_that_is_read(command: str, arguments: list[str], out: str, folder: Path) -> None:
     Image.new("L", (8, 8), 255).save("in.png")
     os.link("in.png", "same.png")
     before = Path("in.png").read_bytes()
-    read = ["inpaint", "digits:0", "--mask=in.png"] if command == "mask" else [command, *COMMANDS[command]]
-    arguments = ["in.png" if argument == "digits:0" and command != "mask" else argument for argument in read]
-    for out in ("in.png", "./in.png", "same.png"):
-        error = refused(folder, *arguments, f"--out={out}")
-        assert f"{arguments[0]}: expected --out to be another file than those that are read, got 'in.png'" in error
+    error = refused(folder, command, *arguments, f"--out={out}")
+    assert f"{command}: expected --out to be another file than those that are read, got 'in.png'" in error
     assert Path("in.png").read_bytes() == before
