@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -78,3 +79,13 @@ def make_inputs(config: dict[str, Any], n: int, dtype: torch.dtype = torch.float
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm())
+
+
+def assert_as_right(out: Tensor, model: torch.nn.Module, *inputs: Tensor | None) -> None:
+    """Expect an error, against the model in float64, of at most twice the model's own in the dtype of `out`.
+
+    A wrong constant or a lost term cannot hide in the rounding of float64.
+    """
+    with torch.no_grad():
+        exact, own = (copy.deepcopy(model).eval().to(dtype)(*inputs) for dtype in (torch.float64, out.dtype))
+    assert relative_error(out, exact) <= (1e-13 if out.dtype == torch.float64 else 2 * relative_error(own, exact))

@@ -31,7 +31,7 @@ class PretendCuda:
         self.log: list[str] = []
         self.modes: list[tuple[bool, bool]] = []  # inference mode, gradients: of every rehearsal and capture
         self.mode: int | str = 0
-        self.waits = self.refuses = False
+        self.fails = self.waits = self.refuses = False
         caller, self.side = PretendStream("caller", self.log), PretendStream("side", self.log)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: self.log.append("replay")))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: caller)
@@ -60,6 +60,8 @@ class PretendCuda:
     def rehearse(self) -> None:
         self.modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
         self.log.append(f"rehearse in mode {self.mode}")
+        if self.fails:
+            raise IndexError("as without a graph")
         if self.waits and self.mode == "warn":
             warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
 
@@ -83,42 +85,37 @@ AFTER = ["on caller", "caller waits for side"]
 
 
 def test_a_capture_is_rehearsed_twice_on_its_own_stream(cuda: PretendCuda) -> None:
-    replay = cuda.capture()
+    """Torch keeps a tensor for the random numbers of all graphs, which a capture outside of inference mode writes to."""
+    with torch.inference_mode():
+        replay = cuda.capture()
     # cuBLAS takes its workspaces during the capture, and leaves them to the graph.
     assert cuda.log == [*BEFORE, "no workspaces", "begin", "advance", "end", "no workspaces", *AFTER]
+    assert cuda.modes == 3 * [(False, False)]
     replay()
     assert (cuda.log[-1], cuda.mode) == ("replay", 0)
 
 
-def test_captures_keep_no_inference_tensor(cuda: PretendCuda) -> None:
-    """Torch keeps a tensor for the random numbers of all graphs, which a capture outside of inference mode writes to."""
-    with torch.inference_mode():
+ENDED = ["no workspaces", "begin", "advance", "no workspaces", "allocator ends", "pool released"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message", "log"),
+    [
+        ("fails", IndexError, "^as without a graph$", [*BEFORE[:3], *AFTER]),  # the model's own
+        ("waits", cuda_graph.CaptureError, r"^a step waits for the GPU \(.*test_cuda_graph\.py:\d+\)", [*BEFORE, *AFTER]),
+        (
+            "refuses",
+            cuda_graph.CaptureError,
+            "^RuntimeError: operation not permitted when stream is capturing$",
+            # It is ended for the allocator and for random numbers too.
+            [*BEFORE, *ENDED, "begin", "end", *AFTER],
+        ),
+    ],
+)
+def test_a_failure_is_an_error_that_leaves_cuda_as_it_was(
+    fault: str, error: type[Exception], message: str, log: list[str], cuda: PretendCuda
+) -> None:
+    setattr(cuda, fault, True)
+    with pytest.raises(error, match=message):
         cuda.capture()
-    cuda.capture()
-    assert cuda.modes == 6 * [(False, False)]
-
-
-def test_no_capture_begins_where_a_rehearsal_waits(cuda: PretendCuda) -> None:
-    cuda.waits = True
-    with pytest.raises(cuda_graph.CaptureError, match=r"a step waits for the GPU \(.*test_cuda_graph\.py:\d+\)"):
-        cuda.capture()
-    assert cuda.log == [*BEFORE, *AFTER]
-    assert cuda.mode == 0
-
-
-def test_a_capture_that_fails_is_ended_for_the_allocator_and_random_numbers_too(cuda: PretendCuda) -> None:
-    cuda.refuses = True
-    with pytest.raises(cuda_graph.CaptureError, match=r"^RuntimeError: operation not permitted when stream is capturing$"):
-        cuda.capture()
-    failed = ["no workspaces", "begin", "advance", "no workspaces", "allocator ends", "pool released"]
-    assert cuda.log == [*BEFORE, *failed, "begin", "end", *AFTER]
-
-
-def test_an_error_of_the_model_is_the_models_own(cuda: PretendCuda) -> None:
-    def broken() -> None:
-        raise IndexError("as without a graph")
-
-    cuda.rehearse = broken  # type: ignore[method-assign]
-    with pytest.raises(IndexError, match="as without a graph"):
-        cuda.capture()
-    assert cuda.log == [*BEFORE[:2], *AFTER]
+    assert (cuda.log, cuda.mode) == (log, 0)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from pairwise import pairwise as every_pair
-from small_unets import make_inputs, make_unet, randomise, relative_error
+from small_unets import assert_as_right, make_inputs, make_unet, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -97,58 +96,26 @@ def test_changes_that_take_effect(name: str, scale_shift: bool, packed: bool, re
     options = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 8} if scale_shift else {}
     model, config = make_unet(layers_per_block=1, block_out_channels=[16, 32, 48], **options)
     inputs = make_inputs(config, 2)
-    before = copy.deepcopy(model).double()(*inputs)
+    before = model(*inputs)
     ACCEPTED[name](model)
-    exact = copy.deepcopy(model).double()(*inputs)
-    assert (relative_error(before, exact) > 1e-3) == (name not in UNCHANGED)
-    assert relative_error(freeze(model, torch.float64)(*inputs), exact) <= 1e-12
-    assert relative_error(freeze(model, torch.float32)(*inputs), exact) <= 2 * relative_error(model(*inputs), exact)
+    assert (relative_error(before, model(*inputs)) > 1e-3) == (name not in UNCHANGED)
+    for dtype in (torch.float64, torch.float32):
+        assert_as_right(freeze(model, dtype)(*inputs), model, *inputs)
 
 
-# Values that a network of another configuration has, by key. Each takes effect.
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "eps": {"norm_eps": 0.5},
-    "groups": {"norm_num_groups": 2},
-    "groups of the attention's norm": {"attn_norm_num_groups": 3},
-    "heads": {"attention_head_dim": 4},
-    "factor": {"mid_block_scale_factor": 3.0},
-}
-
-
-@every_pair(name=list(CONFIGURATIONS), packed={"packed": True, "PyTorch": False})
-@torch.no_grad()
-def test_configurations_take_effect(name: str, packed: bool, request: pytest.FixtureRequest) -> None:
-    if not packed:
-        request.getfixturevalue("no_matrix_kernels")
-    options: dict[str, Any] = {"layers_per_block": 1, "block_out_channels": [16, 32, 48]}
-    plain, config = make_unet(**options)
-    model = make_unet(**options, **CONFIGURATIONS[name])[0]
-    model.load_state_dict(plain.state_dict())
-    inputs = make_inputs(config, 2)
-    exact = copy.deepcopy(model).double()(*inputs)
-    assert relative_error(plain.double()(*inputs), exact) > 1e-3
-    assert relative_error(freeze(model, torch.float64)(*inputs), exact) <= 1e-12
-    assert relative_error(freeze(model, torch.float32)(*inputs), exact) <= 2 * relative_error(model(*inputs), exact)
-
-
-@torch.no_grad()
 def test_a_model_that_torch_compiles_in_place_is_frozen() -> None:
-    model, config = make_unet()
-    inputs = make_inputs(config, 2)
-    expected = freeze(model, torch.float32)(*inputs)
+    model, _ = make_unet()
     model.compile(backend="eager")
-    assert torch.equal(freeze(model, torch.float32)(*inputs), expected)
+    assert why_not_frozen(model) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@torch.no_grad()
+@pytest.mark.usefixtures("matrix_kernels")
 def test_weights_of_any_dtype_are_read(dtype: torch.dtype) -> None:
     model, config = make_unet("class-conditional")
     model, inputs = model.to(dtype), make_inputs(config, 2)
-    exact = copy.deepcopy(model).double()(*inputs)
-    allowed = 2 * relative_error(copy.deepcopy(model).float()(*inputs), exact)
-    assert relative_error(freeze(model, torch.float64)(*inputs), exact) <= 1e-12
-    assert relative_error(freeze(model, torch.float32)(*inputs), exact) <= allowed
+    for frozen in (freeze(model, torch.float64), freeze(model, torch.float32)):
+        assert_as_right(frozen(*inputs), model, *inputs)
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
@@ -412,37 +379,23 @@ def test_reasons_name_the_layer(name: str) -> None:
     model, _ = make_unet(layers_per_block=1, **(options[0] if options else {}))
     assert why_not_frozen(model) is None
     change(model)
-    if why_not_frozen(model) is None:
-        pytest.fail("it is frozen")  # a kernel might read past its memory: do not call it
+    assert why_not_frozen(model) is not None  # a kernel might read past its memory: do not freeze it
     with pytest.raises(TypeError, match=f"^freeze: expected a UNet with its own layers, got one where {reason}"):
         freeze(model)
 
 
-@pytest.fixture
-def _no_global_hooks() -> Iterator[None]:
-    yield
-    hooks = nn.modules.module
-    hooks._global_forward_hooks.clear()
-    hooks._global_forward_pre_hooks.clear()
-
-
-@pytest.mark.usefixtures("_no_global_hooks")
 @pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
 def test_global_hooks_are_a_reason(register: str) -> None:
     model, _ = make_unet()
-    handle = getattr(nn.modules.module, register)(lambda *_: None)
-    assert why_not_frozen(model) == "torch's global hooks are called for every layer (torch.nn.modules.module)"
-    handle.remove()
+    with getattr(nn.modules.module, register)(lambda *_: None):
+        assert why_not_frozen(model) == "torch's global hooks are called for every layer (torch.nn.modules.module)"
     assert why_not_frozen(model) is None
 
 
 def test_only_this_class_is_frozen() -> None:
-    model, config = make_unet()
-    other = OtherUNet(**config)
-    randomise(other)
-    assert why_not_frozen(other) == "the model is a OtherUNet"
+    _, config = make_unet()
+    assert why_not_frozen(OtherUNet(**config)) == "the model is a OtherUNet"
     assert why_not_frozen(nn.Identity()) == "the model is a Identity"
-    assert why_not_frozen(model) is None
 
 
 @pytest.mark.parametrize(("kind", "method"), [(Conv3x3, "forward"), (nn.Linear, "forward"), (nn.Conv2d, "__init__")])

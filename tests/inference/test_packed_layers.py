@@ -56,12 +56,12 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def run(make: Callable[..., Buffer], *inputs: Tensor, threads: int | None = None) -> Tensor:
+def run(make: Callable[..., Buffer], *inputs: Tensor) -> Tensor:
     """Return the result of a program. `make` appends its calls, given the builder and the buffers of the inputs."""
     builder = Builder()
     buffers = [builder.buffer(x.shape, x.dtype) for x in inputs]
     output = make(builder, *buffers)
-    result = NativeProgram(builder.calls, buffers, output, threads=threads or torch.get_num_threads())(inputs)
+    result = NativeProgram(builder.calls, buffers, output, threads=torch.get_num_threads())(inputs)
     assert torch.equal(result, PythonProgram(builder.calls, buffers, output, "native")(inputs))
     assert (result.shape, result.dtype) == (output.shape, output.dtype)
     assert result.is_contiguous(memory_format=torch.channels_last)
@@ -159,7 +159,7 @@ def check(convolution: str, shape: tuple[int, ...], types: Types, norm: str | No
         assert {method for _, method, _ in layers._packed} <= set(methods)
 
 
-@pytest.mark.parametrize("norm", ["shift", None])
+@pytest.mark.parametrize("norm", ["shift", "scale and shift", "linear", None])
 @pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
@@ -167,14 +167,6 @@ def test_norm_activation_convolution_and_addition(
     convolution: str, shape: tuple[int, ...], types: Types, norm: str | None
 ) -> None:
     check(convolution, shape, types, norm)
-
-
-@pytest.mark.parametrize("norm", ["scale and shift", "linear"])
-@pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("convolution", CONVOLUTIONS)
-def test_scale_and_shift_and_norms_without_an_activation(convolution: str, types: Types, norm: str) -> None:
-    for shape in ((2, 10, 6, 12, 4, 6), (1, 32, 20, 40, 5, 7)):
-        check(convolution, shape, types, norm)
 
 
 @pytest.mark.parametrize("method", ["winograd_large", "winograd", "direct"])
@@ -278,25 +270,6 @@ def test_attention(shape: tuple[int, ...], normed: bool, dtype: torch.dtype) -> 
     assert relative_error(got, truth) <= max(2 * allowed, 4 * torch.finfo(dtype).eps / 2)
 
 
-@pytest.mark.parametrize("threads", [2, 3, 5])
-def test_threads_change_no_bit(threads: int) -> None:
-    layers, norm = PackedLayers(torch.float32), make_norm(64)
-    x = dense(torch.randn(2, 64, 12, 12))
-    convs = (make_conv(64, 96, 3), make_conv(64, 96, 3, stride=2), make_conv(64, 96, 3), make_conv(64, 192, 1))
-    attention = SelfAttention(make_norm(64, silu=False), make_conv(64, 192, 1), make_conv(64, 64, 1), 4, 1.0)
-    for append in (
-        lambda builder, x: layers.conv(builder, convs[0], (x,), norm=norm),
-        lambda builder, x: layers.conv(builder, convs[1], (x,)),
-        lambda builder, x: layers.conv(builder, convs[2], (x,), resample="up"),
-        lambda builder, x: layers.conv(builder, convs[2], (x,), norm=norm, resample="down"),
-        lambda builder, x: layers.conv(builder, convs[3], (x,), norm=norm),
-        lambda builder, x: layers.attention(builder, attention, x),
-    ):
-        alone = run(append, x, threads=1)
-        for _ in range(2):
-            assert torch.equal(run(append, x, threads=threads), alone)
-
-
 def test_an_image_does_not_depend_on_the_others() -> None:
     """Its method may change with the number of tiles, and then the rounding."""
     layers, norm, x = PackedLayers(torch.float32), make_norm(80), dense(torch.randn(5, 80, 12, 12))
@@ -306,16 +279,6 @@ def test_an_image_does_not_depend_on_the_others() -> None:
             for part in (x, x[3:4])
         )
         assert torch.equal(whole[3:4], alone)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("size", [6, 2])
-def test_weights_of_any_dtype_are_read(dtype: torch.dtype, size: int) -> None:
-    conv, layers, x = make_conv(16, 20, 3), PackedLayers(torch.float32), dense(torch.randn(1, 16, size, size))
-    assert conv.bias is not None
-    conv = Conv(conv.weight.to(dtype), conv.bias.to(dtype))
-    got = run(lambda builder, x: layers.conv(builder, conv, (x,)), x)
-    torch.testing.assert_close(got, by_pytorch(conv, x, None, None))
 
 
 def test_large_weights_lie_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
