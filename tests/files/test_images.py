@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from refusals import refused
 
 from ddpm_fast import image_grid, save_grid, save_trajectory, to_uint8
-from ddpm_fast.errors import InvalidType, InvalidValue
-from ddpm_fast.files import images as image_module
+from ddpm_fast.errors import ArgumentError, InvalidValue
 from ddpm_fast.files.images import evenly_spaced, grid_shape, image_format
 from ddpm_fast.training.data import to_unit_range
 
@@ -54,23 +53,16 @@ def test_image_grid_puts_every_image_in_its_place() -> None:
     assert (grid[~seen & ~left_over] == 7).all()
 
 
-@pytest.mark.parametrize(("n", "shape"), [(1, (1, 1)), (3, (1, 3)), (8, (2, 4)), (10, (2, 5)), (16, (4, 4)), (24, (4, 6))])
-def test_default_grids_are_full(n: int, shape: tuple[int, int]) -> None:
-    rows, columns = shape
-    assert image_grid(levels(n, 1, 2, 2), padding=0).shape == (2 * rows, 2 * columns, 1)
-    assert image_grid(levels(7, 1, 2, 2), padding=0).shape == (6, 6, 1)  # no full grid is nearly square
+@pytest.mark.parametrize(
+    ("n", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (7, (3, 3)), (8, (2, 4)), (10, (2, 5)), (16, (4, 4)), (24, (4, 6))]
+)
+def test_default_grids_are_full_or_nearly_square(n: int, shape: tuple[int, int]) -> None:
+    assert image_grid(levels(n, 1, 2, 2), padding=0).shape == (2 * shape[0], 2 * shape[1], 1)
 
 
-@pytest.mark.parametrize(("n", "side"), [(1, 1), (4, 2), (5, 3), (16, 4)])
-def test_image_grid_is_a_square_by_default(n: int, side: int) -> None:
-    assert image_grid(levels(n, 1, 3, 3), padding=0).shape[1] == 3 * side
-
-
-def test_one_image_has_no_frame(tmp_path: Path) -> None:
+def test_one_image_has_no_frame() -> None:
     image = levels(1, 1, 3, 4)
     assert torch.equal(image_grid(image)[..., 0], to_uint8(image)[0, 0])
-    with Image.open(save_grid(image, tmp_path / "a.png")) as picture:
-        assert (np.asarray(picture) == to_uint8(image)[0, 0].numpy()).all()
     assert image_grid(image, padding=2).shape == (7, 8, 1)
     assert image_grid(levels(2, 1, 3, 4)).shape == (7, 14, 1)
 
@@ -128,37 +120,14 @@ def test_save_grid_writes_the_grid_without_loss(tmp_path: Path, channels: int) -
     assert np.array_equal(read(path), grid[..., 0] if channels == 1 else grid)
 
 
-def test_save_grid_keeps_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save_grid(levels(1, 1, 4, 4), tmp_path / "grid.png")
-    before = path.read_bytes()
-
-    save = Image.Image.save
-
-    def fail(self: Image.Image, file: object, **options: object) -> None:
-        if not isinstance(file, Path):  # the tiny picture that tries the format in memory
-            return save(self, file, **options)  # type: ignore[arg-type]
-        file.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_grid(levels(2, 1, 4, 4), path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_save_trajectory_animates_and_rests_on_the_last_frame(tmp_path: Path, ending: str) -> None:
     trajectory = torch.linspace(-1, 1, 8).reshape(8, 1, 1, 1, 1).expand(8, 3, 1, 16, 16)
     path = save_trajectory(trajectory, tmp_path / f"way.{ending}", frames=5, seconds=2.0, columns=3, padding=0)
-    shown, durations = [], []
     with Image.open(path) as image:
         assert (image.n_frames, image.size, image.info["loop"]) == (5, (48, 16), 0)
-        for i in range(5):
-            image.seek(i)
-            image.load()
-            durations.append(image.info["duration"])
-            shown.append(int(np.asarray(image.convert("L"))[8, 8]))
+        frames = [(frame.convert("L").getpixel((8, 8)), frame.info["duration"]) for frame in ImageSequence.Iterator(image)]
+    shown, durations = zip(*frames, strict=True)
     expected = to_uint8(trajectory[evenly_spaced(8, 5), 0, 0, 8, 8]).tolist()
     assert shown == pytest.approx(expected, abs=3)  # WebP is lossy
     assert durations == pytest.approx([400] * 4 + [400 + 667], abs=10)  # GIF counts hundredths of a second
@@ -176,15 +145,21 @@ def test_save_trajectory_draws_a_strip_with_a_row_an_image(tmp_path: Path) -> No
 
 
 def test_evenly_spaced_has_both_ends() -> None:
-    assert evenly_spaced(11, 6) == [0, 2, 4, 6, 8, 10]
-    assert evenly_spaced(3, 10) == [0, 1, 2]
-    assert evenly_spaced(1, 5) == [0]
-    assert evenly_spaced(7, 1) == [6]
+    for (total, count), expected in {(11, 6): [0, 2, 4, 6, 8, 10], (3, 10): [0, 1, 2], (1, 5): [0], (7, 1): [6]}.items():
+        assert evenly_spaced(total, count) == expected
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda p: save_grid(to_uint8(levels(1, 1, 2, 2)), p / "a.png"), r"images to be float32, .*, got torch\.uint8$"),
+        *(
+            (
+                lambda p, save=save, images=images: save(images, str(p / "a\ud800.png")),
+                rf"^{save.__name__}: expected path to be a path of characters that files can have, got '.*a.ud800\.png'$",
+            )
+            for save, images in ((save_grid, levels(1, 1, 2, 2)), (save_trajectory, levels(2, 1, 1, 2, 2)))
+        ),
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.xyz"), r"images: expected path to end in .*got '.*a\.xyz'"),
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a"), "expected path to end in"),
         (
@@ -206,50 +181,23 @@ def test_evenly_spaced_has_both_ends() -> None:
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, call, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         call(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_images_are_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked = []
-    check = image_module._shown
-    monkeypatch.setattr(image_module, "_shown", lambda *arguments: (looked.append(arguments[0]), check(*arguments))[1])
-    save_grid(levels(1, 1, 2, 2), tmp_path / "a.png")
-    save_trajectory(levels(3, 1, 1, 2, 2), tmp_path / "a.gif")
-    save_trajectory(levels(3, 1, 1, 2, 2), tmp_path / "b.png")
-    assert looked == ["save_grid", "save_trajectory", "save_trajectory"]
-
-
-def test_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
-    for function, images in ((save_grid, levels(1, 1, 2, 2)), (save_trajectory, levels(2, 1, 1, 2, 2))):
-        wanted = rf"^{function.__name__}: expected path to be a path of characters that files can have, got '.*a.ud800\.png'$"
-        with pytest.raises(ValueError, match=wanted):
-            function(images, str(tmp_path / "a\ud800.png"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_images_that_are_already_8_bit_are_refused(tmp_path: Path) -> None:
-    with refused(InvalidType("save_grid", "images", "to be float32, float64, float16 or bfloat16", "torch.uint8")):
-        save_grid(to_uint8(levels(1, 1, 2, 2)), tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_titles_stand_above_their_columns(channels: int, tmp_path: Path) -> None:
     images = torch.zeros(4, channels, 20, 30)
-    plain, titled, other = (tmp_path / name for name in ("plain.png", "titled.png", "other.png"))
-    save_grid(images, plain, columns=2)
-    save_grid(images, titled, columns=2, titles=["a", "very long and ☃"])
-    save_grid(images, other, columns=2, titles=["a", "b"])
-    with Image.open(plain) as before, Image.open(titled) as after, Image.open(other) as another:
-        below = np.asarray(after)[14:]
-        assert np.array_equal(below, np.asarray(before))
-        first, second = (np.asarray(each.convert("L"))[:14] for each in (after, another))
-    assert first.shape == (14, 2 * 32 + 2)
-    assert np.array_equal(first[:, :33], second[:, :33])  # a long title does not run into another column
-    assert first[:, :33].min() < 128
-    assert not np.array_equal(first, second)
+    plain, titled, other = (
+        read(save_grid(images, tmp_path / "grid.png", columns=2, **titles))
+        for titles in ({}, {"titles": ["a", "very long and ☃"]}, {"titles": ["a", "b"]})
+    )
+    assert np.array_equal(titled[14:], plain)
+    assert titled.shape[:2] == (14 + plain.shape[0], 2 * 32 + 2)
+    assert np.array_equal(titled[:14, :33], other[:14, :33])  # a long title does not run into another column
+    assert titled[:14, :33].min() < 128
+    assert not np.array_equal(titled, other)
     for wrong in (["a"], ["a", "b", "c"]):
         with refused(InvalidValue("save_grid", "titles", "to be 2, one for each column, or none", len(wrong))):
-            save_grid(images, plain, columns=2, titles=wrong)
+            save_grid(images, tmp_path / "grid.png", columns=2, titles=wrong)

@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import re
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,32 +48,27 @@ def test_a_failing_writer_changes_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    """A failed write has no name. A failed open has one, and errors without a number have a text of their own."""
-
-    def fail(error: OSError) -> None:
-        with replacing(tmp_path / "a.txt"):
-            raise error
-
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OSError, match=re.escape(f"[Errno 28] No space left on device: '{tmp_path / 'a.txt'}'")):
-        fail(full)
-    for error in (OSError(errno.ENOENT, "missing", "other"), OSError("a text")):
-        text = str(error)
-        with pytest.raises(OSError, match=re.escape(text)) as caught:
-            fail(error)
-        assert str(caught.value) == text
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.ENOENT, "missing", "other"), False),  # of a failed open
+        (OSError("a text"), False),
+    ],
+)
+def test_a_full_disk_names_the_file(tmp_path: Path, error: OSError, named: bool) -> None:
+    wanted = f"[Errno 28] No space left on device: '{tmp_path / 'a.txt'}'" if named else str(error)
+    with pytest.raises(OSError, match=f"^{re.escape(wanted)}$"), replacing(tmp_path / "a.txt"):
+        raise error
 
 
 def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
+    victim, link = tmp_path / "victim", tmp_path / "a.txt"
     victim.write_text("mine")
-    link = tmp_path / "a.txt"
     link.symlink_to(victim)
     write_text(link, "new")
-    assert victim.read_text() == "mine"
+    assert (victim.read_text(), link.read_text()) == ("mine", "new")
     assert not link.is_symlink()
-    assert link.read_text() == "new"
 
 
 def test_names_of_any_length_and_the_longest(tmp_path: Path) -> None:
@@ -85,42 +80,25 @@ def test_names_of_any_length_and_the_longest(tmp_path: Path) -> None:
 def test_several_writers_of_one_file_neither_fail_nor_tear_it(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     write_json(file, {"values": [0] * 1000})
-    errors: list[BaseException] = []
-    done = threading.Event()
 
     def write(value: int) -> None:
-        try:
-            for _ in range(100):
-                write_json(file, {"values": [value] * 1000})
-        except BaseException as error:
-            errors.append(error)
+        for _ in range(100):
+            write_json(file, {"values": [value] * 1000})
 
-    def read() -> None:
-        try:
-            while not done.is_set():
-                assert len(set(json.loads(file.read_text())["values"])) == 1
-        except BaseException as error:
-            errors.append(error)
-
-    writers = [threading.Thread(target=write, args=(i,)) for i in range(4)]
-    reader = threading.Thread(target=read)
-    for thread in (*writers, reader):
-        thread.start()
-    for thread in writers:
-        thread.join()
-    done.set()
-    reader.join()
-    assert not errors
+    with ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, i) for i in range(4)]
+        while not all(writer.done() for writer in writers):
+            assert len(set(json.loads(file.read_text())["values"])) == 1
+    assert [writer.exception() for writer in writers] == 4 * [None]
     assert names(tmp_path) == ["a.json"]
 
 
 def test_old_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     old, new, foreign = (tmp_path / name for name in (".ddpm_fast-0.tmp", ".ddpm_fast-1.tmp", ".a.tmp"))
-    for file in (old, new, foreign):
-        file.write_text("x")
-    long_ago = time.time() - 2 * 24 * 3600
-    for file in (old, foreign):
-        os.utime(file, (long_ago, long_ago))
+    now = time.time()
+    for file, written in ((old, now - 2 * 24 * 3600), (new, now), (foreign, now - 2 * 24 * 3600)):
+        file.touch()
+        os.utime(file, (written, written))
     remove_leftovers(tmp_path)
     assert names(tmp_path) == [foreign.name, new.name]
     remove_leftovers(tmp_path / "missing")
@@ -154,27 +132,23 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
         read_json("f", tmp_path / "missing", dict)
 
 
-@pytest.mark.parametrize("kind", [InvalidType, InvalidValue])
-def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path: Path, kind: type[ArgumentError]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        *((kind, r"^f: expected a to be small, got %s, in '.*a\.json'$") for kind in (InvalidType, InvalidValue)),
+        *(
+            (kind, r"^f: expected '.*a\.json' to have valid fields, got: %s$")  # a library's
+            for kind in (TypeError, ValueError, OverflowError, RecursionError)
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path: Path, kind: type[Exception], wanted: str) -> None:
     def parse(values: dict[str, Any]) -> None:
-        raise kind("Some.function", "a", "to be small", values["a"])
+        parts = ("Some.function", "a", "to be small") if issubclass(kind, ArgumentError) else ()
+        raise kind(*parts, values["a"])
 
-    file = tmp_path / "a.json"
-    write_json(file, {"a": 3})
-    with pytest.raises(ValueError, match=r"^f: expected a to be small, got 3, in '.*a\.json'$"):
-        read_json("f", file, parse)
-    write_json(file, {"a": "x" * 10_000})
-    with pytest.raises(ValueError, match=r"^f: expected a to be small, got x+ \.\.\. x+, in '.*a\.json'$") as error:
-        read_json("f", file, parse)
-    assert len(str(error.value)) < 1000
-
-
-@pytest.mark.parametrize("kind", [TypeError, ValueError, OverflowError, RecursionError])
-def test_what_a_library_says_of_a_file_is_quoted(tmp_path: Path, kind: type[Exception]) -> None:
-    def parse(values: dict[str, Any]) -> None:
-        raise kind(values["a"])
-
-    file = tmp_path / "a.json"
-    write_json(file, {"a": "no such field"})
-    with pytest.raises(ValueError, match=r"^f: expected '.*a\.json' to have valid fields, got: no such field$"):
-        read_json("f", file, parse)
+    for value, got in (("no such field", "no such field"), ("x" * 10_000, r"x+ \.\.\. x+")):
+        write_json(tmp_path / "a.json", {"a": value})
+        with pytest.raises(ValueError, match=wanted % got) as error:
+            read_json("f", tmp_path / "a.json", parse)
+        assert len(str(error.value)) < 1000
