@@ -73,8 +73,6 @@ def test_a_lock_of_another_user_is_respected(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(os, "open", refuse)
         with pytest.raises(BlockingIOError, match=f"got process {os.getpid()} on "), folder.locked():
             pass
-    with folder.locked(), pytest.raises(BlockingIOError), folder.locked():
-        pass
 
 
 def test_a_lock_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:

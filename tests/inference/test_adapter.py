@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import Recording
 from small_unets import assert_as_right, make_inputs, make_unet
-from torch import Tensor, nn
+from torch import nn
 
-from ddpm_fast import UNet, freeze
+from ddpm_fast import freeze
 from ddpm_fast.inference import adapted
 from ddpm_fast.inference.adapter import weights_digest
 
 CPU = torch.device("cpu")
-
-
-class Foreign(nn.Module):
-    def __init__(self, model: UNet) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        out: Tensor = self.model(x, t, class_labels)
-        return out
 
 
 @pytest.mark.parametrize("kind", ["frozen", "foreign"])
@@ -31,14 +22,14 @@ class Foreign(nn.Module):
 def test_evaluation_reads_the_condition_after_x_t(kind: str, variant: str, channels: int) -> None:
     model, config = make_unet(variant, in_channels=3 + channels)
     x, t, labels = make_inputs(config, 2)
-    network = adapted("sample", model if kind == "frozen" else Foreign(model), CPU, torch.float32, 1000)
+    network = adapted("sample", model if kind == "frozen" else model.forward, CPU, torch.float32, 1000)
     assert network.is_frozen == (kind == "frozen")
     condition = x[:, 3:].double() if channels else None  # its dtype differs from the network's
     assert_as_right(network.evaluate(x[:, :3], t, labels, condition), model, x, t, labels)
 
 
 def test_a_network_is_copied_to_another_dtype_and_left_as_it_was() -> None:
-    model = Foreign(make_unet()[0])
+    model = Recording()
     network = adapted("sample", model, CPU, torch.bfloat16, 1000)
     assert (network.dtype, {p.dtype for p in model.parameters()}) == (torch.bfloat16, {torch.float32})
     assert {each.dtype for each in network.parameters()} == {torch.bfloat16}

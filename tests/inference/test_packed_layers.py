@@ -203,29 +203,6 @@ def test_the_method_follows_from_the_shape() -> None:
         assert method_of(*shape, products, upsample=upsample) == expected, shape
 
 
-@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("resample", [None, "up", "down"])
-def test_a_shortcut_multiplies_the_residual(resample: Resample | None, bias: bool, dtype: torch.dtype) -> None:
-    conv = rounded(make_conv(12, 24, 3, bias=bias), dtype)
-    shortcut = rounded(make_conv(20, 24, 1, bias=bias), dtype)
-    layers, generator = PackedLayers(dtype), torch.Generator().manual_seed(0)
-    x, first, second = (dense(torch.randn(2, c, 6, 8, generator=generator).to(dtype)) for c in (12, 14, 6))
-    maps = [first, second] if resample is None else [torch.cat([first, second], dim=1)]
-
-    def append(builder: Builder, x: Buffer, *maps: Buffer) -> Buffer:
-        residual = maps if resample is None else layers.resampled(builder, maps, resample)
-        options = {"residual": residual, "shortcut": shortcut, "divisor": -2.0}
-        return layers.conv(builder, conv, (x,), resample=resample, **options)  # type: ignore[arg-type]
-
-    def expected(dtype: torch.dtype) -> Tensor:
-        residual = torch.cat([first, second], dim=1).to(dtype)
-        return (by_pytorch(conv, x.to(dtype), None, resample) + by_pytorch(shortcut, residual, None, resample)) / -2
-
-    truth = expected(torch.float64)
-    assert relative_error(run(append, x, *maps), truth) <= 2 * relative_error(expected(dtype), truth)
-
-
 @pytest.mark.parametrize("channels", [(3, 96), (96, 3), (96, 16)])
 def test_few_channels_are_summed_directly(channels: tuple[int, int]) -> None:
     layers, conv = PackedLayers(torch.float32), make_conv(*channels, 3)
@@ -281,13 +258,9 @@ def test_an_image_does_not_depend_on_the_others() -> None:
         assert torch.equal(whole[3:4], alone)
 
 
-def test_large_weights_lie_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, large = torch.randn(100), torch.randn(300, 1000).bfloat16().repeat(4, 1)
-    assert packed_layers._in_huge_pages(small) is small
-    copied = packed_layers._in_huge_pages(large)
-    assert torch.equal(copied, large)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        assert copied.data_ptr() % (2 << 20) == 0
+def test_large_weights_lie_in_huge_pages_or_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = torch.randn(300, 1000).bfloat16().repeat(4, 1)
+    assert torch.equal(packed_layers._in_huge_pages(large), large)
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no memory")

@@ -82,15 +82,6 @@ def test_a_convolution_an_addition_and_a_shortcut(name: str, dtype: torch.dtype,
         assert relative_error(got, (exact + exactly(shortcut, added)) / -2) < 2 * tolerance
 
 
-@torch.no_grad()
-def test_weights_are_cast_once_and_stored_channels_last() -> None:
-    layers = PyTorchLayers(torch.float16, by_onednn=False)
-    stored = layers.stored(torch.randn(8, 4, 3, 3))
-    assert stored.dtype == torch.float16
-    assert stored.is_contiguous(memory_format=torch.channels_last)
-    assert layers.stored(stored) is stored
-
-
 @needs_onednn
 @torch.no_grad()
 def test_weights_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,18 +88,16 @@ def test_channels_last_gives_the_same_and_stays_channels_last() -> None:
     assert relative_error(actual, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("mode", ["autocast", "weights"])
-def test_bfloat16_error_is_that_of_diffusers(mode: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["autocast", "weights"])
+@torch.no_grad()
+def test_bfloat16_error_is_that_of_diffusers(dtype: torch.dtype) -> None:
     config = SMALL | VARIANTS["class-conditional"]
     model, peer = make_pair(config)
     x, t, labels = make_inputs(config, 2)
-    with torch.no_grad():
-        exact = model(x, t, labels)
-        if mode == "weights":
-            x = x.bfloat16()
-            model, peer = model.bfloat16(), peer.bfloat16()
-        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-            ours, theirs = model(x, t, labels), peer(x, t, labels).sample
+    exact, x = model(x, t, labels), x.to(dtype)
+    model, peer = model.to(dtype), peer.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        ours, theirs = model(x, t, labels), peer(x, t, labels).sample
     assert ours.dtype == torch.bfloat16
     assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact)
 
@@ -161,24 +159,20 @@ def test_seeds_decide_what_dropout_drops(variant: str, layout: torch.memory_form
         block.conv2.register_forward_pre_hook(lambda _, inputs, name=name: dropped.update({name: inputs[0] == 0}))
     x, t, labels = make_inputs(config, 4)
     model, x, seeds = model.to(memory_format=layout), x.contiguous(memory_format=layout), sample_seeds(7, 4)
-    torch.manual_seed(0)
     state = torch.get_rng_state()
-    out = model(x, t, labels, dropout_seeds=seeds)
+    model(x, t, labels, dropout_seeds=seeds)
     assert torch.equal(torch.get_rng_state(), state)
     assert len({block.dropout_stream for block in blocks.values()}) == len(blocks)
     for name, block in blocks.items():
         z = noise(dropped[name].shape, seeds, stream=block.dropout_stream)
         assert torch.equal(dropped[name], z < -0.5244005), name  # the normal distribution is 0.3 there
-    # A sample's draws are its own, and the gradients follow them.
-    half = model(x[2:], t[2:], None if labels is None else labels[2:], dropout_seeds=seeds[2:])
-    assert relative_error(half.detach(), out[2:].detach()) < 1e-5
-    assert not torch.equal(model(x, t, labels, dropout_seeds=seeds + 1), out)
+    # The gradients follow them.
     name = "down_blocks.0.resnets.0.norm2.weight"
 
     def total(weight: Tensor) -> Any:
         return functional_call(model, {name: weight}, (x, t, labels), {"dropout_seeds": seeds}).square().sum()
 
-    assert torch.autograd.gradcheck(total, model.double().get_parameter(name), fast_mode=True)
+    assert torch.autograd.gradcheck(total, model.double().get_parameter(name), rtol=1e-5, atol=0, fast_mode=True)
 
 
 @pytest.mark.slow

@@ -50,13 +50,6 @@ def test_every_builder_exists_and_takes_the_arguments_that_are_listed(name: str)
     assert {"spacing", "clip", *known.defaults, *known.fixed, *known.with_karras} <= takes.keys()
 
 
-def test_a_name_without_a_builder_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for builder, error in (("nothing.plan", ModuleNotFoundError), ("ddim.nothing", AttributeError)):
-        monkeypatch.setitem(SAMPLERS, "ddim", SAMPLERS["ddim"].__class__(builder, 5, "leading"))
-        with pytest.raises(error, match="nothing"):
-            named(OBJECTIVE, sampler="ddim")
-
-
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [

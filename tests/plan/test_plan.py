@@ -22,14 +22,13 @@ def column(plan: SamplingPlan, name: str) -> torch.Tensor:
 
 
 def test_without_a_clip_a_ddpm_step_is_equation_13() -> None:
-    plan = ddpm_plan(SCHEDULE, clip=None)
-    t = plan.timesteps
-    assert torch.equal(t, torch.arange(999, -1, -1))
-    torch.testing.assert_close(column(plan, "k1"), SCHEDULE.sqrt_recip_alphas[t], rtol=1e-12, atol=0)
-    expected = -(SCHEDULE.betas / SCHEDULE.sqrt_one_minus_alpha_bars * SCHEDULE.sqrt_recip_alphas)[t]
-    torch.testing.assert_close(column(plan, "k2"), expected, rtol=1e-12, atol=0)
+    plan, t = ddpm_plan(SCHEDULE, clip=None), torch.arange(999, -1, -1)
+    assert torch.equal(plan.timesteps, t)
+    slope = -SCHEDULE.betas / SCHEDULE.sqrt_one_minus_alpha_bars * SCHEDULE.sqrt_recip_alphas
+    expected = {"k1": SCHEDULE.sqrt_recip_alphas, "k2": slope, "sigma": SCHEDULE.posterior_variance.sqrt()}
+    for name, values in expected.items():
+        torch.testing.assert_close(column(plan, name), values[t], rtol=1e-12, atol=0)
     assert (column(plan, "k0") == 0).all()
-    torch.testing.assert_close(column(plan, "sigma"), SCHEDULE.posterior_variance[t].sqrt(), rtol=1e-12, atol=0)
 
 
 def _in_float64(scheduler: Any) -> Any:
@@ -93,41 +92,22 @@ def test_learned_variance_is_the_models_logarithm() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize(("num_steps", "spacing"), [(50, "leading"), (20, "trailing")])
 def test_ddim_steps_equal_diffusers(num_steps: int, spacing: Any, prediction: Any, clipped: bool, eta: float) -> None:
-    """Only for step counts that divide T: elsewhere diffusers' DDIM takes a wrong previous timestep."""
+    """Only for step counts that divide T: elsewhere diffusers' DDIM takes a wrong previous timestep.
+
+    Epsilon is derived again from the clipped x_0^ by default, as in guided-diffusion.
+    """
     diffusers = pytest.importorskip("diffusers")
     theirs = _in_float64(diffusers.DDIMScheduler(timestep_spacing=spacing, prediction_type=prediction))
     theirs.final_alpha_cumprod = theirs.one
     theirs.set_timesteps(num_steps)
-    plan = ddim_plan(SCHEDULE, num_steps, spacing=spacing, prediction=prediction, eta=eta, use_clipped_model_output=clipped)
+    asked: dict[str, Any] = {} if clipped else {"use_clipped_model_output": False}
+    plan = ddim_plan(SCHEDULE, num_steps, spacing=spacing, prediction=prediction, eta=eta, **asked)
     assert torch.equal(plan.timesteps, theirs.timesteps)
     for step in (0, 1, num_steps // 2, num_steps - 2, num_steps - 1):
         t = int(plan.timesteps[step])
         x_t, m, noise = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         options = {"eta": eta, "use_clipped_model_output": clipped, "variance_noise": noise}
         expected = theirs.step(m, t, x_t, **options).prev_sample
-        _assert_same_step(reverse_step(x_t, m, step, plan, noise=noise), expected, t)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.7])
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-def test_ddim_rederives_epsilon_after_the_clip_as_guided_diffusion(prediction: Any, eta: float) -> None:
-    """guided-diffusion's ddim_sample, in float64: epsilon is `_predict_eps_from_xstart` of the clipped x_0^."""
-    plan = ddim_plan(SCHEDULE, 50, prediction=prediction, eta=eta)
-    for step in (0, 1, 25, 48, 49):
-        t = int(plan.timesteps[step])
-        abar = SCHEDULE.alpha_bars[t]
-        abar_prev = SCHEDULE.alpha_bars[t - 20] if t else torch.tensor(1.0, dtype=torch.float64)
-        x_t, m, noise = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        x_0 = {
-            "epsilon": (1 / abar).sqrt() * x_t - (1 / abar - 1).sqrt() * m,
-            "sample": m,
-            "v_prediction": abar.sqrt() * x_t - (1 - abar).sqrt() * m,
-        }[prediction]
-        clipped = x_0.clamp(-1, 1)
-        assert not torch.equal(clipped, x_0)
-        epsilon = ((1 / abar).sqrt() * x_t - clipped) / (1 / abar - 1).sqrt()
-        sigma = eta * ((1 - abar_prev) / (1 - abar)).sqrt() * (1 - abar / abar_prev).sqrt()
-        expected = clipped * abar_prev.sqrt() + (1 - abar_prev - sigma**2).sqrt() * epsilon + sigma * noise
         _assert_same_step(reverse_step(x_t, m, step, plan, noise=noise), expected, t)
 
 
@@ -175,17 +155,16 @@ def test_an_inversion_that_tells_the_arrival(prediction: Any) -> None:
     x_0, epsilon = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
     options: Any = {"evaluate_at": "arrival", "prediction": prediction, "clip": None, "initial_alpha_bar": float(abar[0])}
     chain = ddim_inversion_plan(SCHEDULE, None, spacing=[900, 500, 1], **options)
-    single = ddim_inversion_plan(SCHEDULE, None, spacing=[1, 900, 30], previous=[-1, 500, 7], **options)
     assert chain.timesteps.tolist() == [1, 500, 900]
-    assert single.timesteps.tolist() == [30, 900, 1]
-    assert torch.equal(chain.coefficients[[0, 2]], single.coefficients[[2, 1]])
-    starts = {0: (0, 1), 1: (1, 500), 2: (500, 900)}
-    for plan, steps in ((chain, starts), (single, {0: (7, 30)})):
-        for row, (start, arrival) in steps.items():
-            x, expected = (abar[t].sqrt() * x_0 + (1 - abar[t]).sqrt() * epsilon for t in (start, arrival))
-            v = abar[start].sqrt() * epsilon - (1 - abar[start]).sqrt() * x_0
-            m = {"epsilon": epsilon, "sample": x_0, "v_prediction": v}[prediction]
-            torch.testing.assert_close(reverse_step(x, m, row, plan), expected, rtol=1e-5, atol=1e-5)
+    for row, (start, arrival) in enumerate(((0, 1), (1, 500), (500, 900))):
+        x, expected = (abar[t].sqrt() * x_0 + (1 - abar[t]).sqrt() * epsilon for t in (start, arrival))
+        v = abar[start].sqrt() * epsilon - (1 - abar[start]).sqrt() * x_0
+        m = {"epsilon": epsilon, "sample": x_0, "v_prediction": v}[prediction]
+        torch.testing.assert_close(reverse_step(x, m, row, chain), expected, rtol=1e-5, atol=1e-5)
+    single = ddim_inversion_plan(SCHEDULE, None, spacing=[1, 900, 30], previous=[-1, 500, 7], **options)
+    for row, steps in enumerate(([30, 7], [900, 500], [1])):
+        chain = ddim_inversion_plan(SCHEDULE, None, spacing=steps, **options)
+        assert torch.equal(single.coefficients[row], chain.coefficients[-1])
 
 
 @pytest.mark.parametrize("build", [ddpm_plan, ddim_plan])

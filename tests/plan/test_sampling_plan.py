@@ -1,6 +1,5 @@
 """Plans as text, as plots, sliced, and started at a timestep."""
 
-import itertools
 import sys
 from dataclasses import replace
 from typing import Any
@@ -75,7 +74,6 @@ def test_a_plan_keeps_its_timesteps_when_the_caller_changes_theirs(build: Any, k
     plan, expected = build(SCHEDULE, None, spacing=given), build(SCHEDULE, None, spacing=[900, 600, 300, 10])
     given[2] = 100
     assert torch.equal(plan.timesteps, expected.timesteps)
-    assert plan.builder.keywords["schedule"] is SCHEDULE
     later = plan.starting_at(600)
     assert torch.equal(later.timesteps, torch.tensor([600, 300, 10]))
     assert torch.equal(later.coefficients, expected.starting_at(600).coefficients)
@@ -167,51 +165,43 @@ def test_a_plan_built_in_a_compiled_function_is_the_same(build: Any, spacing: st
     assert torch.equal(plan.coefficients, expected.coefficients)
 
 
-class TestRepaint:
-    """RePaint's plan: ancestral sampling with forward jumps (Lugmayr et al. 2022, algorithm 1 and appendix B)."""
+def test_repaint_without_jumps_is_ancestral_sampling() -> None:
+    plan, expected = repaint_plan(SCHEDULE, 50, jump_num_sample=1), ddpm_plan(SCHEDULE, 50)
+    assert torch.equal(plan.timesteps, expected.timesteps)
+    torch.testing.assert_close(plan.coefficients[:, :8], expected.coefficients[:, :8], rtol=1e-14, atol=1e-14)
 
-    def test_without_jumps_it_is_ancestral_sampling(self) -> None:
-        plan, expected = repaint_plan(SCHEDULE, 50, jump_num_sample=1), ddpm_plan(SCHEDULE, 50)
-        assert torch.equal(plan.timesteps, expected.timesteps)
-        torch.testing.assert_close(plan.coefficients[:, :8], expected.coefficients[:, :8], rtol=1e-14, atol=1e-14)
 
-    def test_the_timesteps_are_those_of_the_paper(self) -> None:
-        """The schedule of the authors' code: single steps down, and from every tenth level up again, nine times."""
-        total, length, resamplings = 250, 10, 10
-        jumps = dict.fromkeys(range(0, total - length, length), resamplings - 1)
-        t, visited = total, []
-        while t >= 1:
-            t -= 1
-            visited.append(t)
-            if jumps.get(t, 0) > 0:
-                jumps[t] -= 1
-                for _ in range(length):
-                    t += 1
-                    visited.append(t)
-        visited.append(-1)
-        evaluated = [above for above, below in itertools.pairwise(visited) if below < above]
-        plan = repaint_plan(SCHEDULE)
-        assert plan.num_steps == len(evaluated) == 2410
-        assert (plan.timesteps // 4).tolist() == evaluated
+def test_the_timesteps_of_repaint_are_those_of_the_paper() -> None:
+    """Lugmayr et al. 2022, algorithm 1 and appendix B: single steps down, and from every tenth level up again, nine times.
 
-    def test_a_jump_keeps_the_marginal(self) -> None:
-        """For normal x_0 of variance 1, x_t has variance 1 at every t. A row has to keep that, jump or not."""
-        plan = repaint_plan(SCHEDULE, 20, 3, 2, prediction="sample", clip=None)
-        abar = SCHEDULE.alpha_bars[plan.timesteps]
-        p, _, k0, k1, k2, k3, _, sigma = plan.coefficients[:, :8].unbind(1)
-        assert ((p == 0) & (k0 == 0) & (k3 == 0)).all()
-        # m = E[x_0 | x_t] = sqrt(abar) x_t, up to x_0's own variance 1 - abar given x_t
-        assert bool((plan.alpha_bars_prev[:-1] < abar[:-1]).any()), "no jump up"
-        variance = (k1 + k2 * abar.sqrt()).square() + k2.square() * (1 - abar) + sigma.square()
-        torch.testing.assert_close(variance, torch.ones_like(variance), rtol=1e-12, atol=0)
+    A step down evaluates the model.
+    """
+    again = [t for low in range(230, -1, -10) for _ in range(10) for t in range(low + 10, low, -1)]
+    evaluated = [*range(249, 240, -1), *again, 0]
+    plan = repaint_plan(SCHEDULE)
+    assert plan.num_steps == len(evaluated) == 2410
+    assert (plan.timesteps // 4).tolist() == evaluated
 
-    @pytest.mark.parametrize(
-        ("arguments", "name"),
-        [((0,), "num_steps"), ((50, 0), "jump_length"), ((50, 50), "jump_length"), ((50, 5, 0), "jump_num_sample")],
-    )
-    def test_bad_arguments_are_named(self, arguments: Any, name: str) -> None:
-        with pytest.raises(ValueError, match=f"repaint_plan: expected {name} to be"):
-            repaint_plan(SCHEDULE, *arguments)
+
+def test_a_jump_of_repaint_keeps_the_marginal() -> None:
+    """For normal x_0 of variance 1, x_t has variance 1 at every t. A row has to keep that, jump or not."""
+    plan = repaint_plan(SCHEDULE, 20, 3, 2, prediction="sample", clip=None)
+    abar = SCHEDULE.alpha_bars[plan.timesteps]
+    p, _, k0, k1, k2, k3, _, sigma = plan.coefficients[:, :8].unbind(1)
+    assert ((p == 0) & (k0 == 0) & (k3 == 0)).all()
+    # m = E[x_0 | x_t] = sqrt(abar) x_t, up to x_0's own variance 1 - abar given x_t
+    assert bool((plan.alpha_bars_prev[:-1] < abar[:-1]).any()), "no jump up"
+    variance = (k1 + k2 * abar.sqrt()).square() + k2.square() * (1 - abar) + sigma.square()
+    torch.testing.assert_close(variance, torch.ones_like(variance), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [((0,), "num_steps"), ((50, 0), "jump_length"), ((50, 50), "jump_length"), ((50, 5, 0), "jump_num_sample")],
+)
+def test_bad_arguments_of_repaint_are_named(arguments: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"repaint_plan: expected {name} to be"):
+        repaint_plan(SCHEDULE, *arguments)
 
 
 def test_coefficients_are_copies() -> None:
