@@ -52,7 +52,7 @@ def test_a_failing_writer_changes_nothing(tmp_path: Path) -> None:
     ("error", "named"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), True),
-        (OSError(errno.ENOENT, "missing", "other"), False),  # of a failed open
+        (OSError(errno.ENOENT, "missing", "other"), False),  # a failed open names its file
         (OSError("a text"), False),
     ],
 )
