@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
+import numpy as np
 import torch
+from PIL import Image
 
 from ddpm_fast.training.data import Batch, Item, ItemDataset, read_batch
 
@@ -10,6 +14,13 @@ from ddpm_fast.training.data import Batch, Item, ItemDataset, read_batch
 def whole(dataset: ItemDataset) -> Batch:
     """Return all items of a data set as a batch."""
     return read_batch(dataset, range(len(dataset)))
+
+
+def encoded(pixels: np.ndarray) -> bytes:
+    """Return a picture [H, W] or [H, W, C] as the bytes of a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
 
 
 def drawn(dataset: ItemDataset) -> list[torch.Tensor]:

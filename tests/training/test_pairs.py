@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import assert_equal, whole
+from items import assert_equal, encoded, whole
 from PIL import Image
 from refusals import refused
-from test_data_hub import FEATURES, encoded, write_folder
+from test_data_hub import FEATURES, write_folder
 
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.training.data import load_dataset, read_batch
