@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -91,32 +90,39 @@ def test_every_combination_is_matched_or_refused(first: str, second: str, tmp_pa
         assert_equal(whole(few), read_batch(dataset, range(5)))
 
 
-def test_what_has_no_partner_is_named_with_both_sources(tmp_path: Path) -> None:
-    source, few = folder(tmp_path / "source", 20, FLAT), folder(tmp_path / "few", 10, FLAT[:2])
-    wanted = f"to have files of the same names as {source}"
-    with refused(InvalidValue("load_dataset", "condition", wanted, f"none named 10, 11, 2, 3, 4 and 5 more in {few}")):
-        load_dataset(str(source), condition=few)
-    with pytest.raises(ValueError, match=re.escape(f"none named 10, 11, 2, 3, 4 and 5 more in {few}")):
-        load_dataset(str(few), condition=source)
-    rows, fewer = array(tmp_path / "rows", 20), tmp_path / "fewer.npy"
-    np.save(fewer, np.zeros((3, 4, 6), np.uint8))
-    with refused(InvalidValue("load_dataset", "condition", f"to have 12 rows, as {rows}", f"3 in {fewer}")):
-        load_dataset(str(rows), condition=fewer)
-    wanted = f"to be a folder or an archive with files of the same names, as {source} is"
-    with refused(InvalidValue("load_dataset", "condition", wanted, f"{rows}, whose items are rows")):
-        load_dataset(str(source), condition=rows)
-    wanted = f"to be one array file or one table, as {rows} is"
-    with refused(InvalidValue("load_dataset", "condition", wanted, f"{source}, whose items are files")):
-        load_dataset(str(rows), condition=source)
+TWICE = "several in twice that differ in their endings alone: 3"
 
 
-@pytest.mark.parametrize("repeated", ["source", "condition"])
-def test_files_that_differ_in_their_ending_alone_are_refused(repeated: str, tmp_path: Path) -> None:
-    source, condition = folder(tmp_path / "source", 20, FLAT), folder(tmp_path / "condition", 10, FLAT)
-    Image.new("L", (6, 4)).save(tmp_path / repeated / "3.bmp")
-    got = f"several in {tmp_path / repeated} that differ in their endings alone: 3"
-    with refused(InvalidValue("load_dataset", "condition", f"to have one file of each name, as must {source}", got)):
-        load_dataset(str(source), condition=condition)
+@pytest.mark.parametrize(
+    ("name", "condition", "expected", "got"),
+    [
+        ("files", "few", "to have files of the same names as files", "none named 10, 11, 2, 3, 4 and 5 more in few"),
+        ("few", "files", "to have files of the same names as few", "none named 10, 11, 2, 3, 4 and 5 more in few"),
+        ("files", "twice", "to have one file of each name, as must files", TWICE),
+        ("twice", "files", "to have one file of each name, as must twice", TWICE),
+        (
+            "files",
+            "rows.npy",
+            "to be a folder or an archive with files of the same names, as files is",
+            "rows.npy, whose items are rows",
+        ),
+        ("rows.npy", "files", "to be one array file or one table, as rows.npy is", "files, whose items are files"),
+        ("rows.npy", "few.npy", "to have 12 rows, as rows.npy", "3 in few.npy"),
+        ("digits", "files", "to be one array file or one table, as digits is", "files, whose items are files"),
+        ("digits", "few.npy", "to have 1500 rows, as digits", "3 in few.npy"),
+    ],
+)
+def test_what_cannot_be_paired_is_named_with_both_sources(
+    name: str, condition: str, expected: str, got: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for written, names in (("files", FLAT), ("few", FLAT[:2]), ("twice", FLAT)):
+        folder(Path(written), 10, names)
+    Image.new("L", (6, 4)).save("twice/3.bmp")
+    np.save("few.npy", np.zeros((3, 4, 6), np.uint8))
+    array(Path("rows"), 20)
+    with refused(InvalidValue("load_dataset", "condition", expected, got)):
+        load_dataset(name, condition=condition)
 
 
 def test_a_folder_of_images_and_arrays_is_refused(tmp_path: Path) -> None:
@@ -139,16 +145,8 @@ def test_skipped_images_take_their_conditions_with_them(tmp_path: Path) -> None:
     assert 100 not in conditions
 
 
-def test_published_images_are_paired_with_rows_alone(tmp_path: Path) -> None:
-    digits = load_dataset("digits")
-    np.save(tmp_path / "rows.npy", whole(digits).images[:, 0].numpy() // 2)
+def test_published_images_are_paired_with_rows(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", whole(load_dataset("digits")).images[:, 0].numpy() // 2)
     images, _, conditions = whole(load_dataset("digits", condition=tmp_path / "rows.npy"))
     assert conditions is not None
     assert torch.equal(images // 2, conditions)
-    wanted = "to be one array file or one table, as digits is"
-    files = folder(tmp_path / "files", 10, FLAT)
-    with refused(InvalidValue("load_dataset", "condition", wanted, f"{files}, whose items are files")):
-        load_dataset("digits", condition=files)
-    np.save(tmp_path / "few.npy", np.zeros((3, 8, 8), np.uint8))
-    with refused(InvalidValue("load_dataset", "condition", "to have 1500 rows, as digits", f"3 in {tmp_path / 'few.npy'}")):
-        load_dataset("digits", condition=tmp_path / "few.npy")
