@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ddpm_fast import NoiseSchedule, Sampler, Trainer, TrainOptions, ddim_plan, export_checkpoint, freeze, load_folder
 from ddpm_fast.cli import main
-from ddpm_fast.errors import InvalidType, InvalidValue
+from ddpm_fast.errors import InvalidValue
 from ddpm_fast.training.data import load_dataset
 
 SCHEDULE = NoiseSchedule.linear()
@@ -32,15 +31,21 @@ class Net(nn.Module):
     """Two convolutions of a signal, an image or a volume, with a shift by timestep and class."""
 
     def __init__(
-        self, dims: int = 2, channels: int = 2, reads: int = 2, classes: int | None = None, norm: bool = False
+        self,
+        dims: int = 2,
+        channels: int = 2,
+        reads: int = 2,
+        classes: int | None = None,
+        norm: bool = False,
+        width: int = 8,
     ) -> None:
         super().__init__()
-        self.first = CONV[dims](reads, 8, 3, padding=1)
-        self.time = nn.Linear(1, 8)
-        self.classes = None if classes is None else nn.Embedding(classes + 1, 8)
-        self.norm = NORM[dims](8) if norm else nn.Identity()
+        self.first = CONV[dims](reads, width, 3, padding=1)
+        self.time = nn.Linear(1, width)
+        self.classes = None if classes is None else nn.Embedding(classes + 1, width)
+        self.norm = NORM[dims](width) if norm else nn.Identity()
         self.dropout = nn.Dropout(0.1)
-        self.last = CONV[dims](8, channels, 3, padding=1)
+        self.last = CONV[dims](width, channels, 3, padding=1)
         self.unused = nn.Parameter(torch.ones(3))  # its gradient is always None
         self.fixed = nn.Parameter(torch.ones(3), requires_grad=False)
         self.tied = self.last.bias
@@ -105,9 +110,7 @@ trainer(Path({run!r}), {dims}, {classes}, {reads}, flip=True).run()
 
 @pytest.mark.parametrize(("dims", "classes", "reads"), [(1, None, 2), (2, 3, 3), (3, None, 3)])
 def test_networks_train_resume_and_sample(dims: int, classes: int | None, reads: int, tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole", dims, classes, reads, flip=True)
-    result = whole.run()
-    assert result.step == 4
+    assert trainer(tmp_path / "whole", dims, classes, reads, flip=True).run().step == 4
     trainer(tmp_path / "parts", dims, classes, reads, flip=True, steps=1).run()
     again = trainer(tmp_path / "parts", dims, classes, reads, flip=True, resume=True)
     again.run()
@@ -130,6 +133,7 @@ def test_networks_train_resume_and_sample(dims: int, classes: int | None, reads:
     assert torch.isfinite(images).all()
 
 
+@pytest.mark.slow
 def test_weights_are_the_same_bits_in_two_processes(tmp_path: Path) -> None:
     trainer(tmp_path / "one", 2, 3, 3, flip=True).run()
     folder = Path(__file__).parent
@@ -163,6 +167,10 @@ def test_images_and_weights_are_channels_last_unless_told_otherwise(options: dic
 
 def test_what_needs_a_configuration_says_so(tmp_path: Path) -> None:
     trainer(tmp_path / "run", steps=1).run()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["network"].endswith("test_any_network.Net")
+    assert "unet" not in config
+    assert config["dataset"]["shape"] == [2, 6, 4]
     file = tmp_path / "run" / "checkpoints" / "step-00000001" / "ema.safetensors"
     wanted = f"another network, which its folder does not describe; make it, and load {file} with load_state_dict"
     with refused(InvalidValue("load_folder", "path", "to hold a UNet", wanted)):
@@ -186,11 +194,8 @@ def test_another_network_is_not_resumed(tmp_path: Path) -> None:
     options = TrainOptions(**OPTIONS | {"resume": True})
     with pytest.raises(ValueError, match="Other"):
         Trainer(Other(), SCHEDULE, Items(), options, tmp_path / "run").run()
-    wider = Net(2, reads=2)
-    wider.first, wider.last = nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 2, 3, padding=1)
-    wider.time, wider.tied = nn.Linear(1, 16), wider.last.bias
     with pytest.raises(ValueError, match=r"first\.(weight|bias) to have shape"):
-        Trainer(wider, SCHEDULE, Items(), options, tmp_path / "run").run()
+        Trainer(Net(width=16), SCHEDULE, Items(), options, tmp_path / "run").run()
 
 
 class Stateful(Net):
@@ -198,83 +203,57 @@ class Stateful(Net):
         return {"a": 1}
 
 
-class Raising(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+class Raising(Net):
+    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         raise RuntimeError("no such layer")
 
 
+FITS = r"model to take \[2, 2, 6, 4\], t \[2\] and return \[2, 2, 6, 4\], got"
+
+
 @pytest.mark.parametrize(
-    ("model", "classes", "error"),
+    ("model", "items", "classes", "wanted"),
     [
-        (
-            Net(channels=3),
-            None,
-            InvalidValue("Trainer", "model", "to take [2, 2, 6, 4], t [2] and return [2, 2, 6, 4]", [2, 3, 6, 4]),
-        ),
-        (
-            Raising(),
-            None,
-            InvalidValue(
-                "Trainer", "model", "to take [2, 2, 6, 4], t [2] and return [2, 2, 6, 4]", RuntimeError("no such layer")
-            ),
-        ),
-        (nn.Identity(), None, InvalidValue("Trainer", "model", "to have parameters that require gradients", "none")),
-        (
-            Net().double(),
-            None,
-            InvalidValue("Trainer", "model", "to be float32", 'torch.float64 in unused; use precision="bf16" for speed'),
-        ),
-        (lambda x, t: x, None, InvalidType("Trainer", "model", "to be a Module", "function")),
-        (Stateful(), None, InvalidValue("Trainer", "model", "to have a state_dict of tensors", "a dict in _extra_state")),
-        (Net(), 0, InvalidValue("Trainer", "num_classes", "to be a positive integer or None", "0")),
+        (Net(channels=3), Items(), None, rf"{FITS} \[2, 3, 6, 4\]$"),
+        (Raising(), Items(), None, f"{FITS}: no such layer$"),
+        (Net(), Items(reads=3), None, r"model to take \[2, 3, 6, 4\], t \[2\] and .* got: .*expected input"),
+        # The network takes the labels 0, 1 and 2, and so none that says that there is no label.
+        (Net(classes=2), Items(classes=3), 3, r"model to take .*, t \[2\] and labels \[2\] and return .*, got: "),
+        (nn.Identity(), Items(), None, "model to have parameters that require gradients, got none$"),
+        (Net().double(), Items(), None, r'model to be float32, got torch\.float64 in unused; use precision="bf16" for speed$'),
+        (lambda x, t: x, Items(), None, "model to be a Module, got function$"),
+        (Stateful(), Items(), None, "model to have a state_dict of tensors, got a dict in _extra_state$"),
+        (Net(), Items(), 0, "num_classes to be a positive integer or None, got 0$"),
     ],
 )
-def test_networks_that_do_not_fit_are_refused(model: Any, classes: int | None, error: Any, tmp_path: Path) -> None:
-    with refused(error):
-        Trainer(model, SCHEDULE, Items(), TrainOptions(**OPTIONS), tmp_path / "run", num_classes=classes)
+def test_networks_that_do_not_fit_are_refused(model: Any, items: Any, classes: int | None, wanted: str, tmp_path: Path) -> None:
+    kind = ValueError if isinstance(model, nn.Module) else TypeError
+    with pytest.raises(kind, match=f"^Trainer: expected {wanted}"):
+        Trainer(model, SCHEDULE, items, TrainOptions(**OPTIONS), tmp_path / "run", num_classes=classes)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_with_fewer_channels_than_data_and_condition_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"Trainer: expected model to take \[2, 3, 6, 4\], t \[2\] and .* got: .*expected input"
-    ):
-        Trainer(Net(reads=2), SCHEDULE, Items(reads=3), TrainOptions(**OPTIONS), tmp_path / "run")
+DIGITS, NUMBERS = {"name": "digits"}, {"name": "x.npy", "condition": "y.npy", "data_range": (-4, 4), "condition_range": (-4, 4)}
 
 
-def test_a_network_without_a_place_for_no_label_is_refused(tmp_path: Path) -> None:
-    model = Net(classes=2)  # takes the labels 0, 1 and 2
-    with pytest.raises(
-        ValueError, match=r"Trainer: expected model to take \[2, 2, 6, 4\], t \[2\] and labels \[2\] and return .*, got: "
-    ):
-        Trainer(model, SCHEDULE, Items(classes=3), TrainOptions(**OPTIONS), tmp_path / "run", num_classes=3)
-
-
-def test_the_record_names_the_network(tmp_path: Path) -> None:
-    trainer(tmp_path / "run", steps=1).run()
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["network"].endswith("test_any_network.Net")
-    assert "unet" not in config
-    assert config["dataset"]["shape"] == [2, 6, 4]
-
-
-@pytest.mark.parametrize("name", ["condition", "condition_range", "data_range"])
-def test_a_resumed_run_keeps_its_condition_and_its_ranges(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("condition", DIGITS | {"condition": "low-resolution:2"}, DIGITS | {"condition": "low-resolution:4"}),
+        ("condition_range", NUMBERS, NUMBERS | {"condition_range": (-8, 8)}),
+        ("data_range", NUMBERS, NUMBERS | {"data_range": (-8, 8)}),
+    ],
+)
+def test_a_resumed_run_keeps_its_condition_and_its_ranges(
+    name: str, before: dict[str, Any], after: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also of a network without a configuration, and though the bytes of the files are the same."""
-    for file, seed in (("x", 0), ("y", 1)):
-        np.save(tmp_path / f"{file}.npy", np.random.default_rng(seed).normal(size=(8, 8, 8)).clip(-2, 2))
-    ranges = {"data_range": (-4, 4), "condition_range": (-4, 4)}
-    numbers = partial(load_dataset, str(tmp_path / "x.npy"), condition=tmp_path / "y.npy")
-    before, after = numbers(**ranges), numbers(**ranges | {name: (-8, 8)}) if name != "condition" else None
-    if name == "condition":
-        before, after = (load_dataset("digits", condition=f"low-resolution:{factor}") for factor in (2, 4))
+    monkeypatch.chdir(tmp_path)
+    for file, seed in (("x.npy", 0), ("y.npy", 1)):
+        np.save(file, np.random.default_rng(seed).normal(size=(8, 8, 8)).clip(-2, 2))
 
-    def runs(dataset: Any, **options: Any) -> Trainer:
-        return Trainer(Net(2, 1, 2), SCHEDULE, dataset, TrainOptions(**OPTIONS | options), tmp_path / "run")
+    def runs(arguments: dict[str, Any], **options: Any) -> Trainer:
+        return Trainer(Net(2, 1, 2), SCHEDULE, load_dataset(**arguments), TrainOptions(**OPTIONS | options), tmp_path / "run")
 
     runs(before).run()
     with pytest.raises(ValueError, match=f"train: expected {name} to be .*, as in .*run.*, got "):
