@@ -1,8 +1,11 @@
-"""Items of data sets, read together and compared."""
+"""Items of data sets: written, read together and compared."""
 
 from __future__ import annotations
 
 import io
+import zipfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +24,25 @@ def encoded(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
     return file.getvalue()
+
+
+def write(path: Path, content: Any, method: int = zipfile.ZIP_STORED) -> Path:
+    """Write bytes, an array (.npy), arrays by name (.npz), or files by name (.zip, or else a folder). Return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".npy":
+        np.save(path, content, allow_pickle=True)
+    elif path.suffix == ".npz":
+        np.savez(path, **content)
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, each in content.items():
+                archive.writestr(name, each)
+    else:
+        for name, each in content.items():
+            write(path / name, each)
+    return path
 
 
 def drawn(dataset: ItemDataset) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import assert_equal, whole
+from items import assert_equal, encoded, whole, write
 from PIL import Image
 from refusals import refused
 
@@ -31,6 +31,7 @@ def idx(values: np.ndarray) -> bytes:
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28))
 PACKED, LABELS = gzip.compress(idx(IMAGES), mtime=0), idx(np.array([3, 0, 9, 1, 1]))
 IMAGE_FILE, LABEL_FILE = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"
+GREYS = np.array([[0, 64], [128, 255]], dtype=np.uint8)
 
 
 @pytest.fixture
@@ -119,14 +120,11 @@ def test_resized_arrays_are_means_of_all_their_pixels(size: int) -> None:
 
 def test_folder_is_cropped_resized_and_labelled_by_sub_folder(tmp_path: Path) -> None:
     # A wide red image with green sides, which the centred crop cuts off; a grey image; something that is no image.
-    for name in ("cat", "dog/deep"):
-        (tmp_path / name).mkdir(parents=True)
     red, green = [255, 0, 0], [0, 255, 0]
     wide = np.full((10, 30, 3), green, dtype=np.uint8)
     wide[:, 10:20] = red
-    Image.fromarray(wide).save(tmp_path / "dog" / "deep" / "wide.png")
-    Image.fromarray(np.full((40, 40), 77, dtype=np.uint8)).save(tmp_path / "cat" / "grey.PNG")
-    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    grey = np.full((40, 40), 77, dtype=np.uint8)
+    write(tmp_path, {"dog/deep/wide.png": encoded(wide), "cat/grey.PNG": encoded(grey), "cat/notes.txt": b"no image"})
     dataset = load_dataset(str(tmp_path), image_size=20)
     assert (dataset.info.shape, dataset.info.classes) == ((3, 20, 20), ("cat", "dog"))
     for file in tmp_path.rglob("*.*"):
@@ -152,6 +150,7 @@ def test_a_folder_of_other_sizes_needs_image_size(tmp_path: Path) -> None:
 
 UNKNOWN = ("name", "to be one of digits, fashion-mnist, cifar10, a folder, or a .zip, .npy or .npz")
 SIDES = ("image_size", "to be a positive integer, (height, width) or None, each at least 1")
+KINDS = f"to hold images ({', '.join(PICTURES)}) or arrays"
 PAIRS = ("data_range", "to be two numbers, or two a channel")
 
 
@@ -165,7 +164,8 @@ PAIRS = ("data_range", "to be two numbers, or two a channel")
         ("cifar-10", {}, UNKNOWN, "'cifar-10', which does not exist; did you mean 'cifar10'?"),
         ("note.txt", {}, UNKNOWN, "'note.txt', which does not exist"),  # a file of another kind is no data set
         ("no/where/images", {}, UNKNOWN, "'no/where/images', which does not exist: there is no folder 'no/where'"),
-        ("empty", {}, ("empty", f"to hold images ({', '.join(PICTURES)}) or arrays"), "none"),
+        ("empty", {}, ("empty", KINDS), "none"),
+        ("mixed", {}, ("mixed", KINDS), "images, such as a.png, and arrays, such as a.npy; move one kind to another folder"),
         ("digits", {"split": "val"}, ("split", "to be one of train, test"), "'val'"),
         ("digits", {"image_size": 0}, SIDES, [0, 0]),
         ("cifar10", {"channels": 0}, ("channels", "to be a positive integer or None"), "0"),
@@ -188,12 +188,10 @@ def test_bad_requests_are_refused(
 ) -> None:
     """A mistyped path also says what may have been meant."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("images", "empty"):
-        (tmp_path / folder).mkdir()
-    Image.new("L", (4, 4)).save("images/a.png")
-    np.save("a.npy", np.arange(240.0).reshape(2, 4, 6, 5))
-    for file in ("faces.zip", "notes.txt"):
-        (tmp_path / file).touch()
+    (tmp_path / "empty").mkdir()
+    image, numbers = encoded(GREYS), np.arange(240.0).reshape(2, 4, 6, 5)
+    files = {"images/a.png": image, "a.npy": numbers, "mixed/a.png": image, "mixed/a.npy": numbers[0]}
+    write(tmp_path, files | {"faces.zip": b"", "notes.txt": b""})
     with refused(InvalidValue("load_dataset", *expected, got)):
         load_dataset(name, **options)
 
@@ -270,9 +268,6 @@ def one_image(folder: Path, channels: int | None = None) -> np.ndarray:
     dataset = load_dataset(str(folder), channels=channels)
     assert len(dataset) == 1
     return dataset[0].image.permute(1, 2, 0).numpy()
-
-
-GREYS = np.array([[0, 64], [128, 255]], dtype=np.uint8)
 
 
 WRITTEN = {
@@ -431,16 +426,13 @@ def test_a_folder_of_broken_images_alone_is_refused(tmp_path: Path) -> None:
 
 
 def test_pipes_and_folders_with_names_of_images_are_none(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    (tmp_path / "folder.png").mkdir()
+    write(tmp_path, {"a.png": encoded(GREYS), "folder.png/notes.txt": b""})
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     assert len(load_dataset(str(tmp_path))) == 1
 
 
 def test_a_folder_that_must_not_be_read_is_no_empty_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "a.png")
+    write(tmp_path, {"a/a.png": encoded(GREYS), "b/b.png": encoded(GREYS)})
     scandir = os.scandir
 
     def forbid(path: str) -> object:
@@ -454,10 +446,8 @@ def test_a_folder_that_must_not_be_read_is_no_empty_class(tmp_path: Path, monkey
 
 
 def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
-    path = os.fsencode(tmp_path) + b"/\xff.png"
     try:
-        with open(path, "wb") as file:
-            Image.new("RGB", (4, 4)).save(file, format="PNG")
+        write(tmp_path / os.fsdecode(b"\xff.png"), encoded(GREYS))
     except OSError:
         pytest.skip("the file system has names of text alone")
     assert len(load_dataset(str(tmp_path)).fingerprint(exact=True)) == 2
@@ -465,10 +455,7 @@ def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("skip_broken", [False, True])
 def test_only_the_first_images_are_read_but_all_classes_counted(skip_broken: bool, tmp_path: Path) -> None:
-    for name in ("b", "a"):
-        (tmp_path / name).mkdir()
-    Image.new("RGB", (4, 4), "white").save(tmp_path / "a" / "0.png")
-    (tmp_path / "b" / "broken.png").touch()
+    write(tmp_path, {"b/broken.png": b"", "a/0.png": encoded(GREYS)})
     dataset = load_dataset(str(tmp_path), first=1, skip_broken=skip_broken)
     assert (len(dataset), dataset.info.classes, whole(dataset).labels.tolist()) == (1, ("a", "b"), [0])
 

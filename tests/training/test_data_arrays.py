@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import whole
+from items import whole, write
 from runs import QUIET, train
 
 from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, load_folder, write_samples
@@ -25,21 +25,6 @@ RANGES = tuple(zip(LOW.tolist(), HIGH.tolist(), strict=True))
 
 
 FOLDER = {f"{index}.npy": each for index, each in enumerate(VALUES)}
-
-
-def write(path: Path, content: Any) -> Path:
-    """Write an array, arrays by name as an .npz, or files by name as a folder."""
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif path.suffix == ".npy":
-        np.save(path, content, allow_pickle=True)
-    elif path.suffix == ".npz":
-        np.savez(path, **content)
-    else:
-        path.mkdir()
-        for name, each in content.items():
-            write(path / name, each)
-    return path
 
 
 @pytest.mark.parametrize(("file", "content"), [("a.npy", VALUES), ("a.npz", {"arr_0": VALUES}), ("folder", FOLDER)])

@@ -48,7 +48,6 @@ def test_images_and_labels_are_those_of_the_table(memory: int | None, tmp_path: 
     (batch,) = batches(dataset, [torch.tensor([6, 0, 3, 2])], 0)
     np.testing.assert_array_equal(batch.images, PIXELS[[6, 0, 3, 2]].transpose(0, 3, 1, 2))
     assert batch.labels.tolist() == [2, 0, 1, 1]
-    assert dataset.fingerprint(exact=True) == load_dataset(str(folder)).fingerprint(exact=True)
     resized = load_dataset(str(folder), image_size=3, first=2, memory=memory)
     assert (resized.info.shape, len(resized), resized.info.classes) == ((3, 3, 3), 2, dataset.info.classes)
 

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,8 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import assert_equal, drawn, encoded
-from PIL import Image
+from items import assert_equal, drawn, encoded, write
 from runs import QUIET, assert_same_weights, train
 from test_data_hub import write_folder
 
@@ -38,34 +36,31 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_images(folder: Path, seed: int = 0) -> Path:
-    """Write 30 images of 8x8 pixels in two classes."""
+def images(seed: int = 0) -> dict[str, bytes]:
+    """Return 30 images of 8x8 pixels in two classes, by name."""
     random = np.random.default_rng(seed)
-    for i in range(30):
-        file = folder / "ab"[i % 2] / f"{i:02d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
-    return folder
+    return {f"{'ab'[i % 2]}/{i:02d}.png": encoded(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for i in range(30)}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_images(tmp_path / "images")
+    return write(tmp_path / "images", images())
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a data set of each kind, but for tables."""
     root, random = tmp_path_factory.mktemp("sources"), np.random.default_rng(0)
-    write_images(root / "images")
-    write_images(root / "conditions", 1)
-    np.save(root / "rows.npy", random.normal(size=(40, 8, 8, 2)))
-    np.save(root / "rows of conditions.npy", random.normal(size=(COUNT, 8, 8)))
-    np.savez(root / "arrays.npz", arr_0=random.integers(0, 256, (COUNT, 8, 8), np.uint8), arr_1=np.arange(COUNT) % 3)
-    with zipfile.ZipFile(root / "archive.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for number in range(COUNT):
-            archive.writestr(f"{number}.png", encoded(np.full((8, 8), number % 251, np.uint8)))
-    return root
+    pixels = random.integers(0, 256, (COUNT, 8, 8), np.uint8)
+    files = {
+        "images": images(),
+        "conditions": images(1),
+        "rows.npy": random.normal(size=(40, 8, 8, 2)),
+        "rows of conditions.npy": random.normal(size=(COUNT, 8, 8)),
+        "arrays.npz": {"arr_0": pixels, "arr_1": np.arange(COUNT) % 3},
+        "archive.zip": {f"{number}.png": encoded(each) for number, each in enumerate(pixels)},
+    }
+    return write(root, files)
 
 
 def loaded(sources: Path, kind: str, **options: Any) -> ItemDataset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import assert_equal, encoded, whole
-from PIL import Image
+from items import assert_equal, encoded, whole, write
 from refusals import refused
 from test_data_hub import FEATURES, write_folder
 
@@ -28,27 +26,14 @@ def pixels(number: int, scale: int) -> np.ndarray:
     return np.full((4, 6), scale * number, dtype=np.uint8)
 
 
-def folder(path: Path, scale: int, names: list[str], ending: str = ".png") -> Path:
-    for number, name in enumerate(names):
-        file = path / (name + ending)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if ending == ".npy":
-            np.save(file, pixels(number, scale))
-        else:
-            Image.fromarray(pixels(number, scale)).save(file)
-    return path
+def files(scale: int, names: list[str], ending: str = ".png") -> dict[str, Any]:
+    """Return pictures or arrays by name."""
+    arrays = {name + ending: pixels(number, scale) for number, name in enumerate(names)}
+    return arrays if ending == ".npy" else {name: encoded(each) for name, each in arrays.items()}
 
 
-def archive(path: Path, scale: int, names: list[str]) -> Path:
-    with zipfile.ZipFile(path.with_suffix(".zip"), "w") as written:
-        for number, name in reversed([*enumerate(names)]):
-            written.writestr(f"{name}.png", encoded(pixels(number, scale)))
-    return path.with_suffix(".zip")
-
-
-def array(path: Path, scale: int, write: Callable[..., None] = np.save, ending: str = ".npy") -> Path:
-    write(path.with_suffix(ending), np.stack([pixels(number, scale) for number in range(COUNT)]))
-    return path.with_suffix(ending)
+def rows(scale: int) -> np.ndarray:
+    return np.stack([pixels(number, scale) for number in range(COUNT)])
 
 
 def table(path: Path, scale: int) -> Path:
@@ -56,16 +41,20 @@ def table(path: Path, scale: int) -> Path:
     return write_folder(path, FEATURES, id=FLAT, image=images)
 
 
+def archive(path: Path, scale: int, names: list[str]) -> Path:
+    return write(path.with_suffix(".zip"), dict(reversed(files(scale, names).items())))
+
+
 # How the items of a source are known, and how it is written: FLAT or CLASSES for files of these names, None for rows.
 SOURCES: dict[str, tuple[Any, Callable[[Path, int], Path]]] = {
-    "folder": (FLAT, lambda path, scale: folder(path, scale, FLAT)),
-    "class folders": (CLASSES, lambda path, scale: folder(path, scale, CLASSES)),
+    "folder": (FLAT, lambda path, scale: write(path, files(scale, FLAT))),
+    "class folders": (CLASSES, lambda path, scale: write(path, files(scale, CLASSES))),
     "archive": (FLAT, lambda path, scale: archive(path, scale, FLAT)),
     "archive of class folders": (CLASSES, lambda path, scale: archive(path, scale, CLASSES)),
-    "folder of arrays": (FLAT, lambda path, scale: folder(path, scale, FLAT, ".npy")),
-    "class folders of arrays": (CLASSES, lambda path, scale: folder(path, scale, CLASSES, ".npy")),
-    "npy": (None, array),
-    "npz": (None, lambda path, scale: array(path, scale, np.savez, ".npz")),
+    "folder of arrays": (FLAT, lambda path, scale: write(path, files(scale, FLAT, ".npy"))),
+    "class folders of arrays": (CLASSES, lambda path, scale: write(path, files(scale, CLASSES, ".npy"))),
+    "npy": (None, lambda path, scale: write(path.with_suffix(".npy"), rows(scale))),
+    "npz": (None, lambda path, scale: write(path.with_suffix(".npz"), {"arr_0": rows(scale)})),
     "table": (None, table),
 }
 
@@ -116,27 +105,15 @@ def test_what_cannot_be_paired_is_named_with_both_sources(
     name: str, condition: str, expected: str, got: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for written, names in (("files", FLAT), ("few", FLAT[:2]), ("twice", FLAT)):
-        folder(Path(written), 10, names)
-    Image.new("L", (6, 4)).save("twice/3.bmp")
-    np.save("few.npy", np.zeros((3, 4, 6), np.uint8))
-    array(Path("rows"), 20)
+    written = {"files": files(10, FLAT), "few": files(10, FLAT[:2]), "twice": files(10, FLAT) | {"3.bmp": b""}}
+    write(tmp_path, written | {"rows.npy": rows(20), "few.npy": rows(20)[:3]})
     with refused(InvalidValue("load_dataset", "condition", expected, got)):
         load_dataset(name, condition=condition)
 
 
-def test_a_folder_of_images_and_arrays_is_refused(tmp_path: Path) -> None:
-    source = folder(tmp_path / "source", 20, FLAT, ".npy")
-    Image.new("L", (6, 4)).save(source / "preview.png")
-    with pytest.raises(
-        ValueError, match=r"source to hold images \(.*\) or arrays, got images, such as preview\.png, and arrays, such as "
-    ):
-        load_dataset(str(source))
-
-
 def test_skipped_images_take_their_conditions_with_them(tmp_path: Path) -> None:
-    source, condition = folder(tmp_path / "source", 20, FLAT), folder(tmp_path / "condition", 10, FLAT, ".npy")
-    (source / "10.png").write_bytes(b"damaged")
+    source = write(tmp_path / "source", files(20, FLAT) | {"10.png": b"damaged"})
+    condition = write(tmp_path / "condition", files(10, FLAT, ".npy"))
     dataset = load_dataset(str(source), condition=condition, skip_broken=True)
     images, _, conditions = whole(dataset)
     assert conditions is not None
