@@ -61,8 +61,8 @@ SOURCES: dict[str, tuple[Any, Callable[[Path, int], Path]]] = {
 
 @pytest.mark.parametrize(("first", "second"), [*itertools.product(SOURCES, SOURCES)])
 def test_every_combination_is_matched_or_refused(first: str, second: str, tmp_path: Path) -> None:
-    (names, write), (others, write_second) = SOURCES[first], SOURCES[second]
-    source, condition = str(write(tmp_path / "source", 20)), write_second(tmp_path / "condition", 10)
+    (names, write_first), (others, write_second) = SOURCES[first], SOURCES[second]
+    source, condition = str(write_first(tmp_path / "source", 20)), write_second(tmp_path / "condition", 10)
     if names is not others:
         with pytest.raises(ValueError, match="load_dataset: expected condition to ") as caught:
             load_dataset(source, condition=condition)
