@@ -8,6 +8,7 @@ import os
 import reprlib
 import sys
 import urllib.error
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -306,14 +307,20 @@ def test_sixteen_bits_are_scaled_to_eight(ending: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(one_image(tmp_path, 4), np.dstack([GREYS, GREYS, GREYS, np.full((2, 2), 255)]))
 
 
-@pytest.mark.parametrize(("name", "orientation", "turns"), [("a.png", 3, 2), ("a.jpg", 6, -1)])
-def test_exif_turns_an_image(name: str, orientation: int, turns: int, tmp_path: Path) -> None:
-    """3: upside down. 6: the camera was held upright, so the sides change places."""
+@pytest.mark.parametrize(
+    ("name", "orientation", "turned"),
+    [
+        ("a.png", 3, lambda pixels: np.rot90(pixels, 2)),
+        ("a.jpg", 5, np.transpose),  # from 5 on, the sides change places
+        ("a.jpg", 6, lambda pixels: np.rot90(pixels, -1)),  # the camera was held upright
+    ],
+)
+def test_exif_turns_an_image(name: str, orientation: int, turned: Callable[[np.ndarray], np.ndarray], tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     pixels = np.repeat(np.repeat(GREYS, 8, axis=0), 16, axis=1)  # JPEG compresses blocks of 8x8 pixels
     Image.fromarray(pixels).save(tmp_path / name, exif=exif)
-    np.testing.assert_allclose(one_image(tmp_path)[..., 0], np.rot90(pixels, turns), atol=4)
+    np.testing.assert_allclose(one_image(tmp_path)[..., 0], turned(pixels), atol=4)
 
 
 def test_digits_may_be_numbers_of_a_stated_range() -> None:
