@@ -9,7 +9,6 @@ most of the time, are the same. A training step is forward, loss, backward and f
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,9 +42,7 @@ def make_network(name: str, batch: int, dtype: torch.dtype, device: str) -> tupl
     torch.manual_seed(0)
     config = {"sample_size": SIZE, "layers_per_block": 1, "block_out_channels": (64, 128)} | NETWORKS[name]
     model = getattr(idioms.diffusers(), name)(**config)
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
+    idioms.fill_zeros(model, std=0.1)
     inputs: Inputs = (torch.randn(batch, model.config.in_channels, SIZE, SIZE),)
     if name != "AutoencoderKL":
         inputs += (torch.randint(0, 1000, (batch,)),)
@@ -54,7 +51,7 @@ def make_network(name: str, batch: int, dtype: torch.dtype, device: str) -> tupl
     return model.to(device, dtype).eval(), tuple(x.to(device, dtype if x.is_floating_point() else x.dtype) for x in inputs)
 
 
-def forward(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
+def forward(model: nn.Module, *inputs: Tensor) -> Callable[[], Tensor]:
     def call() -> Tensor:
         with torch.no_grad():
             return model(*inputs).sample  # type: ignore[no-any-return]
@@ -62,7 +59,7 @@ def forward(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
     return call
 
 
-def training_step(model: nn.Module, inputs: Inputs) -> Callable[[], None]:
+def training_step(model: nn.Module, *inputs: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
@@ -73,53 +70,43 @@ def training_step(model: nn.Module, inputs: Inputs) -> Callable[[], None]:
     return step
 
 
+KINDS: dict[str, Callable[..., Callable[[], object]]] = {"forward": forward, "training step": training_step}
+
+
 def check(name: str, dtype: torch.dtype, device: str) -> tuple[str, float]:
     """Return how many norms are fused, and the largest relative difference of outputs.
 
     Raises:
         AssertionError: The fused network is less accurate than before, against float64.
     """
-    truth = forward(*make_network(name, 2, torch.float64, device))()
+    wide, wide_inputs = make_network(name, 2, torch.float64, device)
     model, inputs = make_network(name, 2, dtype, device)
-    before = forward(model, inputs)()
+    truth, before = forward(wide, *wide_inputs)(), forward(model, *inputs)()
     report = fuse(model)
-    after = forward(model, inputs)()
+    after = forward(model, *inputs)()
     common.require_parity(f"{name} in {dtype}, fused", after, before, truth)
     largest = float((after.double() - before.double()).abs().max() / before.double().abs().max())
     return f"{len(report.fused)} of {len(report.fused) + len(report.left)}", largest
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser(__doc__)
-    parser.add_argument("--networks", choices=NETWORKS, nargs="+", default=list(NETWORKS), help="use these (all)")
-    parser.add_argument("--dtypes", choices=common.DTYPES, nargs="+", default=["bf16"], help="compute in these (bf16)")
-    parser.add_argument("--batch", type=int, default=8, help="use this many images a call (8)")
-    parser.add_argument("--rounds", type=int, default=9, help="time this many calls of each, in turns (9)")
-    args = parser.parse_args(arguments)
+    options: dict[str, dict[str, Any]] = {
+        "--networks": {"choices": NETWORKS, "nargs": "+", "default": list(NETWORKS), "help": "use these (all)"},
+        "--dtypes": {"choices": common.DTYPES, "nargs": "+", "default": ["bf16"], "help": "compute in these (bf16)"},
+        "--batch": {"type": int, "default": 8, "help": "use this many images a call (8)"},
+        "--rounds": {"type": int, "default": 9, "help": "time this many calls of each, in turns (9)"},
+    }
+    args = common.parse(__doc__, arguments, options)
     run = common.Run(args.device, args.out)
     for dtype in args.dtypes:
         rows: list[dict[str, object]] = []
         for name in args.networks:
             fused, largest = check(name, common.DTYPES[dtype], args.device)
-            kinds: dict[str, Callable[[nn.Module, Inputs], Callable[[], object]]] = {
-                "forward": forward,
-                "training step": training_step,
-            }
-            for what, make_call in kinds.items():
+            for what, make_call in KINDS.items():
                 model, inputs = make_network(name, args.batch, common.DTYPES[dtype], args.device)
-
-                def make(
-                    memory_format: torch.memory_format,
-                    model: nn.Module = model,
-                    inputs: Inputs = inputs,
-                    make_call: Callable[[nn.Module, Inputs], Callable[[], object]] = make_call,
-                ) -> Callable[[], object]:
-                    placed = tuple(x.contiguous(memory_format=memory_format) if x.dim() == 4 else x for x in inputs)
-                    return make_call(copy.deepcopy(model).to(memory_format=memory_format), placed)  # type: ignore[call-overload]
-
-                before_format, before = common.fastest_format(make, args.device)
+                before_format, before = common.fastest_format(make_call, model, *inputs)
                 fuse(model)
-                after_format, after = common.fastest_format(make, args.device)
+                after_format, after = common.fastest_format(make_call, model, *inputs)
                 times = common.compare({"before": before, "after": after}, args.device, warm=True, min_rounds=args.rounds)
                 row: dict[str, object] = {"network": name, "dtype": dtype, "batch": args.batch, "norms fused": fused}
                 row |= {"largest difference": largest, "what": what}

@@ -133,12 +133,13 @@ def row(words: str, count: int, taken: float, whole: float, operations: float, l
 
 def main(arguments: Sequence[str] | None = None) -> None:
     dtypes = list(common.DTYPES) if common.has_bf16() else ["float32"]
-    parser = common.parser(__doc__, device=False)
-    parser.add_argument("--network", choices=idioms.NETWORKS, default="cifar10-32", help="time this network (cifar10-32)")
-    parser.add_argument("--dtypes", nargs="+", choices=common.DTYPES, default=dtypes, help="compute in these")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="use these batch sizes (1 16)")
-    parser.add_argument("--rounds", type=int, default=15, help="evaluate this many times (15)")
-    args = parser.parse_args(arguments)
+    options: dict[str, dict[str, Any]] = {
+        "--network": {"choices": idioms.NETWORKS, "default": "cifar10-32", "help": "time this network (cifar10-32)"},
+        "--dtypes": {"nargs": "+", "choices": common.DTYPES, "default": dtypes, "help": "compute in these"},
+        "--batches": {"type": int, "nargs": "+", "default": [1, 16], "help": "use these batch sizes (1 16)"},
+        "--rounds": {"type": int, "default": 15, "help": "evaluate this many times (15)"},
+    }
+    args = common.parse(__doc__, arguments, options, device=False)
     run = common.Run(out=args.out)
     model = idioms.random_unet(idioms.NETWORKS[args.network])
     for dtype, batch in itertools.product(args.dtypes, args.batches):

@@ -31,6 +31,15 @@ TOLERANCE = 1e-3  # largest difference of images in [-1, 1]
 PARITY_STEPS, PARITY_BATCH = 4, 2
 
 
+class Original(NamedTuple):
+    """A library's sampler: its network, what is frozen, a call from either and a number of images to images, and their size."""
+
+    network: nn.Module
+    sampler: Any
+    draw: Callable[[Any, int], Tensor]
+    size: int
+
+
 class Pair(NamedTuple):
     """A sampler as it is and frozen: calls from a number of images to images, and the format of the original network."""
 
@@ -40,10 +49,10 @@ class Pair(NamedTuple):
 
 
 class Library(NamedTuple):
-    """A library: how to build its pair, and what to measure.
+    """A library: how to build its sampler, and what to measure.
 
     Attributes:
-        pair: Called with dtype, steps, batch for the memory format, device, and whether the network is tiny.
+        build: Called with steps, and whether the network is tiny.
         module: Module that must be installed.
         remedy: How to get it.
         network: Sampler and network, in words.
@@ -52,7 +61,7 @@ class Library(NamedTuple):
         steps: Steps of the sampler.
     """
 
-    pair: Callable[[torch.dtype, int, int, str, bool], Pair]
+    build: Callable[[int, bool], Original]
     module: str
     remedy: str
     network: str
@@ -61,47 +70,20 @@ class Library(NamedTuple):
     steps: int
 
 
-def in_faster_format(network: nn.Module, shape: Sequence[int], dtype: torch.dtype, device: str) -> str:
-    """Put a network in the memory format in which one evaluation is faster, and return the format's name."""
-    x, t = torch.randn(*shape, device=device, dtype=dtype), torch.full(shape[:1], 500, device=device)
-
-    def make(memory_format: torch.memory_format) -> Callable[[], object]:
-        candidate = copy.deepcopy(network).to(memory_format=memory_format)  # type: ignore[call-overload]
-        return partial(candidate, x.contiguous(memory_format=memory_format), t)
-
-    with torch.no_grad():
-        name, _ = common.fastest_format(make, device)
-    network.to(memory_format=common.FORMATS[name])  # type: ignore[call-overload]
-    return name
-
-
-def diffusers_pair(dtype: torch.dtype, steps: int, batch: int, device: str, tiny: bool) -> Pair:
-    """Return a DDPMPipeline. In bfloat16 the frozen one still draws and steps in float32.
-
-    Raises:
-        AssertionError: In another dtype than float32, the frozen network is less accurate than diffusers', against float64.
-    """
-    library, size = idioms.diffusers(), (TINY if tiny else NETWORK)["sample_size"]
-    network = idioms.diffusers_unet(idioms.random_unet(TINY if tiny else NETWORK)).to(device).eval()
+def diffusers_original(steps: int, tiny: bool) -> Original:
+    """Return a DDPMPipeline."""
+    library, config = idioms.diffusers(), TINY if tiny else NETWORK
+    network = idioms.diffusers_unet(idioms.random_unet(config))
     pipe = library.DDPMPipeline(unet=network, scheduler=library.DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
-    frozen = ddpm_fast.freeze(pipe, dtype)
-    if dtype != torch.float32:
-        x, t = torch.randn(PARITY_BATCH, 3, size, size, device=device), torch.tensor([3, 700], device=device)
-        with torch.no_grad():
-            truth = copy.deepcopy(network).double()(x.double(), t).sample
-            baseline = copy.deepcopy(network).to(dtype)(x.to(dtype), t).sample
-        common.require_parity(f"UNet2DModel in {dtype}, frozen", frozen.unet(x.to(dtype), t).sample, baseline, truth)
-    network.to(dtype)
-    memory_format = in_faster_format(network, (batch, 3, size, size), dtype, device)
 
     def draw(pipeline: Any, n: int) -> Tensor:
         return pipeline(n, num_inference_steps=steps, output_type="pt").images * 2 - 1  # type: ignore[no-any-return]
 
-    return Pair(partial(draw, pipe), partial(draw, frozen), memory_format)
+    return Original(network, pipe, draw, config["sample_size"])
 
 
-def guided_diffusion_pair(dtype: torch.dtype, steps: int, batch: int, device: str, tiny: bool) -> Pair:
+def guided_diffusion_original(steps: int, tiny: bool) -> Original:
     """Return `p_sample_loop` of the original with a learned variance."""
     from guided_diffusion import script_util  # type: ignore[import-not-found]
 
@@ -111,42 +93,35 @@ def guided_diffusion_pair(dtype: torch.dtype, steps: int, batch: int, device: st
     torch.manual_seed(0)
     flags = script_util.model_and_diffusion_defaults() | flags | {"timestep_respacing": str(steps)}
     network, diffusion = script_util.create_model_and_diffusion(**flags)
-    for parameter in network.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
-    network.to(device).eval()
-    frozen = ddpm_fast.freeze(network, dtype)
-    memory_format = in_faster_format(network, (batch, 3, size, size), dtype, device)
+    idioms.fill_zeros(network, std=0.05)
 
     def draw(model: Any, n: int) -> Tensor:
+        device = next(network.parameters()).device
         return diffusion.p_sample_loop(model, (n, 3, size, size), device=device)  # type: ignore[no-any-return]
 
-    return Pair(partial(draw, network), partial(draw, frozen), memory_format)
+    return Original(network, network, draw, size)
 
 
-def denoising_diffusion_pytorch_pair(dtype: torch.dtype, steps: int, batch: int, device: str, tiny: bool) -> Pair:
+def denoising_diffusion_pytorch_original(steps: int, tiny: bool) -> Original:
     """Return the sampler of the original's `GaussianDiffusion` on a `UNet`."""
     from denoising_diffusion_pytorch import GaussianDiffusion
 
     network = idioms.random_unet(TINY if tiny else SMALL)
     size = network.config["sample_size"]
-    process = GaussianDiffusion(network, image_size=size, sampling_timesteps=steps).to(device).eval()
-    frozen = ddpm_fast.freeze(process, dtype)
-    memory_format = in_faster_format(network, (batch, 3, size, size), dtype, device)
 
     def draw(process: Any, n: int) -> Tensor:
         with patch("denoising_diffusion_pytorch.denoising_diffusion_pytorch.tqdm", lambda steps, **_: steps):
             return process.sample(batch_size=n) * 2 - 1  # type: ignore[no-any-return]
 
-    return Pair(partial(draw, process), partial(draw, frozen), memory_format)
+    return Original(network, GaussianDiffusion(network, image_size=size, sampling_timesteps=steps), draw, size)
 
 
 LIBRARIES = {
     "diffusers": Library(
-        diffusers_pair, "diffusers", "pip install diffusers", "DDPMPipeline, 35.7M", ["float32", "bf16"], [1, 16], 5
+        diffusers_original, "diffusers", "pip install diffusers", "DDPMPipeline, 35.7M", ["float32", "bf16"], [1, 16], 5
     ),
     "guided-diffusion": Library(
-        guided_diffusion_pair,
+        guided_diffusion_original,
         "guided_diffusion",
         "clone github.com/openai/guided-diffusion and set PYTHONPATH to the clone",
         "p_sample_loop, 64-128-128",
@@ -155,7 +130,7 @@ LIBRARIES = {
         20,
     ),
     "denoising-diffusion-pytorch": Library(
-        denoising_diffusion_pytorch_pair,
+        denoising_diffusion_pytorch_original,
         "denoising_diffusion_pytorch",
         "pip install denoising-diffusion-pytorch",
         "sample, ddpm_fast.UNet 64-128-128",
@@ -164,6 +139,26 @@ LIBRARIES = {
         20,
     ),
 }
+
+
+def make_pair(name: str, dtype: torch.dtype, steps: int, batch: int, device: str, tiny: bool) -> Pair:
+    """Freeze a library's sampler, and put its network in the memory format that is faster for a batch.
+
+    Raises:
+        AssertionError: In another dtype than float32, the frozen network is less accurate than diffusers', against float64.
+    """
+    network, sampler, draw, size = LIBRARIES[name].build(steps, tiny)
+    network.eval()
+    sampler.to(device)
+    frozen = ddpm_fast.freeze(sampler, dtype)
+    x, t = torch.randn(batch, 3, size, size, device=device), torch.full((batch,), 500, device=device)
+    if dtype != torch.float32:
+        with torch.no_grad():
+            truth = copy.deepcopy(network).double()(x.double(), t).sample
+            baseline = copy.deepcopy(network).to(dtype)(x.to(dtype), t).sample
+        common.require_parity(f"UNet2DModel in {dtype}, frozen", frozen.unet(x.to(dtype), t).sample, baseline, truth)
+    network.to(dtype)
+    return Pair(partial(draw, sampler), partial(draw, frozen), common.use_faster_format(network, x.to(dtype), t))
 
 
 def require_same_images(what: str, pair: Pair) -> float:
@@ -182,48 +177,41 @@ def require_same_images(what: str, pair: Pair) -> float:
     return difference
 
 
-def per_step(times: common.Times, steps: int) -> common.Spread:
-    """Return milliseconds per step."""
-    return common.Spread.of([1e3 * seconds / steps for seconds in times.rounds])
-
-
 def measure(name: str, steps: int, args: argparse.Namespace) -> list[dict[str, object]]:
     """Return the rows of a library: parity first, then times."""
     library = LIBRARIES[name]
-    parity = library.pair(torch.float32, PARITY_STEPS, PARITY_BATCH, args.device, args.quick)
+    parity = make_pair(name, torch.float32, PARITY_STEPS, PARITY_BATCH, args.device, args.quick)
     difference = require_same_images(name, parity)
     print(f"{name}: the same images in {PARITY_STEPS} steps of float32, to {difference:.2g}", flush=True)
     rows = []
     for dtype in library.dtypes:
         for batch in [2] if args.quick else library.batches:
-            pair = library.pair(common.DTYPES[dtype], steps, batch, args.device, args.quick)
+            pair = make_pair(name, common.DTYPES[dtype], steps, batch, args.device, args.quick)
             calls = {"before": partial(pair.before, batch), "frozen": partial(pair.after, batch)}
             for call in calls.values():
                 call()
             times = common.compare(calls, args.device, warm=True, min_rounds=2 if args.quick else args.rounds)
             row: dict[str, object] = {"what": "tiny" if args.quick else library.network, "dtype": dtype, "batch": batch}
-            row |= {f"ms a step, {side}": per_step(taken, steps) for side, taken in times.items()}
+            row |= {f"ms a step, {side}": taken.divided(steps).ms for side, taken in times.items()}
             row |= {"times as fast": times["frozen"].speedup_over(times["before"]), "format before": pair.memory_format}
             rows.append(row)
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser(__doc__)
-    parser.add_argument("--libraries", choices=LIBRARIES, nargs="+", default=list(LIBRARIES), help="measure these (all)")
-    parser.add_argument("--steps", type=int, help="take this many steps, at least 2 (5 for diffusers, else 20)")
-    parser.add_argument("--rounds", type=int, default=7, help="draw this many times with each, in turns (7)")
-    parser.add_argument("--quick", action="store_true", help="try it: tiny networks, 2 images, 2 steps, 2 rounds")
-    args = parser.parse_args(arguments)
-    if args.steps is not None and args.steps < 2:
-        parser.error("--steps: guided-diffusion has no process of one step")
+    options: dict[str, dict[str, Any]] = {
+        "--libraries": {"choices": LIBRARIES, "nargs": "+", "default": list(LIBRARIES), "help": "measure these (all)"},
+        "--rounds": {"type": int, "default": 7, "help": "draw this many times with each, in turns (7)"},
+        "--quick": {"action": "store_true", "help": "try it: tiny networks, 2 images, 2 steps, 2 rounds"},
+    }
+    args = common.parse(__doc__, arguments, options)
     run = common.Run(args.device, args.out)
     for name in args.libraries:
         if not installed(LIBRARIES[name].module):
             print(f"left out: {name}: {LIBRARIES[name].module} is not installed: {LIBRARIES[name].remedy}")
             continue
         with run.going_on(name):
-            steps = 2 if args.quick else args.steps or LIBRARIES[name].steps
+            steps = 2 if args.quick else LIBRARIES[name].steps
             rows = measure(name, steps, args)
             run.save(
                 f"migrating_speed {name}", rows, f"{name}, as it is and frozen, {steps} steps: median [quartiles]", steps=steps

@@ -1,28 +1,23 @@
 """Time the ops in every backend beside their peers, forward and backward, against a copy of the bytes that must move.
 
-    python benchmarks/benchmark_ops.py elementwise
-    python benchmarks/benchmark_ops.py norms --dtypes bf16 --peers native eager
     python benchmarks/benchmark_ops.py deciding --device cuda
 
-elementwise: noise, q_sample, reverse_step, denoising_loss
-norms:       group_norm_silu at the norms of the networks of Ho et al.
 deciding:    the few shapes by which a GPU is judged, larger than the L2 of an H100
 deciding-compiled: the norms of these, as in sampling, beside torch.compile, which takes seconds each
 
 Samples of a batch are copies of a few. Results are checked at the full batch: each sample equals its copy bit for bit, and the
 reference within twice its own error. On a GPU a call is a CUDA graph, timed by events with a cold L2.
+`python -m pytest benchmarks/ops` times every op at many shapes, on a CPU too.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from statistics import geometric_mean
+from itertools import takewhile
 from typing import Any
 
 import common
@@ -30,13 +25,11 @@ import torch
 from op_calls import Call, make_call
 from op_cases import SCHEDULE, Case, bytes_moved
 from peers import OPS, Function, eager_op, has_idiom
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_fast import ddpm_plan
 from ddpm_fast.dtypes import opmath
 from ddpm_fast.inference import cuda_graph
-from ddpm_fast.nn import CIFAR10_32, HO_256, UNet
-from ddpm_fast.nn.layers import GroupNormSiLU
 from ddpm_fast.ops import BACKENDS, why_not
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.reference import noise as reference_noise
@@ -46,7 +39,6 @@ BACKWARD = ("group_norm_silu", "denoising_loss", "conv3x3", "attention")  # ops 
 PEERS = ("native", "triton", "eager", "compile")  # the reference is a definition: its noise is slow
 BATCHED = ("x", "x_0", "x_t", "model_output", "shift", "t", "seeds")
 FEW = 2  # distinct samples of a batch
-SMALL_BATCH, LARGE_BATCH = (16, 3, 32, 32), (256, 3, 256, 256)
 
 
 @dataclass(frozen=True)
@@ -71,8 +63,7 @@ class Work:
     @property
     def moved(self) -> int:
         """The bytes that fused kernels read and write."""
-        passes = {"forward": [False], "backward": [True], "both": [False, True]}[self.direction]
-        return sum(bytes_moved(self.case, common.DTYPES[self.dtype], backward=each) for each in passes)
+        return bytes_moved(self.case, common.DTYPES[self.dtype], backward=self.direction == "backward")
 
     def why_missing(self, peer: str, device: str) -> str | None:
         """Return why a peer cannot take part, or None."""
@@ -102,72 +93,30 @@ def elementwise_cases(shape: tuple[int, ...]) -> list[Case]:
     return [*(Case(op, name, shape, each) for op, each in options.items()), Case("q_sample", "uint8", shape, {"uint8": True})]
 
 
-def elementwise(device: str) -> Iterator[Work]:
-    for shape in (LARGE_BATCH, (128, 3, 32, 32)) if device != "cpu" else (SMALL_BATCH, (256, 3, 32, 32)):
-        for work in product(elementwise_cases(shape)):
-            if work.layout == "contiguous" or work.case.op == "reverse_step":
-                yield work
-                if work.direction == "backward":
-                    yield replace(work, direction="both")
+def deciding(tiny: bool = False) -> Iterator[Work]:
+    """Yield the shapes that decide. Each moves more than twice an H100's L2. `tiny` shrinks them for a rehearsal."""
+    pictures = (4, 3, 8, 8) if tiny else (320, 3, 256, 256)
+    for work in product(elementwise_cases(pictures), ("bf16",) if tiny else ("bf16", "float32")):
+        yield replace(work, peers=("native", "eager"))
+    for work in _deciding_norms(tiny):
+        as_in_sampling = (work.dtype, work.layout) == ("bf16", "channels_last")
+        yield replace(work, peers=("native", "eager", *(["triton"] if as_in_sampling and not tiny else [])))
 
 
-def network_norms(config: dict[str, Any], name: str, batch: int) -> list[Case]:
-    """Return a network's distinct group norms, in the order of evaluation."""
-    seen: dict[str, Case] = {}
-
-    def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(module, GroupNormSiLU)
-        has_shift = kwargs.get("shift") is not None
-        words = [name, *(["+ time"] if has_shift else []), *([] if module.activation else ["no SiLU"])]
-        options = {"shift": has_shift, "activation": module.activation, "groups": module.num_groups}
-        case = Case("group_norm_silu", " ".join(words), (batch, *args[0].shape[1:]), options)
-        seen.setdefault(f"{case} {case.shape}", case)
-
-    with torch.device("meta"), torch.no_grad():
-        model = UNet(**config)
-        for module in model.modules():
-            if isinstance(module, GroupNormSiLU):
-                module.register_forward_pre_hook(see, with_kwargs=True)
-        model(torch.zeros(1, 3, config["sample_size"], config["sample_size"]), 0)
-    return list(seen.values())
-
-
-def norms(device: str) -> Iterator[Work]:
-    """Yield the networks' norms, the dtype and layout of sampling first."""
-    if device == "cpu":
-        found = [case for batch in (1, 16) for case in network_norms(CIFAR10_32, f"cifar10-32 batch {batch}", batch)]
-    else:
-        found = network_norms(CIFAR10_32, "cifar10-32", 64) + network_norms(HO_256, "256x256", 8)
-    yield from sorted(product(found), key=lambda work: (work.dtype != "bf16", work.layout == "contiguous"))
+def deciding_compiled(tiny: bool = False) -> Iterator[Work]:
+    """Yield the norms that decide, as in sampling, beside torch.compile."""
+    for work in _deciding_norms(tiny):
+        if (work.dtype, work.layout) == ("bf16", "channels_last"):
+            yield replace(work, peers=("native", "compile"))
 
 
 def _deciding_norms(tiny: bool) -> Iterator[Work]:
     maps = [(4, 32, 8, 8), (2, 64, 16, 16)] if tiny else [(256, 128, 32, 32), (8, 128, 256, 256)]
-    yield from product([Case("group_norm_silu", "x".join(map(str, s)), s, {"shift": True}) for s in maps], ("bf16", "float32"))
+    cases = [Case("group_norm_silu", "x".join(map(str, each)), each, {"shift": True}) for each in maps]
+    yield from product(cases, ("bf16",) if tiny else ("bf16", "float32"))
 
 
-def _as_in_sampling(work: Work) -> bool:
-    return work.dtype == "bf16" and work.layout == "channels_last"
-
-
-def deciding(device: str, tiny: bool = False) -> Iterator[Work]:
-    """Yield the shapes that decide. Each moves more than twice an H100's L2. `tiny` shrinks them for a rehearsal."""
-    pictures = (4, 3, 8, 8) if tiny else (320, 3, 256, 256)
-    for work in product(elementwise_cases(pictures), ("bf16", "float32")):
-        yield replace(work, peers=("native", "eager"))
-    for work in _deciding_norms(tiny):
-        yield replace(work, peers=("native", "eager", *(["triton"] if _as_in_sampling(work) and not tiny else [])))
-
-
-def deciding_compiled(device: str, tiny: bool = False) -> Iterator[Work]:
-    """Yield the norms that decide, beside torch.compile."""
-    for work in _deciding_norms(tiny):
-        if _as_in_sampling(work):
-            yield replace(work, peers=("native", "compile"))
-
-
-LISTS: dict[str, Callable[..., Iterator[Work]]] = {"elementwise": elementwise, "norms": norms}
-LISTS |= {"deciding": deciding, "deciding-compiled": deciding_compiled}
+LISTS = {"deciding": deciding, "deciding-compiled": deciding_compiled}
 
 # --------------------------------------------------------------------------------------------------------- one of them
 
@@ -197,29 +146,22 @@ def forward(function: Function, call: Call) -> Callable[[], object]:
     return run
 
 
-def backward(function: Function, call: Call, *, again: bool = False) -> Callable[[], tuple[Tensor, ...]]:
-    """Return a call for the gradients. The forward pass is done here, once, or `again` in each call."""
+def backward(function: Function, call: Call) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a call for the gradients. The forward pass is done here, once."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in call.tensors.items() if name != "x_0"}
     inputs = {**call.tensors, **leaves}
     y = function(**inputs)
-    few = torch.randn(
-        y.shape[:0] if y.dim() < 2 else (min(FEW, len(y)), *y.shape[1:]), generator=torch.Generator().manual_seed(1)
-    )
-    few = few.to(y.device)
+    generator = torch.Generator().manual_seed(1)
+    few = torch.randn(y.shape[:0] if y.dim() < 2 else (min(FEW, len(y)), *y.shape[1:]), generator=generator).to(y.device)
     cotangent = torch.empty_like(y).copy_(few if y.dim() < 2 else _repeated(few, len(y)))  # in the memory format of y
 
     def run() -> tuple[Tensor, ...]:
-        result = function(**inputs) if again else y
-        return torch.autograd.grad(result, list(leaves.values()), cotangent, retain_graph=not again, materialize_grads=True)
+        return torch.autograd.grad(y, list(leaves.values()), cotangent, retain_graph=True, materialize_grads=True)
 
     return run
 
 
-DIRECTIONS: dict[str, Callable[[Function, Call], Callable[[], Any]]] = {
-    "forward": forward,
-    "backward": backward,
-    "both": partial(backward, again=True),
-}
+DIRECTIONS: dict[str, Callable[[Function, Call], Callable[[], Any]]] = {"forward": forward, "backward": backward}
 
 
 def check(peer: str, function: Function, work: Work, call: Call) -> tuple[Tensor, ...]:
@@ -246,17 +188,15 @@ def check(peer: str, function: Function, work: Work, call: Call) -> tuple[Tensor
     )
     for got, allowed, true in zip(results, *others, strict=True):
         assert got.shape == true.shape, f"{case} by {peer}: shape {tuple(got.shape)}, {tuple(true.shape)} expected"
-        if got.numel() == 0:
-            continue
-        common.require_parity(f"{case} by {peer}", got, allowed, true)
-        if peer not in BACKENDS:
-            continue
-        # The rule of the tests: the largest error may be twice the reference's, or a few roundings.
-        error, limit = ((x.double() - true).abs().max().item() for x in (got, allowed))
-        roundings = (4 if case.op == "conv3x3" else 1) * 0.5 * torch.finfo(got.dtype).eps
-        roundings += 4 * torch.finfo(opmath(got.dtype)).eps
-        limit = max(2 * limit, roundings * true.abs().max().item())
-        assert error <= limit, f"{case} by {peer}: largest error {error:.3g}, at most {limit:.3g} expected"
+        if got.numel():
+            common.require_parity(f"{case} by {peer}", got, allowed, true)
+        if got.numel() and peer in BACKENDS:
+            # The rule of the tests: the largest error may be twice the reference's, or a few roundings.
+            error, limit = ((x.double() - true).abs().max().item() for x in (got, allowed))
+            roundings = (4 if case.op == "conv3x3" else 1) * 0.5 * torch.finfo(got.dtype).eps
+            roundings += 4 * torch.finfo(opmath(got.dtype)).eps
+            limit = max(2 * limit, roundings * true.abs().max().item())
+            assert error <= limit, f"{case} by {peer}: largest error {error:.3g}, at most {limit:.3g} expected"
     return results
 
 
@@ -302,59 +242,29 @@ def measure(work: Work, device: str, seconds: float, run: common.Run) -> list[di
     ]
 
 
-def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
-    """Return geometric means over the shapes of each op."""
-    keys = ("op", "dtype", "layout", "direction", "by")
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["by"] != "copy" and row["native is faster by"] is not None:
-            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    table: list[dict[str, object]] = []
-    for key, group in groups.items():
-        faster = [row["native is faster by"].median for row in group]
-        found = {"shapes": len(group), "native is faster by": geometric_mean(faster), "lowest": min(faster)}
-        share = geometric_mean(row["share of copy"] for row in group)
-        table.append(dict(zip(keys, key, strict=True)) | found | {"share of copy": share})
-    return table
-
-
-def run(args: argparse.Namespace) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    options: dict[str, dict[str, Any]] = {
+        "what": {"choices": LISTS, "help": "compare these"},
+        "--seconds": {"type": float, "default": 3600, "help": "begin no comparison after this many seconds (3600)"},
+        "--each": {"type": float, "default": 0.25, "help": "spend this many seconds on a comparison (0.25)"},
+        "--tiny": {"action": "store_true", "help": "shrink the shapes and leave out float32, for a rehearsal"},
+    }
+    args = common.parse(__doc__, arguments, options)
     deadline = time.monotonic() + args.seconds
-    result = common.Run(args.device, args.out)
-    works = [
-        replace(work, peers=tuple(name for name in work.peers if args.peers is None or name in args.peers))
-        for work in LISTS[args.what](args.device, *([True] if args.tiny else []))
-        if work.dtype in args.dtypes
-    ]
+    run, works = common.Run(args.device, args.out), list(LISTS[args.what](args.tiny))
     rows: list[dict[str, object]] = []
     done = 0
-    for work in works:
-        if time.monotonic() > deadline:
-            break
-        with result.going_on(str(work)):
-            rows += measure(work, args.device, args.each, result)
-            result.save(f"benchmark_ops {args.what}", rows)
+    for work in takewhile(lambda _: time.monotonic() <= deadline, works):
+        with run.going_on(str(work)):
+            rows += measure(work, args.device, args.each, run)
+            run.save(f"benchmark_ops {args.what}", rows)
         done += 1
         if args.device != "cpu":
             gc.collect()
             torch.cuda.empty_cache()
     if rows:
         common.print_table("median [quartiles]", rows)
-        summary = means(rows)
-        if summary:
-            result.save(f"benchmark_ops {args.what} means", summary, "geometric means")
-    result.finish(f"{done} of {len(works)} comparisons made")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser(__doc__)
-    parser.add_argument("what", choices=LISTS, help="compare these")
-    parser.add_argument("--dtypes", choices=common.DTYPES, nargs="+", default=list(common.DTYPES), help="use these (both)")
-    parser.add_argument("--peers", choices=PEERS, nargs="+", help="compare these (all that are installed)")
-    parser.add_argument("--seconds", type=float, default=3600, help="begin no comparison after this many seconds (3600)")
-    parser.add_argument("--each", type=float, default=0.25, help="spend this many seconds on a comparison (0.25)")
-    parser.add_argument("--tiny", action="store_true", help="shrink the shapes of `deciding`, for a rehearsal")
-    run(parser.parse_args(arguments))
+    run.finish(f"{done} of {len(works)} comparisons made")
 
 
 if __name__ == "__main__":

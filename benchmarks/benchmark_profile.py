@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import common
 import idioms
@@ -53,11 +54,16 @@ def speed(geometry: traced.Geometry, batch: int, device: str, benchmark: bool) -
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser(__doc__)
-    parser.add_argument("--network", choices=idioms.NETWORKS, default="cifar10-32", help="profile this (cifar10-32)")
-    text = "images of a step (1 16 128); the trainer takes the last"
-    parser.add_argument("--batches", nargs="+", type=int, default=traced.BATCHES, help=text)
-    args = parser.parse_args(arguments)
+    options: dict[str, dict[str, Any]] = {
+        "--network": {"choices": idioms.NETWORKS, "default": "cifar10-32", "help": "profile this (cifar10-32)"},
+        "--batches": {
+            "nargs": "+",
+            "type": int,
+            "default": traced.BATCHES,
+            "help": "images of a step (1 16 128); the trainer takes the last",
+        },
+    }
+    args = common.parse(__doc__, arguments, options)
     run, config = common.Run(args.device, args.out), idioms.NETWORKS[args.network]
     plan = ddpm_fast.ddpm_plan(idioms.SCHEDULE, STEPS)
     sampler = ddpm_fast.Sampler(idioms.random_unet(config), plan, dtype=torch.bfloat16, device=args.device)

@@ -28,7 +28,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -51,11 +51,9 @@ from ddpm_fast import (
     load_builtin,
     load_folder,
     sample_seeds,
-    save_grid,
 )
 from ddpm_fast.files.images import to_uint8
 from ddpm_fast.files.writing import replacing
-from ddpm_fast.nn.checkpoint import check_weights
 from ddpm_fast.pretrained import Pretrained
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, read_batch, to_unit_range
 
@@ -91,17 +89,12 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        sizes = (1, *RECIPE["channels"])
         layers: list[nn.Module] = []
-        before = 1
-        for channels in RECIPE["channels"]:
-            layers += [
-                nn.Conv2d(before, channels, 3, padding=1, bias=False),
-                nn.BatchNorm2d(channels),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-            ]
-            before = channels
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * 4 * 4, RECIPE["features"]), nn.ReLU())
+        for before, channels in pairwise(sizes):
+            convolution = nn.Conv2d(before, channels, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(sizes[-1] * 4 * 4, RECIPE["features"]), nn.ReLU())
         self.head = nn.Linear(RECIPE["features"], CLASSES)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,40 +146,39 @@ def train_classifier(images: Tensor, labels: Tensor, recipe: Mapping[str, Any] =
     return classifier.eval()
 
 
+def recipe_text() -> str:
+    return json.dumps(RECIPE, sort_keys=True)
+
+
 def save_classifier(path: Path, classifier: Classifier) -> None:
     """Write a classifier and its recipe as safetensors, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
-        safetensors.torch.save_file(weights, temporary, metadata={"recipe": json.dumps(RECIPE, sort_keys=True)})
+        safetensors.torch.save_file(weights, temporary, metadata={"recipe": recipe_text()})
 
 
 def load_classifier(path: Path) -> Classifier:
     """Read a classifier that `save_classifier` wrote.
 
     Raises:
-        ValueError: The file is damaged, or holds no classifier of this recipe.
+        ValueError: The file holds no classifier of this recipe.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            recipe = (file.metadata() or {}).get("recipe")
-        weights = safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"benchmark_quality: expected {str(path)!r} to be a whole safetensors file, got: {error}") from error
-    if recipe != json.dumps(RECIPE, sort_keys=True):
+    with safetensors.safe_open(path, framework="pt") as file:
+        recipe = (file.metadata() or {}).get("recipe")
+    if recipe != recipe_text():
         raise ValueError(
             f"benchmark_quality: expected {str(path)!r} to hold a classifier of this script's recipe, got recipe {recipe}; "
             "name another --classifier, or remove the file to train it again"
         )
     classifier = Classifier()
-    check_weights("benchmark_quality", path, "the classifier", classifier.state_dict(), weights)
-    classifier.load_state_dict(weights)
+    classifier.load_state_dict(safetensors.torch.load_file(path))
     return classifier.eval()
 
 
 def default_classifier() -> Path:
     """Return the classifier's place in the user's cache. Another recipe has another name."""
-    digest = hashlib.sha256(json.dumps(RECIPE, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(recipe_text().encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "ddpm_fast" / f"fashion-mnist-classifier-{digest}.safetensors"
 
@@ -240,20 +232,21 @@ class Judge(NamedTuple):
     real: Measured
     reference: Measured
 
-    def of_images(self, images: Tensor) -> tuple[float, float]:
-        """Return distance and accuracy of images in [-1, 1] of all classes in turn."""
+    def of_images(self, images: Tensor) -> dict[str, float]:
+        """Return the figures of images in [-1, 1] of all classes in turn."""
         return self._figures(measure(self.classifier, to_uint8(images)), start=0)
 
-    def of_real(self, num: int, seed: int) -> tuple[float, float] | None:
-        """Return distance and accuracy of a set of `num` real images, or None if no set is left. Sets are disjoint."""
+    def of_real(self, num: int, seed: int) -> dict[str, float] | None:
+        """Return the figures of a set of `num` real images, or None if no set is left. Sets are disjoint."""
         part = slice(seed * num, (seed + 1) * num)
         if part.stop > len(self.real.features):
             return None
         return self._figures(Measured(self.real.predicted[part], self.real.features[part]), start=part.start)
 
-    def _figures(self, measured: Measured, start: int) -> tuple[float, float]:
+    def _figures(self, measured: Measured, start: int) -> dict[str, float]:
         wanted = torch.arange(start, start + len(measured.predicted)) % CLASSES
-        return frechet_distance(measured.features, self.reference.features), measured.accuracy(wanted)
+        distance = frechet_distance(measured.features, self.reference.features)
+        return {DISTANCE: distance, "accuracy": measured.accuracy(wanted)}
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
@@ -402,43 +395,18 @@ def weights_hash(model: nn.Module) -> str:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-class Figures(NamedTuple):
-    """Figures of one seed of a row. Real images take no seconds."""
-
-    distance: float
-    accuracy: float
-    seconds: float | None
-
-
-def add_seed(row: Row, seed: int, figures: Figures) -> None:
-    """Add the figures of a seed to a row, and update its statistics."""
-    for key, value in zip((DISTANCE, "accuracy", SECONDS), figures, strict=True):
-        if value is None:
-            row[key] = None
-            continue
-        values = [*row.get(key, {}).get("by seed", []), _rounded(value)]
-        if key == SECONDS:
-            row[key] = {"median": _rounded(statistics.median(values)), "by seed": values}
-            continue
-        std = _rounded(statistics.stdev(values)) if len(values) > 1 else None
-        row[key] = {"mean": _rounded(statistics.fmean(values)), "std": std, "by seed": values}
+def add_seed(row: Row, seed: int, figures: Mapping[str, float | None]) -> None:
+    """Add the figures of a seed to a row, and update its statistics. Real images take no seconds."""
     row["seeds"] = [*row["seeds"], seed]
+    for key, value in figures.items():
+        values = [*(row.get(key) or {"by seed": []})["by seed"], value]
+        row[key] = None if value is None else spread(values)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def new_row(name: str, evaluations: int | None, num: int) -> Row:
-    label = "real images" if name == REAL else METHODS[name].label
-    return {"name": name, "sampler": label, "evaluations": evaluations, "N": num, "seeds": []}
-
-
-def read_section(path: Path, section: str) -> tuple[dict[str, Any], list[Row]]:
-    """Return the options and the rows of a section, or two empty values if there is none."""
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = results.get(section, {"machine": {}, "rows": []})
-    return found["machine"].get("options", {}), found["rows"]
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Return the statistics of the seeds' figures."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "median": statistics.median(values), "std": std, "by seed": values}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -458,116 +426,62 @@ def table(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], title: str) -> Any:
     """Draw the Frechet distance over evaluations: a line for each sampler, a point for each peer, and the floor."""
-    pyplot = common.pyplot()
-    from matplotlib import ticker
-
-    figure, axes = pyplot.subplots(figsize=(8, 6.4), layout="constrained", facecolor="white")
-    by_name: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["evaluations"] or 0):
-        by_name.setdefault(row["name"], []).append(row)
-    floor = by_name.pop(REAL, [])
-    # Colours of Okabe and Ito, which colour-blind readers can tell apart.
-    colors = ("#000000", "#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#009E73")
-    ours = [name for name, method in METHODS.items() if method.plan is not None and name in by_name]
-    for name in sorted(by_name, key=list(METHODS).index):
-        points = by_name[name]
-        evaluations = [row["evaluations"] for row in points]
-        distances = [row[DISTANCE]["mean"] for row in points]
+    figure, axes = common.pyplot().subplots(figsize=(8, 6.4), layout="constrained")
+    ours = [name for name, method in METHODS.items() if method.plan is not None]
+    for place, (name, method) in enumerate(METHODS.items()):
+        points = sorted((row for row in rows if row["name"] == name), key=lambda row: row["evaluations"])
+        if not points:
+            continue
+        means, stds = ([row[DISTANCE][key] or 0 for row in points] for key in ("mean", "std"))
         # An error bar has to end above zero on a logarithmic axis.
-        down = [min(row[DISTANCE]["std"] or 0, 0.9 * row[DISTANCE]["mean"]) for row in points]
-        up = [row[DISTANCE]["std"] or 0 for row in points]
-        place = (ours if name in ours else list(peers.SAMPLING)).index(name)
-        turn, place = divmod(place, len(colors))
-        style: dict[str, Any] = {"color": colors[place], "marker": "osD^vPX"[place], "linestyle": ("-", "-.")[turn]}
-        style["linewidth"] = 1.8
-        if name not in ours:
-            style = {"color": "#777777", "marker": "sD^v"[place], "linestyle": "none", "markerfacecolor": "white"}
-        axes.errorbar(evaluations, distances, yerr=[down, up], label=METHODS[name].label, markersize=6, capsize=2, **style)
-    for row in floor:
-        mean = row[DISTANCE]["mean"]
-        axes.axhline(mean, color="#444444", linestyle="--", linewidth=1.2, label=f"real images: {mean:.3g}")
-    axes.set(xscale="log", yscale="log")
+        errors = [[min(std, 0.9 * mean) for std, mean in zip(stds, means, strict=True)], stds]
+        style = {"color": f"C{place % 10}", "linestyle": ("-", "-.")[place // 10]}
+        style = style if name in ours else {"color": "#777777", "linestyle": "none", "markerfacecolor": "white"}
+        marker = "osD^vPX"[place % 7]
+        evaluations = [row["evaluations"] for row in points]
+        axes.errorbar(evaluations, means, errors, label=method.label, marker=marker, capsize=2, **style)
+    for row in rows:
+        if row["name"] == REAL:
+            mean = row[DISTANCE]["mean"]
+            axes.axhline(mean, color="#444444", linestyle="--", label=f"real images: {mean:.3g}")
+    axes.set(xscale="log", yscale="log", title=title)
+    axes.set(xlabel="network evaluations an image", ylabel="Frechet distance in classifier features")
     for axis in (axes.xaxis, axes.yaxis):  # plain numbers, also over less than a decade
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.get_major_locator().set_params(subs=(1, 2, 5))
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(ticker.NullFormatter())
-    axes.set_xlabel("network evaluations an image", fontsize=12)
-    axes.set_ylabel("Frechet distance in classifier features", fontsize=12)
-    axes.set_title(title, fontsize=12)
-    axes.tick_params(labelsize=11)
+        axis.set_minor_formatter("")
     axes.grid(which="major", color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=11, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def save_plot(path: Path, figure: Any) -> None:
-    """Write a figure as PNG, 1200 pixels wide."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    common.pyplot().close(figure)
-    print(f"written: {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-def measure_rows(
-    todo: Sequence[tuple[str, int | None]],
-    seeds: int,
-    rows: list[Row],
-    figures: Callable[[str, int | None, int], Figures | None],
-    save: Callable[[], None],
-    num: int,
-) -> int:
-    """Fill rows with the seeds that they lack, and save after each. Return the number of measurements.
-
-    Args:
-        todo: Names and numbers of evaluations of the rows.
-        seeds: Measure seeds 0 .. seeds - 1.
-        rows: Rows so far, extended in place.
-        figures: From a name, evaluations and a seed to figures, or None if there are none.
-        save: Called after each measurement.
-        num: N of new rows.
-    """
-    measured = 0
-    by_key = {(row["name"], row["evaluations"]): row for row in rows}
-    for seed in range(seeds):
-        for key in todo:
-            row = by_key.get(key) or new_row(*key, num)
-            if seed in row["seeds"] or (found := figures(*key, seed)) is None:
-                continue
-            add_seed(row, seed, found)
-            row["commit"] = common.commit()
-            if key not in by_key:
-                by_key[key] = row
-                rows.append(row)
-            save()
-            measured += 1
-    return measured
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser(__doc__)
-    parser.add_argument("--model", default="builtin", help="take builtin (default) or a model's or training run's folder")
     methods = "; ".join(f"{name}: {method.label}" for name, method in METHODS.items())
-    parser.add_argument("--samplers", nargs="+", default=DEFAULT, metavar="METHOD[:N]", help=f"measure these (most). {methods}")
-    text = f"measure methods without :N at those of these numbers that suit them ({' '.join(map(str, EVALUATIONS))})"
-    parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, metavar="N", help=text)
-    parser.add_argument("--num", type=int, default=1000, help="draw this many images for each row and seed (1000)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="set the scale of classifier-free guidance (1)")
-    parser.add_argument("--seeds", type=int, default=3, help="repeat each row with this many seeds (3)")
-    parser.add_argument("--batch", type=int, default=50, help="draw this many images at once (50)")
-    parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="run the network in this dtype (float32)")
-    parser.add_argument("--classifier", type=Path, help="read this classifier, or train it into this file if absent")
-    parser.add_argument("--grids", type=Path, help="save the first 100 images of each row and seed into this folder, as PNG")
-    parser.add_argument("--table", action="store_true", help="print the results as a Markdown table, and measure nothing")
-    parser.add_argument("--plot", type=Path, help="draw the results into this PNG, and measure nothing")
-    args = parser.parse_args(arguments)
+    options: dict[str, dict[str, Any]] = {
+        "--model": {"default": "builtin", "help": "take builtin (default) or a model's or training run's folder"},
+        "--samplers": {"nargs": "+", "default": DEFAULT, "metavar": "METHOD[:N]", "help": f"measure these (most). {methods}"},
+        "--evaluations": {
+            "type": int,
+            "nargs": "+",
+            "default": EVALUATIONS,
+            "metavar": "N",
+            "help": f"measure methods without :N at those of these numbers that suit them ({' '.join(map(str, EVALUATIONS))})",
+        },
+        "--num": {"type": int, "default": 1000, "help": "draw this many images for each row and seed (1000)"},
+        "--guidance": {"type": float, "default": 1.0, "help": "set the scale of classifier-free guidance (1)"},
+        "--seeds": {"type": int, "default": 3, "help": "repeat each row with this many seeds (3)"},
+        "--batch": {"type": int, "default": 50, "help": "draw this many images at once (50)"},
+        "--dtype": {"choices": common.DTYPES, "default": "float32", "help": "run the network in this dtype (float32)"},
+        "--classifier": {"type": Path, "help": "read this classifier, or train it into this file if absent"},
+        "--table": {"action": "store_true", "help": "print the results as a Markdown table, and measure nothing"},
+        "--plot": {"type": Path, "help": "draw the results into this PNG, and measure nothing"},
+    }
+    args = common.parse(__doc__, arguments, options)
     if args.num <= RECIPE["features"]:
-        parser.error(f"--num: expected more images than the {RECIPE['features']} features, got {args.num}")
-    if args.seeds < 1 or args.batch < 1:
-        parser.error(f"--seeds, --batch: expected at least 1, got {args.seeds}, {args.batch}")
+        raise SystemExit(f"--num: expected more images than the {RECIPE['features']} features, got {args.num}")
     pairs = chosen(args.samplers, args.evaluations)
 
     loaded = load_model(args.model, args.device)
@@ -577,16 +491,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     section += "" if args.guidance == 1 else f" guidance {args.guidance:g}"
     # A run of hours goes on from what it has.
     path = common.default_output(args.device) if args.out in (None, common.RECORDED) else args.out
+    before = common.read_results(path).get(section, {"machine": {}, "rows": []})
+    rows: list[Row] = before["rows"]
     if args.table or args.plot:
-        _, rows = read_section(path, section)
         if (args.samplers, args.evaluations) != (DEFAULT, EVALUATIONS):
             rows = [row for row in rows if (row["name"], row["evaluations"]) in {(REAL, None), *pairs}]
         if not rows:
-            parser.error(f"--table, --plot: expected {str(path)!r} to have the section {section!r}, got none: measure first")
+            raise SystemExit(
+                f"--table, --plot: expected {str(path)!r} to have the section {section!r}, got none: measure first"
+            )
         if args.table:
             print(table(rows))
         if args.plot:
-            save_plot(args.plot, plot(rows, f"{name}, {args.dtype}, {args.num} images a point"))
+            common.save_picture(args.plot, plot(rows, f"{name}, {args.dtype}, {args.num} images a point"))
         return
 
     skipped = {each: reason for each, peer in peers.SAMPLING.items() if (reason := peer.why_not(args.dtype)) is not None}
@@ -599,39 +516,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images, labels, _ = read_batch(test, range(len(test)))
     file = args.classifier or default_classifier()
     classifier, of_test = trained_classifier(file, images, labels)
-    halves = [Measured(of_test.predicted[half], of_test.features[half]) for half in split_real(labels)]
-    judge = Judge(classifier, *halves)
+    judge = Judge(classifier, *(Measured(of_test.predicted[half], of_test.features[half]) for half in split_real(labels)))
     run = common.Run(args.device, path)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     about = {"test accuracy": round(of_test.accuracy(labels), 4), "sha256": digest, "recipe": RECIPE}
     options = {"weights": weights, "classifier": digest[:12], "batch": args.batch}
     options |= {key: run.machine[key] for key in ("device", "threads")}
-    before, rows = read_section(path, section)
-    if rows and before != options:
-        print(f"the options were {before}: all rows are measured again")
+    if rows and before["machine"].get("options") != options:
+        print(f"the options were {before['machine'].get('options')}: all rows are measured again")
         rows = []
-
-    def figures(method: str, evaluations: int | None, seed: int) -> Figures | None:
-        seconds = None
+    by_key = {(row["name"], row["evaluations"]): row for row in rows}
+    for seed, key in product(range(args.seeds), [(REAL, None), *(pair for pair in pairs if pair[0] not in skipped)]):
+        method, evaluations = key
+        label = "real images" if method == REAL else METHODS[method].label
+        row = by_key.get(key) or {"name": method, "sampler": label, "evaluations": evaluations, "N": args.num, "seeds": []}
+        if seed in row["seeds"]:
+            continue
         if evaluations is None:
-            found = judge.of_real(args.num, seed)
+            found, seconds = judge.of_real(args.num, seed), None
         else:
             draw = build_draw(loaded, method, evaluations, dtype, args.device, args.guidance)
             drawn, seconds = draw_timed(draw, args.num, args.batch, seed, args.device)
-            if args.grids:
-                save_grid(drawn[:100], args.grids / f"{name}_{method}_{evaluations}_seed{seed}.png", columns=CLASSES)
             found = judge.of_images(drawn)
-        if found is None:
-            return None
-        took = "" if seconds is None else f", {seconds:.3g} s an image"
-        print(f"{method}:{evaluations or ''} seed {seed}: Frechet {found[0]:.3g}, accuracy {found[1]:.3f}{took}", flush=True)
-        return Figures(*found, seconds)
-
-    todo = [(REAL, None), *(pair for pair in pairs if pair[0] not in skipped)]
-    save = partial(run.save, section, rows, classifier=about, options=options)
-    count = measure_rows(todo, args.seeds, rows, figures, save, args.num)
-    print(f"\n{table(rows)}")
-    run.finish(f"{count} measured, {len(todo) * args.seeds - count} already there or left out")
+        if found is not None:
+            by_key[key] = row
+            add_seed(row, seed, found | {SECONDS: seconds})
+            row["commit"] = common.commit()
+            run.save(section, list(by_key.values()), classifier=about, options=options)
+            words = ", ".join(f"{name} {value:.3g}" for name, value in {**found, SECONDS: seconds}.items() if value is not None)
+            print(f"{method}:{evaluations or ''} seed {seed}: {words}", flush=True)
+    print(f"\n{table(list(by_key.values()))}")
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -43,9 +43,7 @@ def check(config: dict[str, Any], device: str) -> None:
     for model in (peer, ours):
         model.to(device, memory_format=torch.channels_last).train()
         torch.manual_seed(0)
-        loss = (
-            idioms.loss_ours(model, batch, False) if model is ours else idioms.loss_peer(model, batch, False, batch.epsilon())
-        )
+        loss = (idioms.loss_ours if model is ours else idioms.loss_peer_of_seeds)(model, batch, False)
         parameters = dict(sorted(model.named_parameters()))
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(parameters.values()))]))
         losses.append(loss.item())
@@ -69,11 +67,9 @@ def start(
             best = trial.pop(min(times, key=lambda f: times[f].ms))
             for process in trial.values():
                 process.close()
-            for each in kept:
-                other = (
-                    best if each == usual.kept else stack.enter_context(closing(Process(name, replace(best.job, kept=each))))
-                )
-                processes[name, each] = other
+            processes[name, usual.kept] = best
+            for other in {*kept} - {usual.kept}:
+                processes[name, other] = stack.enter_context(closing(Process(name, replace(best.job, kept=other))))
         except PeerFailed as error:
             missing[name] = str(error)
     return processes
@@ -85,7 +81,6 @@ def compare(names: Sequence[str], job: Job, args: argparse.Namespace, missing: d
     with ExitStack() as stack:
         processes = start(names, job, args.formats, kept, stack, missing)
         taken = common.take_turns({each: partial(process.seconds, 1) for each, process in processes.items()}, args.rounds)
-        peaks = {each: process.peak() for each, process in processes.items()}
         used = {each: process.used[-args.rounds :] for each, process in processes.items()}
     return [
         {"training step": name, "memory kept": "yes" if kept else "no", "batch": job.batch}
@@ -94,7 +89,7 @@ def compare(names: Sequence[str], job: Job, args: argparse.Namespace, missing: d
         | {"CPU seconds": common.Spread.of([cpu for cpu, _ in used[name, kept]])}
         | {"page faults": round(common.Spread.of([faults for _, faults in used[name, kept]]).median)}
         | {"images/s": mine.per_second(job.batch).median}
-        | {"peak memory, MB": "" if (peak := peaks[name, kept]) is None else round(peak / 1e6)}
+        | {"peak memory, MB": common.megabytes(processes[name, kept].peak)}
         | {
             f"times {peer}{', memory kept' if peer_kept else ''}": mine.speedup_over(theirs)
             for (peer, peer_kept), theirs in taken.items()
@@ -131,25 +126,19 @@ def batches(steps: int, n: int, size: int) -> list[idioms.Batch]:
 
     dataset = load_dataset("digits", image_size=size)
     generator = torch.Generator().manual_seed(0)
-    result = []
-    for step in range(steps):
-        batch = idioms.Batch(n, size)
+    result = [idioms.Batch(n, size) for _ in range(steps)]
+    for step, batch in enumerate(result):
         images = read_batch(dataset, torch.randint(len(dataset), (n,), generator=generator)).images
         batch.x_0 = to_unit_range(images).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         batch.t = torch.randint(idioms.SCHEDULE.num_timesteps, (n,), generator=generator)
         batch.seeds = sample_seeds(step, n)
-        result.append(batch)
     return result
 
 
 def curve(name: str, model: nn.Module, data: list[idioms.Batch], autocast: bool) -> list[float]:
     """Return the loss of each step."""
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def loss_peer(model: nn.Module, batch: idioms.Batch, autocast: bool) -> torch.Tensor:
-        return idioms.loss_peer(model, batch, autocast, batch.epsilon())
-
-    step = idioms.train_step(idioms.loss_ours if name == OURS else loss_peer, model, autocast)
+    step = idioms.train_step(idioms.loss_ours if name == OURS else idioms.loss_peer_of_seeds, model, autocast)
     losses = []
     for i, batch in enumerate(data):
         losses.append(step(batch))
@@ -160,11 +149,10 @@ def curve(name: str, model: nn.Module, data: list[idioms.Batch], autocast: bool)
 
 def plot_loss(losses: dict[str, list[float]], precision: str) -> Any:
     figure, (above, below) = common.pyplot().subplots(2, figsize=(6.4, 4.8), sharex=True, layout="constrained")
-    for (name, values), style in zip(losses.items(), ("-", "--"), strict=True):
-        above.plot(values, style, label=name, linewidth=1.5)
-    above.set(ylabel="loss", yscale="log", title=f"{precision}: the same weights, images and noise")
-    above.legend()
     theirs, ours = losses.values()
+    above.plot(theirs, "-", ours, "--", linewidth=1.5)
+    above.legend(list(losses))
+    above.set(ylabel="loss", yscale="log", title=f"{precision}: the same weights, images and noise")
     below.plot([abs(a - b) / b for a, b in zip(ours, theirs, strict=True)], color="black", linewidth=1)
     below.set(xlabel="step", ylabel="relative difference", yscale="log")
     return figure
@@ -192,22 +180,27 @@ def loss_curve(args: argparse.Namespace, run: common.Run) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser(__doc__)
     formats = list(common.FORMATS)
-    text = "compute in these (speed: both, loss: float32); bf16 is by autocast"
-    parser.add_argument("what", choices=("speed", "loss"), help="measure this")
-    parser.add_argument("--precision", choices=common.DTYPES, nargs="+", help=text)
-    parser.add_argument("--batch", type=int, default=16, help="train on this many images a step (16)")
-    parser.add_argument("--network", choices=idioms.NETWORKS, default="cifar10-32", help="train this (cifar10-32)")
-    parser.add_argument("--rounds", type=int, default=15, help="speed: time this many steps of each, in turns (15)")
-    text = "speed: compare these (all that are installed; torch.compile takes minutes to warm up)"
-    parser.add_argument("--peers", nargs="+", choices=TRAINING, help=text)
-    parser.add_argument("--formats", nargs="+", choices=formats, default=formats, help="speed: try these memory formats (both)")
-    parser.add_argument(
-        "--trusted", action="store_true", help="speed: do not compare gradients first: an earlier run has done so"
-    )
-    parser.add_argument("--steps", type=int, default=200, help="loss: take this many steps (200)")
-    args = parser.parse_args(arguments)
+    options: dict[str, dict[str, Any]] = {
+        "what": {"choices": ("speed", "loss"), "help": "measure this"},
+        "--precision": {
+            "choices": common.DTYPES,
+            "nargs": "+",
+            "help": "compute in these (speed: both, loss: float32); bf16 is by autocast",
+        },
+        "--batch": {"type": int, "default": 16, "help": "train on this many images a step (16)"},
+        "--network": {"choices": idioms.NETWORKS, "default": "cifar10-32", "help": "train this (cifar10-32)"},
+        "--rounds": {"type": int, "default": 15, "help": "speed: time this many steps of each, in turns (15)"},
+        "--peers": {
+            "nargs": "+",
+            "choices": TRAINING,
+            "help": "speed: compare these (all that are installed; torch.compile takes minutes to warm up)",
+        },
+        "--formats": {"nargs": "+", "choices": formats, "default": formats, "help": "speed: try these memory formats (both)"},
+        "--trusted": {"action": "store_true", "help": "speed: do not compare gradients first: an earlier run has done so"},
+        "--steps": {"type": int, "default": 200, "help": "loss: take this many steps (200)"},
+    }
+    args = common.parse(__doc__, arguments, options)
     args.precision = args.precision or (list(common.DTYPES) if args.what == "speed" else ["float32"])
     run = common.Run(args.device, args.out)
     (speed if args.what == "speed" else loss_curve)(args, run)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,16 +35,6 @@ CHECKED = 4  # images whose output is compared with float64: enough, and float64
 ALLOWED = 10  # times the error of plain PyTorch in the dtype: convolutions by Winograd's algorithm round a few times more
 
 
-@contextmanager
-def network_folder(config: dict[str, Any], keep: Path | None = None) -> Iterator[str]:
-    """Yield a folder with a random network. It is temporary unless `keep` names one."""
-    with ExitStack() as stack:
-        folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if not (folder / "network").is_dir():
-            idioms.random_unet(config).save_pretrained(folder / "network")
-        yield str(folder)
-
-
 def start(names: Sequence[str], job: Job, starts: int, missing: dict[str, str]) -> dict[str, list[Process]]:
     """Return the processes of peers that can run, of which the last is open. `missing` gets why others cannot."""
     able, reasons = split(NETWORKS, names, job.dtype)
@@ -53,14 +43,13 @@ def start(names: Sequence[str], job: Job, starts: int, missing: dict[str, str]) 
     for name in able:
         try:
             export(name, job)
-            processes[name] = [Process(name, job)]
-            for _ in range(1, starts):
-                processes[name][-1].close()
+            for _ in range(starts):
+                for before in processes.setdefault(name, []):
+                    before.close()
                 processes[name].append(Process(name, job))
         except PeerFailed as error:
             missing[name] = str(error)
-            for process in processes.pop(name, []):
-                process.close()
+            processes.pop(name, None)
     return processes
 
 
@@ -91,18 +80,14 @@ def check(processes: dict[str, Process], job: Job, missing: dict[str, str]) -> d
     return errors
 
 
-def compare(
-    names: Sequence[str], job: Job, rounds: int, starts: int, missing: dict[str, str], versions: dict[str, dict[str, str]]
-) -> list[dict[str, Any]]:
-    """Return the rows of one batch size and dtype. `missing` and `versions` are filled."""
+def compare(names: Sequence[str], job: Job, rounds: int, starts: int, missing: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the rows of one batch size and dtype. `missing` is filled."""
     with ExitStack() as stack:
         started = start(names, job, starts, missing)
         processes = {name: stack.enter_context(closing(each[-1])) for name, each in started.items()}
         errors = check(processes, job, missing)
         timers = {name: partial(process.seconds, process.calls_per_turn()) for name, process in processes.items()}
         times = common.take_turns(timers, rounds)
-        peaks = {name: process.peak() for name, process in processes.items()}
-        versions |= {name: process.versions for name, process in processes.items()}
     best = min((name for name in times if name != OURS), key=lambda name: times[name].ms, default=None)
     return [
         {"contestant": name, "best peer": "*" if name == best else "", "batch": job.batch, "size": job.size}
@@ -110,8 +95,8 @@ def compare(
         | {"32x32 pixels/s": taken.per_second(job.batch * job.size**2 / 1024).median}
         | {f"{OURS} is faster by": times[OURS].speedup_over(taken) if OURS in times else "", "relative error": errors[name]}
         | {"first image, s": common.Spread.of([process.first_image for process in started[name]])}
-        | {"import and load, s": processes[name].load, "first call, s": processes[name].first_call}
-        | {"peak memory, MB": "" if (peak := peaks[name]) is None else round(peak / 1e6)}
+        | {f"{part}, s": processes[name].about[part] for part in ("import and load", "first call")}
+        | {"peak memory, MB": common.megabytes(processes[name].peak), "versions": processes[name].about["versions"]}
         for name, taken in times.items()
     ]
 
@@ -122,23 +107,14 @@ def plot(rows: Sequence[dict[str, Any]], title: str) -> Any:
     size = {"figsize": (6 * len(dtypes), 4), "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, panels = common.pyplot().subplots(1, len(dtypes), **size)
     for dtype, axes in zip(dtypes, panels[0], strict=True):
-        for place, name in enumerate(NETWORKS):
+        for name in NETWORKS:
             mine = [row for row in rows if (row["dtype"], row["contestant"]) == (dtype, name)]
-            if not mine:
-                continue
             mine.sort(key=lambda row: row["batch"])
-            speeds = [row["images/s"] for row in mine]
-            error = [[s.median - s.low for s in speeds], [s.high - s.median for s in speeds]]
-            style = {"color": f"C{place}", "linewidth": 2.5 if name == OURS else 1.2}
-            style |= {"marker": "o", "markersize": 4, "capsize": 3}
-            axes.errorbar([row["batch"] for row in mine], [s.median for s in speeds], error, label=name, **style)
-        batches = sorted({row["batch"] for row in rows})
+            speeds, width = [row["images/s"] for row in mine], 2.5 if name == OURS else 1.2
+            style = {"label": name if mine else None, "linewidth": width, "marker": "o", "markersize": 4, "capsize": 3}
+            axes.errorbar([row["batch"] for row in mine], [s.median for s in speeds], common.errors(speeds), **style)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.set_xlabel("batch size")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(f"{title}, {dtype}", fontsize="medium")
-    panels[0][0].set_ylim(bottom=0)
+        axes.set(xlabel="batch size", ylim=(0, None), title=f"{title}, {dtype}")
     panels[0][0].set_ylabel("images per second and step (median, quartiles)")
     panels[0][0].legend(frameon=False)
     return figure
@@ -147,41 +123,43 @@ def plot(rows: Sequence[dict[str, Any]], title: str) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     dtypes = list(common.DTYPES) if common.has_bf16() else ["float32"]
     threads = [torch.get_num_threads()]
-    parser = common.parser(__doc__, device=False)
-    parser.add_argument("--peers", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="compare these (all)")
-    text = "compute in these (those that this CPU has instructions for)"
-    parser.add_argument("--dtypes", nargs="+", choices=common.DTYPES, default=dtypes, help=text)
-    parser.add_argument("--batches", type=int, nargs="+", help="use these batch sizes (1 4 16 64)")
-    parser.add_argument("--network", choices=idioms.NETWORKS, default="cifar10-32", help="evaluate this (cifar10-32)")
-    parser.add_argument("--sizes", type=int, nargs="+", help="use images of these pixels a side (the network's)")
-    parser.add_argument("--threads", type=int, nargs="+", default=threads, help="use these numbers of threads (PyTorch's)")
-    parser.add_argument("--rounds", type=int, help="take this many turns of each (15)")
-    parser.add_argument("--starts", type=int, default=1, help="start each peer this many times (1)")
-    parser.add_argument("--folder", type=Path, help="keep exported networks and compiled code here")
-    parser.add_argument("--quick", action="store_true", help="use batches 1 and 4, 5 rounds and no torch.compile")
-    parser.add_argument("--plot", action="store_true", help="draw the picture that docs/benchmarks.md shows")
-    args = parser.parse_args(arguments)
+    options: dict[str, dict[str, Any]] = {
+        "--peers": {"nargs": "+", "choices": NETWORKS, "default": list(NETWORKS), "help": "compare these (all)"},
+        "--dtypes": {
+            "nargs": "+",
+            "choices": common.DTYPES,
+            "default": dtypes,
+            "help": "compute in these (those that this CPU has instructions for)",
+        },
+        "--batches": {"type": int, "nargs": "+", "help": "use these batch sizes (1 4 16 64)"},
+        "--network": {"choices": idioms.NETWORKS, "default": "cifar10-32", "help": "evaluate this (cifar10-32)"},
+        "--sizes": {"type": int, "nargs": "+", "help": "use images of these pixels a side (the network's)"},
+        "--threads": {"type": int, "nargs": "+", "default": threads, "help": "use these numbers of threads (PyTorch's)"},
+        "--rounds": {"type": int, "help": "take this many turns of each (15)"},
+        "--starts": {"type": int, "default": 1, "help": "start each peer this many times (1)"},
+        "--quick": {"action": "store_true", "help": "use batches 1 and 4, 5 rounds and no torch.compile"},
+        "--plot": {"action": "store_true", "help": "draw the picture that docs/benchmarks.md shows"},
+    }
+    args = common.parse(__doc__, arguments, options, device=False)
     names = [name for name in args.peers if not (args.quick and name == "torch.compile")]
     batches = args.batches or ([1, 4] if args.quick else [1, 4, 16, 64])
     rounds = args.rounds or (5 if args.quick else 15)
 
-    if args.plot:
-        common.pyplot()
     run = common.Run(out=args.out)
     everything: list[dict[str, Any]] = []
     config = idioms.NETWORKS[args.network]
-    usual = config["sample_size"]
-    with network_folder(config, args.folder and args.folder / args.network) as folder:
+    usual, other = config["sample_size"], "" if args.network == "cifar10-32" else args.network
+    with tempfile.TemporaryDirectory() as folder:
+        idioms.random_unet(config).save_pretrained(Path(folder, "network"))
         for dtype, size, threads, batch in itertools.product(args.dtypes, args.sizes or [usual], args.threads, batches):
-            job = Job(folder, batch, size, dtype, threads)
             missing: dict[str, str] = {}
-            versions: dict[str, dict[str, str]] = {}
             words = f"{dtype} batch {batch}" + ("" if size == usual else f" size {size}")
             words += "" if len(args.threads) == 1 else f" threads {threads}"
             with run.going_on(words):
-                rows = compare(names, job, rounds, args.starts, missing, versions)
+                rows = compare(names, Job(folder, batch, size, dtype, threads), rounds, args.starts, missing)
+                versions = {row["contestant"]: row.pop("versions") for row in rows}
+                section = " ".join(filter(None, ["unet_speed", other, words]))
                 record = {"left out": missing, "versions": versions}
-                section = "unet_speed " + (f"{args.network} " if args.network != "cifar10-32" else "") + words
                 run.save(section, rows, f"{args.network} {words}: median [quartiles]", **record)
                 everything += rows
             for name, reason in missing.items():
@@ -189,10 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if OURS in missing:
                 run.failures.append(f"{words}: {OURS}: {missing[OURS]}")
     if everything and args.plot:
-        run.picture(
-            plot(everything, f"{args.network}, {run.machine['device']}"),
-            "unet_speed" if args.network == "cifar10-32" else f"unet_speed_{args.network}",
-        )
+        name = "_".join(filter(None, ["unet_speed", other]))
+        run.picture(plot(everything, f"{args.network}, {run.machine['device']}"), name)
     run.finish()
 
 

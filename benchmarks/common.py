@@ -7,6 +7,7 @@ A reported ratio is the median over the rounds of (peer's time / our time), with
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import gc
 import hashlib
@@ -18,18 +19,17 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from processes import seconds_of, versions
+from torch import Tensor, nn
 
 from ddpm_fast.files.writing import replacing, write_json
 from ddpm_fast.inference import cuda_graph
@@ -86,6 +86,10 @@ class Times:
     @property
     def ms(self) -> Spread:
         return Spread.of([1e3 * seconds for seconds in self.rounds])
+
+    def divided(self, parts: int) -> Times:
+        """Return the seconds of one of so many parts of a call."""
+        return Times(tuple(seconds / parts for seconds in self.rounds))
 
     def per_second(self, things: float) -> Spread:
         """Return how many things a second calls make that each make `things`."""
@@ -150,15 +154,27 @@ def compare(
 
 
 def fastest_format(
-    make: Callable[[torch.memory_format], Callable[[], object]], device: torch.device | str
+    make: Callable[..., Callable[[], object]], network: nn.Module, *inputs: Any
 ) -> tuple[str, Callable[[], object]]:
-    """Return the memory format in which the call that `make` returns is fastest, and that call, warmed up."""
-    candidates = {name: make(memory_format) for name, memory_format in FORMATS.items()}
-    for call in candidates.values():
-        call()
-    times = compare(candidates, device, warm=True, min_rounds=3)
+    """Return the memory format in which the call that `make` returns for a network and its inputs is fastest, and that call."""
+    candidates = {}
+    for name, memory_format in FORMATS.items():
+        is_map = [isinstance(each, Tensor) and each.dim() == 4 for each in inputs]
+        placed = [x.contiguous(memory_format=memory_format) if yes else x for x, yes in zip(inputs, is_map, strict=True)]
+        copied = copy.deepcopy(network).to(memory_format=memory_format)  # type: ignore[call-overload]
+        candidates[name] = make(copied, *placed)
+        candidates[name]()
+    times = compare(candidates, inputs[0].device, warm=True, min_rounds=3)
     best = min(times, key=lambda name: times[name].ms)
     return best, candidates[best]
+
+
+def use_faster_format(network: nn.Module, *inputs: Any) -> str:
+    """Put a network in the memory format in which one evaluation is faster, and return the format's name."""
+    with torch.inference_mode():
+        name, _ = fastest_format(partial, network, *inputs)
+    network.to(memory_format=FORMATS[name])  # type: ignore[call-overload]
+    return name
 
 
 def _time(function: Callable[[], object], calls: int, device: torch.device) -> float:
@@ -171,10 +187,7 @@ def _time(function: Callable[[], object], calls: int, device: torch.device) -> f
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / calls
-    began = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - began) / calls
+    return seconds_of(function, calls)
 
 
 _eviction: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -198,6 +211,10 @@ def graphed(function: Callable[[], object], stream: torch.cuda.Stream) -> Callab
         CaptureError: The call cannot be captured.
     """
     return cuda_graph.capture(function, function, stream, torch.cuda.graph_pool_handle())
+
+
+def megabytes(size: int | None) -> int | str:
+    return "" if size is None else round(size / 1e6)
 
 
 def synchronize(device: torch.device | str) -> None:
@@ -256,10 +273,6 @@ def _cpuinfo() -> str:
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Return what a figure depends on."""
     missing = backend.native_error()
-    libraries = {}
-    for name in ("torch", "triton", "diffusers", "openvino", "onnxruntime"):
-        with suppress(PackageNotFoundError):
-            libraries[name] = version(name)
     bandwidth = {}
     for name, size in {"256 MB": 2 << 27, "1 MB": 1 << 20}.items():
         taken = compare({"copy": copy_of(size, device)}, device, seconds=0.2)["copy"]
@@ -275,7 +288,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         **(_card(device) if torch.device(device).type == "cuda" else {}),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **libraries,
+        **versions(("torch", "triton", "diffusers", "openvino", "onnxruntime")),
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
@@ -336,10 +349,19 @@ def _cell(value: object) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _json(value: object) -> object:
-    if isinstance(value, Spread):
-        return {key: _json(number) for key, number in value._asdict().items()}
+def _json(value: Any) -> Any:
+    """Return a value for JSON, with four digits of each number."""
+    value = value._asdict() if isinstance(value, Spread) else value
+    if isinstance(value, Mapping):
+        return {key: _json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_json(each) for each in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def read_results(path: Path | None) -> dict[str, Any]:
+    """Return the sections of a JSON file, none if it does not exist."""
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
 
 
 class Run:
@@ -357,25 +379,21 @@ class Run:
         for key, value in self.machine.items():
             print(f"{key:>16}  {value}")
 
-    def kept(self) -> dict[str, Any]:
-        """Return the content of the file, if there is one."""
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path and self.path.is_file() else {}
-
     def has(self, section: str, **wanted: object) -> bool:
         """Return whether the file has a table of this commit, with these values beside the machine's.
 
         Sources that changed since their commit are known by no name, so nothing is theirs.
         """
-        kept = self.kept().get(section, {"machine": {}})["machine"]
+        kept = read_results(self.path).get(section, {"machine": {}})["machine"]
         wanted = wanted | {"commit": self.machine["commit"]}
         return not self.machine["commit"].endswith("+") and all(kept.get(key) == value for key, value in wanted.items())
 
     def save(self, section: str, rows: Sequence[Mapping[str, object]], title: str = "", **more: object) -> None:
         """Write a table beside those of other benchmarks, and print it if it has a title. `more` joins the machine's keys."""
-        rounded = [{key: _json(value) for key, value in row.items()} for row in rows]
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.kept() | {section: {"machine": self.machine | more, "rows": rounded}})
+            section_of_run = {"machine": self.machine | more, "rows": _json(list(rows))}
+            write_json(self.path, read_results(self.path) | {section: section_of_run})
         if title and rows:
             print_table(title, rows)
 
@@ -400,17 +418,20 @@ class Run:
 
     def picture(self, figure: Any, name: str) -> None:
         """Write a figure of matplotlib's pyplot beside the results, if they are written."""
-        if self.path is None:
-            return
-        path = self.path.with_name(f"{self.path.stem}_{name}.png")
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
-        pyplot().close(figure)
-        print(f"written: {path}")
+        if self.path is not None:
+            save_picture(self.path.with_name(f"{self.path.stem}_{name}.png"), figure)
+
+
+def save_picture(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib's pyplot as PNG."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    pyplot().close(figure)
+    print(f"written: {path}")
 
 
 def pyplot() -> Any:
-    """Return matplotlib's pyplot, which draws to files alone. Exit if it is missing: call this before long work."""
+    """Return matplotlib's pyplot, which draws to files alone. Exit if it is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -422,11 +443,25 @@ def pyplot() -> Any:
     return plot
 
 
-def parser(doc: str | None, *, device: bool = True) -> argparse.ArgumentParser:
-    """Return a parser with the options --out and --device."""
-    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def errors(spreads: Sequence[Spread]) -> list[list[float]]:
+    """Return the error bars of medians, as pyplot takes them."""
+    return [[each.median - each.low for each in spreads], [each.high - each.median for each in spreads]]
+
+
+def parse(
+    doc: str | None, arguments: Sequence[str] | None, options: Mapping[str, Mapping[str, Any]], *, device: bool = True
+) -> argparse.Namespace:
+    """Parse the command line of a script: --out, --device and its own options, which `add_argument` takes by keyword."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     help = "write the results to this JSON file, and pictures next to it; without a name, to benchmarks/results/<device>.json"
-    result.add_argument("--out", nargs="?", metavar="FILE", type=Path, const=RECORDED, help=help)
+    shared: dict[str, dict[str, Any]] = {
+        "--out": {"nargs": "?", "metavar": "FILE", "type": Path, "const": RECORDED, "help": help}
+    }
     if device:
-        result.add_argument("--device", default="cpu", help="run on this device (cpu)")
-    return result
+        shared["--device"] = {"default": "cpu", "help": "run on this device (cpu)"}
+    for name, option in (shared | dict(options)).items():
+        parser.add_argument(name, **option)
+    args = parser.parse_args(arguments)
+    if getattr(args, "plot", None):
+        pyplot()  # before any work
+    return args

@@ -139,12 +139,34 @@ def run_all(
             stop(process)
 
 
+def run_one(
+    check: Check, seconds: float, command: Sequence[object], log: Path, environment: Mapping[str, str] | None = None
+) -> int | None:
+    """Run a process, beside which nothing runs. Return its exit status, or None if the time did not suffice."""
+    (status,) = run_all([lambda: start(command, log, environment)], 1, seconds, check.clock)
+    return status
+
+
+def ask(code: str, *arguments: str) -> Any:
+    """Return what code prints last, from JSON. It runs in a new process: the module may have been built after this one began.
+
+    Raises:
+        RuntimeError: The process failed. The text is its last line.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, ROOT / "csrc")))}
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError([f"exit status {done.returncode}", *done.stderr.strip().splitlines()][-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def tail(log: Path, lines: int = 1) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if log.is_file() else ""
 
 
 def script(check: Check, seconds: float, module: str, *arguments: object) -> Outcome:
-    """Run a benchmark of this folder, beside which nothing runs."""
+    """Run a benchmark of this folder."""
     import common
 
     words = [*map(str, arguments), "--device", check.device, "--out", str(check.out)]
@@ -156,8 +178,7 @@ def script(check: Check, seconds: float, module: str, *arguments: object) -> Out
         return Outcome("passed", f"{module} {words[0]}")
     log = check.log(f"{check.phase.replace(' ', '_')}.log")
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED), "TORCHINDUCTOR_COMPILE_THREADS": str(common.cores())}
-    command = [sys.executable, HERE / f"{module}.py", *words]
-    (status,) = run_all([lambda: start(command, log, environment)], 1, seconds, check.clock)
+    status = run_one(check, seconds, [sys.executable, HERE / f"{module}.py", *words], log, environment)
     print(tail(log, 200))
     if status is None:
         return Outcome("out of time", "stopped; what it had measured is kept")
@@ -168,21 +189,19 @@ def script(check: Check, seconds: float, module: str, *arguments: object) -> Out
 
 
 ASK = """
-import digest, json, torch
+import digest, json, sys, torch
 from ddpm_fast.ops import backend, why_not
 old = backend.BUILD and backend.BUILD.get("sources") != digest.digest()
-print(json.dumps("its sources have changed" if old else why_not("native", "q_sample", torch.device({device!r}))))
+print(json.dumps("its sources have changed" if old else why_not("native", "q_sample", torch.device(sys.argv[1]))))
 """
 
 
 def why_no_kernels(device: str) -> str | None:
-    """Return why the native module cannot run on the device, or is old. A new process answers: it may just have been built."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "csrc")])}
-    command = [sys.executable, "-W", "ignore", "-c", ASK.format(device=device)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-    reason: str | None = json.loads(done.stdout.splitlines()[-1])
+    """Return why the native module cannot run on the device, or is old."""
+    try:
+        reason: str | None = ask(ASK, device)
+    except RuntimeError as error:
+        return str(error)
     return reason
 
 
@@ -222,7 +241,7 @@ def build(check: Check, seconds: float) -> Outcome:
     command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-temp", ROOT / "build" / "gpu_check_native"]
     path = os.pathsep.join([os.environ["PATH"], str(Path(nvcc).parent)])
     environment = {"DDPM_FAST_CUDA_ARCHS": "", "TORCH_CUDA_ARCH_LIST": architecture, "PATH": path}
-    (status,) = run_all([lambda: start(command, log, environment)], 1, seconds, check.clock)
+    status = run_one(check, seconds, command, log, environment)
     if status is None:
         return Outcome("out of time", f"the build took more than {seconds:.0f} s")
     reason = why_no_kernels(check.device) if status == 0 else f"exit status {status}; see {log}"
@@ -233,7 +252,7 @@ def build(check: Check, seconds: float) -> Outcome:
 
 
 def ops(check: Check, seconds: float, which: str) -> Outcome:
-    tiny = ["--tiny", "--dtypes", "bf16", "--each", 0.001] if check.dry_run else []
+    tiny = ["--tiny", "--each", 0.001] if check.dry_run else []
     return script(check, seconds, "benchmark_ops", which, "--seconds", max(seconds - 15, 1), *tiny)
 
 
@@ -316,8 +335,7 @@ def sanitizer(check: Check, seconds: float) -> Outcome:
     command = [found, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
     command += [sys.executable, HERE / "gpu_check.py", "--launch-every-op"]
     # Without torch's caching, every tensor is an allocation with known ends.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    (status,) = run_all([lambda: start(command, log, environment)], 1, seconds, check.clock)
+    status = run_one(check, seconds, command, log, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     text = log.read_text(encoding="utf-8", errors="replace")
     if re.search(r"^=+ .*not supported", text, re.MULTILINE):  # some virtual machines
         return Outcome("skipped", "compute-sanitizer does not support this device here")
@@ -330,25 +348,21 @@ def sanitizer(check: Check, seconds: float) -> Outcome:
 def launch_every_op(device: str) -> int:
     """Call every case's native kernels once, forward and backward, and return how many calls there were."""
     import common
-    from benchmark_ops import BACKWARD, Work, backward, forward
+    from benchmark_ops import DIRECTIONS, product
     from op_calls import make_call
     from op_cases import CASES
     from peers import OPS
 
     calls = 0
-    for case in CASES:
-        for dtype in common.DTYPES:
-            for layout in common.FORMATS if len(case.shape) == 4 else ("contiguous",):
-                if case.benchmark or Work(case, dtype, layout).why_missing("native", device) is not None:
-                    continue
-                call = make_call(case, common.DTYPES[dtype], device, channels_last=layout == "channels_last")
-                function = OPS["native"].build(call, case)
-                forward(function, call)()
-                if case.op in BACKWARD and case.shape[0]:
-                    backward(function, call)()
-                common.synchronize(device)
-                calls += 1
-                print(f"launched {case} {dtype} {layout}")
+    for work in product(case for case in CASES if not case.benchmark):
+        is_empty = work.direction == "backward" and not work.case.shape[0]
+        if is_empty or work.why_missing("native", device) is not None:
+            continue
+        call = make_call(work.case, common.DTYPES[work.dtype], device, channels_last=work.layout == "channels_last")
+        DIRECTIONS[work.direction](OPS["native"].build(call, work.case), call)()
+        common.synchronize(device)
+        calls += 1
+        print(f"launched {work}")
     return calls
 
 
@@ -385,7 +399,7 @@ def goals_phase(check: Check, seconds: float) -> Outcome:
 
     from ddpm_fast.files.writing import write_json
 
-    results = json.loads(check.out.read_text(encoding="utf-8")) if check.out.is_file() else {}
+    results = common.read_results(check.out)
     # Measurements of earlier runs do not count.
     now = {name: each for name, each in results.items() if each.get("machine", {}).get("date", "") >= check.since}
     found = goals(now)
@@ -407,83 +421,62 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
     from benchmark_ops import deciding
 
     found: list[dict[str, object]] = []
-    works = {tuple(work.columns().values()): work for work in deciding("cuda")}
+    works = {tuple(work.columns().values()): work for work in deciding()}
+    cards = {card.device: card for card in predict.CARDS}
     budgets = json.loads(predict.BUDGETS.read_text(encoding="utf-8"))["native"]["kernels"]
 
     def rows(prefix: str, **wanted: object) -> list[dict[str, Any]]:
-        names = [name for name in results if name.startswith(prefix) and not name.endswith(" means")]
-        sections = [results[name] for name in names]
+        sections = [section for name, section in results.items() if name.startswith(prefix)]
         every = [row | {"device": section.get("machine", {}).get("device")} for section in sections for row in section["rows"]]
         return [row for row in every if all(row.get(key) == value for key, value in wanted.items())]
-
-    def medians(rows: list[dict[str, Any]], *keys: str) -> list[float]:
-        values = [row[key] for key in keys for row in rows if row.get(key) is not None]
-        return [value["median"] if isinstance(value, dict) else value for value in values]
 
     def of_allowed(rows: list[dict[str, Any]]) -> list[float]:
         """Return measured shares of copy, of the shares that the instructions allow on a card with known figures."""
         shares = []
         for row in rows:
-            card = next((card for card in predict.CARDS if card.device == row["device"]), None)
+            card = cards.get(row["device"])
             work = works.get(tuple(row.get(key) for key in ("op", "case", "shape", "dtype", "layout", "direction")))
             # predict.py asks a program that it compiles how a norm is cut.
             if card is not None and work is not None and (row["op"] != "group_norm_silu" or program("g++")):
                 shares.append(row["share of copy"] / predict.allowed_share(work, card, budgets))
         return shares
 
-    def ratios(rows: list[dict[str, Any]], is_peer: Callable[[str], bool]) -> list[float]:
-        keys = {key for row in rows for key in row if key.startswith("times ")}
-        return medians(rows, *(key for key in sorted(keys) if is_peer(key) and "frozen" not in key and "ddpm_fast" not in key))
+    def ratios(rows: list[dict[str, Any]], peer: str = "", *, compiled: bool = False) -> list[float]:
+        """Return how many times as fast rows are as a peer. Ours, compiled or frozen, is none."""
+        of_peer = re.compile(rf"times (?!.*(frozen|ddpm_fast)).*{peer}")
+        wanted = {key for row in rows for key in row if of_peer.match(key) and ("torch.compile" in key) == compiled}
+        return [row[key]["median"] for key in sorted(wanted) for row in rows if key in row]
 
-    def of_compile(key: str) -> bool:
-        return "torch.compile" in key
-
-    def goal(what: str, kind: str, bound: float, values: list[float], step: str = "") -> None:
-        pick = {"lowest": min, "geometric mean": statistics.geometric_mean}[kind]
+    def goal(what: str, bound: float, values: list[float], pick: Callable[[list[float]], float] = min, step: str = "") -> None:
         value = pick(values) if values else None
-        is_met = value is not None and value >= bound
-        verdict = "not measured" if value is None else "met" if is_met else "NOT MET"
-        row = {
-            "goal": what,
-            "wanted": f"at least {bound:g}",
-            "measured": value,
-            "which is": f"{kind} of {len(values)}",
-            "is": verdict,
-        }
+        row = {"goal": what, "wanted": f"at least {bound:g}", "measured": value}
+        row |= {"which is": f"{'lowest' if pick is min else 'geometric mean'} of {len(values)}"}
+        row |= {"is": "not measured" if value is None else "met" if value >= bound else "NOT MET"}
         found.append(row | {"a step, ms (predicted)": step})
 
     beyond = rows("benchmark_ops deciding", **{"by": "native", "beyond L2": True})
     simple = [row for row in beyond if row["op"] != "group_norm_silu" and row["dtype"] == "float32"]
     allowed = "share of what the instructions allow"
-    goal(f"elementwise ops, float32: {allowed}", "lowest", SHARES["elementwise"], of_allowed(simple))
+    goal(f"elementwise ops, float32: {allowed}", SHARES["elementwise"], of_allowed(simple))
     for direction in ("forward", "backward"):
         norms = [row for row in beyond if row["op"] == "group_norm_silu" and row["direction"] == direction]
-        goal(f"group_norm_silu {direction}: {allowed}", "lowest", SHARES[direction], of_allowed(norms))
+        goal(f"group_norm_silu {direction}: {allowed}", SHARES[direction], of_allowed(norms))
         compiled = rows("benchmark_ops deciding", by="compile", op="group_norm_silu", direction=direction)
-        faster = medians(compiled, "native is faster by")
-        goal(f"group_norm_silu {direction}: times faster than torch.compile", "geometric mean", 1.5, faster)
+        faster = [row["native is faster by"]["median"] for row in compiled if row["native is faster by"] is not None]
+        goal(f"group_norm_silu {direction}: times faster than torch.compile", 1.5, faster, statistics.geometric_mean)
     peer = "diffusers" if installed("diffusers") else "plain"
     sampled = rows("sample_speed", sampler="ddpm_fast")
-    eager = ratios(sampled, lambda key: peer in key and "torch.compile" not in key)
-    goal(f"sampling: times faster than {peer}, eager", "lowest", 2.0, eager)
-    compiled = [row for row in sampled if row["model"] == SMALL and ratios([row], of_compile)]
+    goal(f"sampling: times faster than {peer}, eager", 2.0, ratios(sampled, peer))
+    compiled = [row for row in sampled if row["model"] == SMALL and ratios([row], compiled=True)]
     expected = list(predictions(compiled))
-    for row, predicted, allowed in expected:
-        step = f"{row['ms a step']:.3g} ({predicted:.3g})"
-        goal(
-            f"sampling, batch {row['batch']}: times faster than torch.compile",
-            "lowest",
-            allowed,
-            ratios([row], of_compile),
-            step,
-        )
+    for row, predicted, ratio in expected:
+        what = f"sampling, batch {row['batch']}: times faster than torch.compile"
+        goal(what, ratio, ratios([row], compiled=True), step=f"{row['ms a step']:.3g} ({predicted:.3g})")
     if not expected:
-        goal("sampling: times faster than torch.compile", "lowest", 1.0, ratios(compiled, of_compile))
+        goal("sampling: times faster than torch.compile", 1.0, ratios(compiled, compiled=True))
     for name in ("ddpm_fast", "ddpm_fast Trainer"):
-        trained = rows("train_speed", **{"training step": name})
-        goal(
-            f"a training step, {name}: times faster than eager", "lowest", 1.0, ratios(trained, lambda key: not of_compile(key))
-        )
+        trained = ratios(rows("train_speed", **{"training step": name}))
+        goal(f"a training step, {name}: times faster than eager", 1.0, trained)
     return found
 
 
@@ -494,25 +487,16 @@ def predictions(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], fl
     cards = {card.device: card for card in predict.CARDS}
     known = [row for row in rows if row["device"] in cards] if program("g++") else []
     if known:
-        steps = expected_steps(known[0]["device"], [row["batch"] for row in known])
+        steps = ask(EXPECT, SMALL, known[0]["device"], *(str(row["batch"]) for row in known))
         yield from ((row, *step) for row, step in zip(known, steps, strict=True))
 
 
 EXPECT = """
 import json, sys, predict, traced
-device, *batches = sys.argv[1:]
+network, device, *batches = sys.argv[1:]
 card, budgets = next(card for card in predict.CARDS if card.device == device), json.loads(predict.BUDGETS.read_text())
-print(json.dumps(traced.expected({network!r}, card, [int(n) for n in batches], budgets["native"]["kernels"])))
+print(json.dumps(traced.expected(network, card, [int(n) for n in batches], budgets["native"]["kernels"])))
 """
-
-
-def expected_steps(device: str, batches: Sequence[int]) -> list[tuple[float, float]]:
-    """Return what `traced.expected` does, from a new process: this one may have begun before the module was built."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
-    command = [sys.executable, "-W", "ignore", "-c", EXPECT.format(network=SMALL), device, *map(str, batches)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    found: list[tuple[float, float]] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 class Phase(NamedTuple):
@@ -617,8 +601,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--launch-every-op", action="store_true", help=argparse.SUPPRESS)  # for compute-sanitizer
     parser.add_argument("--tests", nargs=4, help=argparse.SUPPRESS)  # a share of the tests
     args = parser.parse_args(arguments)
-    if args.seconds is not None and args.seconds <= 0:
-        parser.error(f"--seconds: expected a number above 0, got {args.seconds:g}")
     if args.tune and args.only != names:
         parser.error("--only selects phases of the check, and --tune has its own")
     reason = None if args.dry_run or args.tests else why_no_gpu()
@@ -635,12 +617,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: no process of ours stays behind
         signal.signal(number, lambda *_: sys.exit("gpu-check: stopped"))
-    default = ROOT / "build" / "gpu_check_dry_run.json" if args.dry_run else common.default_output("cuda")
+    out = args.out or (ROOT / "build" / "gpu_check_dry_run.json" if args.dry_run else common.default_output("cuda"))
     usual = TUNING_SECONDS if args.tune else TOTAL_SECONDS
-    seconds = usual if args.seconds is None else args.seconds
+    seconds = args.seconds or usual
     phases = TUNING if args.tune else [phase for phase in PHASES if phase.name in args.only]
     phases = [phase._replace(seconds=phase.seconds * seconds / usual) for phase in phases]
-    check = Check((args.out or default).resolve(), args.dry_run, began=began, seconds=seconds, in_process=args.dry_run)
+    check = Check(out.resolve(), args.dry_run, began=began, seconds=seconds, in_process=args.dry_run)
     if args.dry_run:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # to compile takes minutes on a CPU: what would be compiled runs as it is
     absent = [name for name in OPTIONAL if not has(name)]
@@ -648,9 +630,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"missing: {name}: {OPTIONAL[name]}", flush=True)
     result = common.Run(check.device, check.out)
     check.since = "" if args.only == ["goals"] else result.machine["date"]
+    section = "gpu_tune" if args.tune else "gpu_check"
 
     def keep(rows: list[dict[str, object]]) -> None:
-        section = "gpu_tune" if args.tune else "gpu_check"
         result.save(section, rows, **{"missing": absent, "failed tests": check.failed_tests})
 
     rows = run(check, phases, keep)

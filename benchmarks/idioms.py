@@ -114,6 +114,13 @@ def random_unet(config: dict[str, Any]) -> UNet:
     return model
 
 
+def fill_zeros(network: nn.Module, std: float) -> None:
+    """Draw the weights that another library starts from zero."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=std)
+
+
 @functools.cache
 def diffusers() -> Any:
     """Return the library, silent and offline."""
@@ -131,11 +138,9 @@ def diffusers_unet(model: UNet) -> Any:
         return diffusers().UNet2DModel.from_pretrained(folder)
 
 
-def diffusers_scheduler(schedule: NoiseSchedule, num_steps: int | None = None) -> Any:
+def diffusers_scheduler(schedule: NoiseSchedule) -> Any:
     """Return diffusers' DDPMScheduler for the same betas."""
-    scheduler = diffusers().DDPMScheduler(num_train_timesteps=schedule.num_timesteps, trained_betas=schedule.betas.tolist())
-    scheduler.set_timesteps(num_steps or schedule.num_timesteps)
-    return scheduler
+    return diffusers().DDPMScheduler(num_train_timesteps=schedule.num_timesteps, trained_betas=schedule.betas.tolist())
 
 
 # ----------------------------------------------------------------------------------------------- sampling and training
@@ -181,10 +186,6 @@ class Batch:
         self.t = torch.randint(SCHEDULE.num_timesteps, (n,), generator=generator).to(device)
         self.seeds = sample_seeds(0, n).to(device)
 
-    def epsilon(self) -> Tensor:
-        """Return the noise that the seeds stand for."""
-        return noise(self.x_0.shape, self.seeds, stream=STREAM_Q_SAMPLE, device=self.x_0.device)
-
 
 def loss_ours(model: nn.Module, batch: Batch, autocast: bool) -> Tensor:
     x_t = q_sample(batch.x_0, batch.t, SCHEDULE, seeds=batch.seeds)
@@ -201,6 +202,12 @@ def loss_peer(model: nn.Module, batch: Batch, autocast: bool, epsilon: Tensor | 
         output = model(x_t, batch.t)
     output = output if isinstance(output, Tensor) else output.sample
     return F.mse_loss(output.float(), epsilon)
+
+
+def loss_peer_of_seeds(model: nn.Module, batch: Batch, autocast: bool) -> Tensor:
+    """Compute the same with the noise that the seeds stand for, which is that of `loss_ours`."""
+    epsilon = noise(batch.x_0.shape, batch.seeds, stream=STREAM_Q_SAMPLE, device=batch.x_0.device)
+    return loss_peer(model, batch, autocast, epsilon)
 
 
 @functools.cache

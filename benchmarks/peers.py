@@ -1,8 +1,8 @@
 """Peers: what ddpm_fast is compared with, how to build it, and why it is missing.
 
     OPS        one op:            build(call, case) -> a function of the case's floating tensors
-    NETWORKS   one evaluation:    build(job) -> a Runner, in a process of its own
-    TRAINING   one training step: build(job) -> a Runner, in a process of its own
+    NETWORKS   one evaluation:    build(job) -> a call, which returns its output, in a process of its own
+    TRAINING   one training step: build(job) -> a call, in a process of its own
     SAMPLING   images:            build(loaded, evaluations, dtype, device) -> a function of seeds and labels
 
 ddpm_fast stands in each table itself. Nothing here imports torch at the top: processes.py says why.
@@ -12,7 +12,6 @@ ddpm_fast stands in each table itself. Nothing here imports torch at the top: pr
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import subprocess
@@ -20,11 +19,12 @@ import venv
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from processes import ENVIRONMENTS, Array, Job, Runner, interpreter
+from processes import ENVIRONMENTS, Array, Job, interpreter
 
 if TYPE_CHECKING:
     from op_calls import Call
@@ -94,6 +94,7 @@ def split(table: Mapping[str, Peer], names: Iterable[str], dtype: str) -> tuple[
 # --------------------------------------------------------------------------------------------------------------- ops
 
 Function = Callable[..., "Tensor"]
+Evaluation = Callable[[], Array]
 
 
 def _backend(name: str) -> Callable[[Call, Case], Function]:
@@ -195,7 +196,7 @@ OPS = {
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
-def _from_numpy(job: Job, network: Callable[..., Tensor]) -> Runner:
+def _from_numpy(job: Job, network: Callable[..., Tensor]) -> Evaluation:
     import torch
 
     torch.set_num_threads(job.threads)
@@ -206,7 +207,7 @@ def _from_numpy(job: Job, network: Callable[..., Tensor]) -> Runner:
         y: Array = network(*inputs).float().numpy()
         return y
 
-    return Runner(call)
+    return call
 
 
 def _dtype(job: Job) -> Any:
@@ -215,13 +216,13 @@ def _dtype(job: Job) -> Any:
     return common.DTYPES[job.dtype]
 
 
-def _ours(job: Job) -> Runner:
+def _ours(job: Job) -> Evaluation:
     import ddpm_fast
 
     return _from_numpy(job, ddpm_fast.freeze(ddpm_fast.UNet.from_pretrained(job.network), _dtype(job)))
 
 
-def _eager(job: Job, wrap: Callable[[Any], Any] = lambda network: network) -> Runner:
+def _eager(job: Job, wrap: Callable[[Any], Any] = lambda network: network) -> Evaluation:
     """Run diffusers' UNet2DModel in channels_last."""
     import torch
 
@@ -241,7 +242,7 @@ def _diffusers_unet(job: Job, dtype: Any) -> Any:
     return idioms.diffusers().UNet2DModel.from_pretrained(job.network, torch_dtype=dtype).eval()
 
 
-def _compiled(job: Job) -> Runner:
+def _compiled(job: Job) -> Evaluation:
     """Compile the same. Its weights are constants, which inductor prepacks."""
     import torch._inductor.config
 
@@ -249,7 +250,7 @@ def _compiled(job: Job) -> Runner:
     return _eager(job, compiled)
 
 
-def _zentorch(job: Job) -> Runner:
+def _zentorch(job: Job) -> Evaluation:
     """Compile the same with AMD's backend. It is faster at contiguous maps."""
     import torch
     import torch._inductor.config
@@ -286,7 +287,7 @@ def _export_openvino(job: Job, path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def _openvino(job: Job) -> Runner:
+def _openvino(job: Job) -> Evaluation:
     import openvino
 
     options = {
@@ -296,7 +297,7 @@ def _openvino(job: Job) -> Runner:
     }
     request = openvino.Core().compile_model(job.exported(".xml"), "CPU", options).create_infer_request()
     inputs = list(job.inputs())
-    return Runner(lambda: request.infer(inputs, share_inputs=True, share_outputs=True)[0])
+    return lambda: request.infer(inputs, share_inputs=True, share_outputs=True)[0]  # type: ignore[no-any-return]
 
 
 def _export_onnx(job: Job, path: Path) -> None:
@@ -306,7 +307,7 @@ def _export_onnx(job: Job, path: Path) -> None:
     torch.onnx.export(module, inputs, path, input_names=_INPUTS[: len(inputs)], dynamo=True, verbose=False)
 
 
-def _onnx(job: Job) -> Runner:
+def _onnx(job: Job) -> Evaluation:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -314,7 +315,7 @@ def _onnx(job: Job) -> Runner:
     options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads rest while others have their turn
     session = onnxruntime.InferenceSession(job.exported(".onnx"), options, providers=["CPUExecutionProvider"])
     inputs = dict(zip(_INPUTS, job.inputs(), strict=False))
-    return Runner(lambda: session.run(None, inputs)[0])
+    return lambda: session.run(None, inputs)[0]  # type: ignore[no-any-return]
 
 
 def _export_ncnn(job: Job, path: Path) -> None:
@@ -329,7 +330,7 @@ def _export_ncnn(job: Job, path: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace("Tensor.to  ", "Noop       "), encoding="utf-8")
 
 
-def _ncnn(job: Job) -> Runner:
+def _ncnn(job: Job) -> Evaluation:
     import ncnn
     import numpy as np
 
@@ -353,7 +354,7 @@ def _ncnn(job: Job) -> Runner:
             outs.append(np.array(extractor.extract("out0")[1]))
         return np.stack(outs)
 
-    return Runner(call)
+    return call
 
 
 _INPUTS = ("x", "t", "labels")
@@ -379,67 +380,46 @@ NETWORKS = {
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def _trainer(kind: str, mode: str = "") -> Callable[[Job], Runner]:
-    """Return how to build training of the job's network: ours, diffusers' or a plain one; compiled if a mode is given."""
+def _trainer(kind: str, *, compile: bool = False) -> Callable[[Job], Callable[[], None]]:
+    """Return how to build a training step of the job's network: `Trainer`'s, or that of ours, diffusers' or a plain one."""
 
-    def build(job: Job) -> Runner:
+    def build(job: Job) -> Callable[[], None]:
         import common
         import idioms
         import torch
+        import traced
 
         import ddpm_fast
 
         torch.set_num_threads(job.threads)
         keeping = ddpm_fast.kept_memory() if job.kept else nullcontext()
         keeping.__enter__()
-        memory_format = common.FORMATS[job.memory_format]
-        model: Any = idioms.random_unet(idioms.NETWORKS[job.network_name])
-        if kind == DIFFUSERS:
-            model = idioms.diffusers_unet(model)
-        elif kind == PLAIN:
-            model = idioms.plain(model)
-        model = model.to(job.device, memory_format=memory_format).train()
-        if mode:
-            model = torch.compile(model)
-        batch = idioms.Batch(job.batch, job.size, job.device, memory_format)
-        loss = idioms.loss_ours if kind == OURS else idioms.loss_peer
-        step = idioms.train_step(loss, model, job.dtype == "bf16")
+        config, memory_format = idioms.NETWORKS[job.network_name], common.FORMATS[job.memory_format]
+        if kind == TRAINER:
+            options = {"precision": job.dtype, "channels_last": job.memory_format == "channels_last"}
+            step = traced.trainer_step(config, job.batch, job.device, **options)
+        else:
+            network = {DIFFUSERS: idioms.diffusers_unet, PLAIN: idioms.plain}.get(kind, lambda model: model)
+            model = network(idioms.random_unet(config)).to(job.device, memory_format=memory_format).train()
+            loss = idioms.loss_ours if kind == OURS else idioms.loss_peer
+            take = idioms.train_step(loss, torch.compile(model) if compile else model, job.dtype == "bf16")
+            step = partial(take, idioms.Batch(job.batch, job.size, job.device, memory_format))
 
         def run(keeping: Any = keeping) -> None:  # memory is kept while this lives
-            step(batch)
+            step()
+            common.synchronize(job.device)
 
-        return Runner(run)
+        return run
 
     return build
 
 
-def _real_trainer(job: Job) -> Runner:
-    import common
-    import idioms
-    import torch
-    import traced
-
-    import ddpm_fast
-
-    torch.set_num_threads(job.threads)
-    keeping = ddpm_fast.kept_memory() if job.kept else nullcontext()
-    keeping.__enter__()
-    options = {"precision": job.dtype, "channels_last": job.memory_format == "channels_last"}
-    step = traced.trainer_step(idioms.NETWORKS[job.network_name], job.batch, job.device, **options)
-
-    def run(keeping: Any = keeping) -> None:  # memory is kept while this lives
-        step()
-        common.synchronize(job.device)
-
-    return Runner(run)
-
-
 TRAINING = {
     f"{DIFFUSERS} + eager PyTorch": Peer(_trainer(DIFFUSERS), _EXPORTERS),
-    f"{DIFFUSERS} + torch.compile": Peer(_trainer(DIFFUSERS, "default"), _EXPORTERS),
+    f"{DIFFUSERS} + torch.compile": Peer(_trainer(DIFFUSERS, compile=True), _EXPORTERS),
     PLAIN: Peer(_trainer(PLAIN)),
-    f"{PLAIN} + torch.compile": Peer(_trainer(PLAIN, "default")),
-    TRAINER: Peer(_real_trainer),
+    f"{PLAIN} + torch.compile": Peer(_trainer(PLAIN, compile=True)),
+    TRAINER: Peer(_trainer(TRAINER)),
     OURS: Peer(_trainer(OURS)),
 }
 
@@ -460,16 +440,9 @@ def _diffusers_sampler(scheduler: str, **options: Any) -> Callable[[Pretrained, 
         network = idioms.diffusers_unet(loaded.model).to(device, dtype).eval()
         config = loaded.model.config
         shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-
-        def one_evaluation(memory_format: torch.memory_format) -> Callable[[], object]:
-            candidate = copy.deepcopy(network).to(memory_format=memory_format)
-            x = torch.zeros(16, *shape, dtype=dtype, device=device).contiguous(memory_format=memory_format)
-            labels = torch.zeros(16, dtype=torch.int64, device=device)
-            return lambda: candidate(x, 0, class_labels=labels)
-
-        with torch.inference_mode():
-            memory_format = common.FORMATS[common.fastest_format(one_evaluation, device)[0]]
-        network.to(memory_format=memory_format)
+        labels = torch.zeros(16, dtype=torch.int64, device=device)
+        x = torch.zeros(16, *shape, dtype=dtype, device=device)
+        memory_format = common.FORMATS[common.use_faster_format(network, x, 0, labels)]
         settings = {
             "num_train_timesteps": loaded.objective.schedule.num_timesteps,
             "trained_betas": loaded.objective.schedule.betas.tolist(),

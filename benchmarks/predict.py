@@ -1,13 +1,12 @@
 """Predict the time of every op of the native backend on four GPUs. Nothing is measured.
 
     python benchmarks/predict.py
-    python benchmarks/predict.py --issue-efficiency 1   # lower bounds
     python benchmarks/predict.py --network cifar10-32   # a step of sampling and of training by kind, on an H100
 
 A kernel takes as long as the slowest of three: its bytes at the card's bandwidth, its instructions at the issue rate, and its
 special-function instructions (reciprocals, roots, exponentials) at an eighth of the full rate. A launch is added.
-The issue efficiency is the share of the issue slots that a kernel fills. Its default is assumed, and no card has confirmed it.
-With 1 the figures are lower bounds: then every slot is used. All figures assume that load, compute and store overlap.
+The issue efficiency is the share of the issue slots that a kernel fills. It is assumed, and no card has confirmed it.
+All figures assume that load, compute and store overlap.
 Instructions are those of tests/machine_code/budgets.json. tests/machine_code/native.py says which path of a kernel they count.
 """
 
@@ -20,13 +19,13 @@ import math
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
 import idioms
-from benchmark_ops import Work, elementwise, norms
+from benchmark_ops import Work, deciding
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "csrc"
@@ -95,8 +94,6 @@ TYPES = {"float32": "float", "bf16": "BFloat16"}
 
 def launches(work: Work, card: Card) -> list[Pass]:
     """Return the launches of an op. Kernels that handle a few numbers per sample count as a launch alone."""
-    if work.direction == "both":
-        return [each for way in ("forward", "backward") for each in launches(replace(work, direction=way), card)]
     return list(_norm(work, card) if work.case.op == "group_norm_silu" else _elementwise(work))
 
 
@@ -231,42 +228,23 @@ def busy_seconds(work: Work, card: Card, budgets: Budgets, issue_efficiency: flo
     return sum(max(_parts(each, card, budgets, issue_efficiency).values()) for each in launches(work, card))
 
 
-def works() -> list[Work]:
-    """Return the comparisons that benchmark_ops.py makes on a GPU."""
-    return [*elementwise("cuda"), *norms("cuda")]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words = f"assume that kernels fill this share of the issue slots ({ISSUE_EFFICIENCY}; 1: lower bounds)"
-    parser.add_argument("--issue-efficiency", type=float, default=ISSUE_EFFICIENCY, help=words)
-    parser.add_argument("--network", choices=idioms.NETWORKS, help="print the steps of this network")
-    parser.add_argument("--card", choices=[card.name for card in CARDS], help="with --network: the steps on this card (H100)")
+    parser.add_argument("--network", choices=idioms.NETWORKS, help="print a step of this network on an H100")
     args = parser.parse_args(arguments)
-    if args.card and not args.network:
-        parser.error("--card: goes with --network")
     data = json.loads(BUDGETS.read_text(encoding="utf-8"))["native"]
     if args.network:
         import traced
 
-        card = next(card for card in CARDS if card.name == (args.card or "H100"))
-        rows = traced.table(args.network, card, data["kernels"])
-        common.print_table(f"milliseconds of a step on an {card.name}, predicted", rows)
+        rows = traced.table(args.network, CARDS[1], data["kernels"])
+        common.print_table(f"milliseconds of a step on an {CARDS[1].name}, predicted", rows)
         print(f"assumed: {traced.ASSUMED}")
         return
-    if not 0 < args.issue_efficiency <= 1:
-        parser.error(f"--issue-efficiency: expected a share above 0 and at most 1, got {args.issue_efficiency}")
-    kind = "expected at an assumed" if args.issue_efficiency < 1 else "lower bounds at an"
-    what = f"predicted, {kind} issue efficiency of {args.issue_efficiency:g}"
-    rows = [
-        work.columns() | {card.name: predict(work, card, data["kernels"], args.issue_efficiency) for card in CARDS}
-        for work in works()
-    ]
-    cells = [
-        {key: f"{value['us']:g} {value['bound']}" if isinstance(value, dict) else value for key, value in row.items()}
-        for row in rows
-    ]
-    common.print_table(f"microseconds {what}, from the instructions of {data['compiler']}", cells)
+    rows = []
+    for work in deciding():
+        found = {card.name: predict(work, card, data["kernels"]) for card in CARDS}
+        rows.append(work.columns() | {name: f"{each['us']:g} {each['bound']}" for name, each in found.items()})
+    common.print_table(f"microseconds predicted from the instructions of {data['compiler']}", rows)
 
 
 if __name__ == "__main__":

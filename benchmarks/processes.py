@@ -92,22 +92,21 @@ class Job:
         return Path(self.folder, f"{self.batch}x{self.size}{suffix}")
 
 
-@dataclass(frozen=True)
-class Runner:
-    """A network ready to run.
+def seconds_of(call: Callable[[], object], calls: int) -> float:
+    """Return the seconds of a call, out of `calls` in a row."""
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - began) / calls
 
-    Attributes:
-        call: Run it once. Returns float32 [N, C, H, W], or None if there is nothing to compare.
-    """
 
-    call: Callable[[], Array | None]
-
-    def seconds(self, calls: int) -> float:
-        """Return the seconds of a call, out of `calls` in a row."""
-        began = time.perf_counter()
-        for _ in range(calls):
-            self.call()
-        return (time.perf_counter() - began) / calls
+def versions(modules: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those modules that are installed."""
+    found = {}
+    for module in modules:
+        with suppress(PackageNotFoundError):
+            found[module] = version(module)
+    return found
 
 
 class PeerFailed(Exception):
@@ -118,54 +117,45 @@ class Process:
     """A peer at work: started, loaded and run once.
 
     Attributes:
-        first_image: Seconds from the start of the process to the end of its first call.
-        load: The seconds of it that importing and loading take.
-        first_call: The seconds of it that the first call takes.
-        versions: Versions of the libraries that it needs, by name.
+        job: What it runs.
+        first_image: Seconds from the start of the process until its first call has ended and its output is saved.
+        about: Seconds of "import and load" and of the "first call" in it, and the "versions" of its libraries.
         used: CPU seconds of all threads and page faults per call, of each time that `seconds` was called.
+        peak: Peak memory of the process in bytes when `seconds` was called last: the GPU's if it runs on one, or else resident
+            memory, which is None on other systems than Linux.
     """
 
     def __init__(self, name: str, job: Job) -> None:
-        self.name, self.job = name, job
+        self.job = job
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (`close` closes it)
         began = time.perf_counter()
         self._process = _start(name, job, self._said)
-        reply = self._reply()
+        self.about = self._reply()
         self.first_image = time.perf_counter() - began
-        self.load: float = reply["load"]
-        self.first_call: float = reply["first call"]
-        self.versions: dict[str, str] = reply["versions"]
         self.used: list[tuple[float, float]] = []
+        self.peak: int | None = None
 
     def output(self) -> Array:
-        path = Path(self.job.folder, "output.npy")
-        self._ask(f"output {path}")
-        return np.load(path)
+        """Return what the first call returned."""
+        return np.load(self.about["output"])
 
     def seconds(self, calls: int) -> float:
         """Return the seconds of a call, out of `calls` in a row. Several follow one that wakes threads and caches."""
-        reply = self._ask(f"time {calls}")
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # then no reply will come
+            print(calls, file=self._process.stdin, flush=True)
+        reply = self._reply()
         self.used.append((reply["cpu"], reply["faults"]))
+        self.peak = reply["peak"]
         return float(reply["seconds"])
 
     def calls_per_turn(self) -> int:
         return math.ceil(TURN_SECONDS / self.seconds(1))
 
-    def peak(self) -> int | None:
-        """Return the peak memory of the process so far in bytes: the GPU's if it runs on one, or else resident memory."""
-        peak: int | None = self._ask("peak")["peak"]
-        return peak
-
     def close(self) -> None:
         if self._process.returncode is None:
             self._process.communicate()
         self._said.close()
-
-    def _ask(self, words: str) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # then no reply will come
-            print(words, file=self._process.stdin, flush=True)
-        return self._reply()
 
     def _reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -207,22 +197,14 @@ def _peer(name: str, job: Job) -> Any:
     return getattr(importlib.import_module(module), table)[name]
 
 
-def _versions(modules: Iterable[str]) -> dict[str, str]:
-    versions = {}
-    for module in modules:
-        with suppress(PackageNotFoundError):
-            versions[module] = version(module)
-    return versions
-
-
 def _last_line(said: Any, status: int) -> str:
     said.seek(0)
     lines = [line.strip() for line in said if line.strip()]
     return lines[-1] if lines else f"its process ended with status {status}"
 
 
-def serve(name: str, job: Job, mode: list[str]) -> None:
-    """Do what the parent asks, a line of JSON per reply."""
+def serve(name: str, job: Job, *mode: str) -> None:
+    """Write the peer's file in mode "export". Else run it once, and time as many calls as each line of the input says."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no reply
 
@@ -230,30 +212,28 @@ def serve(name: str, job: Job, mode: list[str]) -> None:
         print(json.dumps(values), file=replies, flush=True)
 
     peer = _peer(name, job)
-    if mode == ["export"]:
+    if mode == ("export",):
         peer.export_once(job)
         return
     began = time.perf_counter()
-    runner: Runner = peer.build(job)
+    call = peer.build(job)
     loaded = time.perf_counter()
-    output = runner.call()
-    reply(**{"load": loaded - began, "first call": time.perf_counter() - loaded, "versions": _versions(peer.needs)})
+    first = call()
+    about = {"import and load": loaded - began, "first call": time.perf_counter() - loaded, "versions": versions(peer.needs)}
+    if first is not None:
+        about["output"] = str(Path(job.folder, f"output of {os.getpid()}.npy"))
+        np.save(about["output"], first)
+    reply(**about)
     for line in sys.stdin:
-        command, _, argument = line.strip().partition(" ")
-        if command == "output":
-            np.save(argument, output)
-            reply()
-        elif command == "peak":
-            reply(peak=_peak(job.device))
-        else:
-            calls = int(argument)
-            if calls > 1:
-                runner.seconds(1)
-            before = resource.getrusage(resource.RUSAGE_SELF)
-            seconds = runner.seconds(calls)
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            cpu = used.ru_utime - before.ru_utime + used.ru_stime - before.ru_stime
-            reply(seconds=seconds, cpu=cpu / calls, faults=(used.ru_minflt - before.ru_minflt) / calls)
+        calls = int(line)
+        if calls > 1:
+            call()
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = seconds_of(call, calls)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        cpu = used.ru_utime - before.ru_utime + used.ru_stime - before.ru_stime
+        faults = (used.ru_minflt - before.ru_minflt) / calls
+        reply(seconds=seconds, cpu=cpu / calls, faults=faults, peak=_peak(job.device))
 
 
 def _peak(device: str) -> int | None:
@@ -261,11 +241,6 @@ def _peak(device: str) -> int | None:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    return peak_resident()
-
-
-def peak_resident() -> int | None:
-    """Return the most bytes of this process that were resident, or None on other systems than Linux."""
     with suppress(OSError):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
@@ -273,4 +248,4 @@ def peak_resident() -> int | None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Job(**json.loads(sys.argv[2])), sys.argv[3:])
+    serve(sys.argv[1], Job(**json.loads(sys.argv[2])), *sys.argv[3:])

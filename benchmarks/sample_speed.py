@@ -67,8 +67,8 @@ class Samplers:
         device: Device of the networks.
 
     Attributes:
-        modes: Modes of torch.compile to compare with, in place of eager PyTorch.
-        compiles_ours: Compile our frozen network in these modes, and not the peer's.
+        mode: Mode of torch.compile to compare with, in place of eager PyTorch.
+        compiles_ours: Compile our frozen network in this mode, and not the peer's.
     """
 
     def __init__(self, model: UNet, schedule: NoiseSchedule, steps: int, dtype: torch.dtype, device: str) -> None:
@@ -79,30 +79,27 @@ class Samplers:
         self.classes: int | None = model.config["num_class_embeds"]
         self.ours = ddpm_fast.Sampler(model, self.plan, dtype=dtype, device=device)
         self.networks: dict[str, nn.Module] = {PLAIN: idioms.plain(copy.deepcopy(model))}
-        self.pipeline: Any = None
+        self.pipelines: dict[str, Any] = {}
         if installed("diffusers"):
             network = self.networks[PIPELINE] = idioms.diffusers_unet(model)
+            pipeline = idioms.diffusers().DDPMPipeline(unet=network, scheduler=idioms.diffusers_scheduler(schedule))
+            pipeline.set_progress_bar_config(disable=True)
+            self.pipelines[PIPELINE] = pipeline
             if self.classes is not None:  # DDPMPipeline knows no classes
-                no_label = self.no_label
-
-                def add_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                    return args, {**kwargs, "class_labels": no_label(len(args[0]))}
-
-                network.register_forward_pre_hook(add_labels, with_kwargs=True)
-            scheduler = idioms.diffusers_scheduler(schedule)
-            self.pipeline = idioms.diffusers().DDPMPipeline(unet=network, scheduler=scheduler)
-            self.pipeline.set_progress_bar_config(disable=True)
-        self.frozen: Any = None
-        if self.pipeline is not None and self.classes is None and dtype != torch.float64:
-            self.frozen = ddpm_fast.freeze(self.pipeline, dtype, device=device)  # its images are float32 in any dtype
+                network.register_forward_pre_hook(self.add_labels, with_kwargs=True)
+            elif dtype != torch.float64:
+                self.pipelines[FROZEN] = ddpm_fast.freeze(pipeline, dtype, device=device)  # its images are float32 in any dtype
         for network in self.networks.values():
             network.to(device, dtype).eval()
         self.formats = {OURS: "channels_last", FROZEN: "channels_last"}
-        self.modes: Sequence[str] = ()
+        self.mode = ""
         self.compiles_ours = False
 
     def no_label(self, n: int) -> Tensor | None:
         return None if self.classes is None else torch.full((n,), self.classes - 1, device=self.device)
+
+    def add_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "class_labels": self.no_label(len(args[0]))}
 
     def by_name(self, draw: Callable[[int | None, Tensor], Tensor] | None = None) -> dict[str, Callable[[int], Tensor]]:
         """Return calls from a batch size to images in [-1, 1]. `draw` gives plain PyTorch its noise."""
@@ -116,25 +113,22 @@ class Samplers:
             return idioms.sample(network, self.plan, like, self.no_label(n), draw=draw)
 
         samplers: dict[str, Callable[[int], Tensor]] = {}
-        if not self.modes:
-            samplers[PLAIN] = partial(with_loop, self.networks[PLAIN])
-        if self.pipeline is not None and not self.modes:
-            samplers[PIPELINE] = partial(with_pipeline, self.pipeline)
-        if self.frozen is not None and not self.modes:
-            samplers[FROZEN] = partial(with_pipeline, self.frozen)
-        for mode in self.modes:  # the same loop, in which no step waits for the host
-            name = OURS if self.compiles_ours else PIPELINE if self.pipeline is not None and self.classes is None else PLAIN
-            key = f"{name.split()[0]} + torch.compile {mode}"
+        if self.mode:  # the same loop, in which no step waits for the host
+            name = OURS if self.compiles_ours else PIPELINE if self.pipelines and self.classes is None else PLAIN
             # Ours is compiled with its own kernels inside.
             eager = ddpm_fast.freeze(self.model, self.dtype, device=self.device) if name == OURS else self.networks[name]
-            network = compiled(eager, mode)
+            network = compiled(eager, self.mode)
 
-            def step(*inputs: Any, network: Callable[..., Any] = network) -> Any:
+            def step(*inputs: Any) -> Any:
                 torch.compiler.cudagraph_mark_step_begin()  # the graph may overwrite the output of the last step
                 return network(*inputs)
 
+            key = f"{name.split()[0]} + torch.compile {self.mode}"
             samplers[key] = partial(with_loop, step)
             self.formats[key] = self.formats.get(name, "contiguous")
+        else:
+            samplers[PLAIN] = partial(with_loop, self.networks[PLAIN])
+            samplers |= {name: partial(with_pipeline, pipeline) for name, pipeline in self.pipelines.items()}
         return samplers | {OURS: lambda n: self.ours(n, class_labels="none", progress=False)}
 
     def choose_formats(self, batch: int) -> None:
@@ -143,16 +137,7 @@ class Samplers:
         t = torch.full((batch,), 500, device=self.device)
         for name, network in self.networks.items():
             labels = () if self.classes is None or name == PIPELINE else (self.no_label(batch),)
-
-            def make(
-                memory_format: torch.memory_format, network: nn.Module = network, labels: tuple[Any, ...] = labels
-            ) -> Callable[[], object]:
-                candidate = copy.deepcopy(network).to(memory_format=memory_format)  # type: ignore[call-overload]
-                return partial(candidate, x.contiguous(memory_format=memory_format), t, *labels)
-
-            with torch.inference_mode():
-                self.formats[name], _ = common.fastest_format(make, self.device)
-            network.to(memory_format=common.FORMATS[self.formats[name]])  # type: ignore[call-overload]
+            self.formats[name] = common.use_faster_format(network, x, t, *labels)
 
 
 @contextmanager
@@ -215,17 +200,12 @@ def why_doubtful(load: float | None, times: Mapping[str, common.Times], policy: 
         policy: Value of OMP_WAIT_POLICY.
     """
     reasons = [f"other programs were running (load average {load})"] if load is not None and load > BUSY_LOAD else []
-    spreads = {name: taken.spread for name, taken in times.items()}
-    wide = {name: (each.high - each.low) / each.median for name, each in spreads.items()}
-    widest = max(wide, key=wide.__getitem__, default=None)
-    if widest is not None and wide[widest] > WIDE:
+    wide = {name: (taken.spread.high - taken.spread.low) / taken.spread.median for name, taken in times.items()}
+    widest = max(wide, key=wide.__getitem__)
+    if wide[widest] > WIDE:
         reasons.append(f"the quartiles of {widest} are {wide[widest]:.0%} of its median apart")
-    if not reasons:
-        return None
-    passive = policy.lower() == "passive"
-    effect = "are less certain" if passive else "may be several times too high"
-    advice = "close other programs" if passive else "close other programs, or set OMP_WAIT_POLICY=passive"
-    return f"warning: the ratios {effect}, because {' and '.join(reasons)}: {advice}"
+    advice = "close other programs" + ("" if policy.lower() == "passive" else ", or set OMP_WAIT_POLICY=passive")
+    return f"warning: the ratios may be too high, because {' and '.join(reasons)}: {advice}" if reasons else None
 
 
 def seconds_of(sampler: Callable[[int], Tensor], batch: int, device: str) -> float:
@@ -238,15 +218,16 @@ def seconds_of(sampler: Callable[[int], Tensor], batch: int, device: str) -> flo
 
 def measure(name: str, samplers: Samplers, batch: int, args: argparse.Namespace, run: common.Run) -> None:
     """Time the samplers of a model and batch size. On a GPU each has captured, tuned and compiled before."""
-    section = " ".join(["sample_speed", name, args.dtype, f"batch {batch}", *samplers.modes])
-    section += " of ours" if samplers.compiles_ours else ""
+    words = [samplers.mode] if samplers.mode else []
+    words += ["of ours"] if samplers.compiles_ours else []
+    section = " ".join(["sample_speed", name, args.dtype, f"batch {batch}", *words])
     if args.go_on and run.has(section, rounds=args.rounds, steps=args.steps):
         return
     timers: dict[str, Callable[[], float]] = {}
     for peer, sampler in samplers.by_name().items():
         with run.going_on(f"{name}, batch {batch}, {peer}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's own
-            if samplers.modes or args.device != "cpu":
+            if samplers.mode or args.device != "cpu":
                 sampler(batch)
             timers[peer] = partial(seconds_of, sampler, batch, args.device)
     times: dict[str, common.Times] = {}
@@ -272,46 +253,42 @@ def measure(name: str, samplers: Samplers, batch: int, args: argparse.Namespace,
 
 def plot(rows: list[dict[str, Any]], title: str) -> Any:
     figure, axes = common.pyplot().subplots(figsize=(7, 0.6 * len(rows) + 1.4), layout="constrained")
-    for place, row in enumerate(reversed(rows)):
+    for row in reversed(rows):
         speed = row["images/s"]
-        error = [[speed.median - speed.low], [speed.high - speed.median]]
         color = "tab:orange" if row["sampler"] == OURS else "tab:gray"
-        axes.barh(place, speed.median, xerr=error, color=color, ecolor="black", capsize=3)
-        axes.text(speed.high, place, f"  {speed.median:.3g}", va="center")
-    axes.set_yticks(range(len(rows)), [row["sampler"] for row in reversed(rows)])
-    axes.set_xlabel("images per second (median and quartiles; longer is better)")
-    axes.set_title(title, fontsize="medium")
-    axes.spines[["top", "right"]].set_visible(False)
+        bar = axes.barh(row["sampler"], speed.median, xerr=common.errors([speed]), color=color, capsize=3)
+        axes.bar_label(bar, fmt="{:.3g}", padding=4)
+    axes.set(xlabel="images per second (median and quartiles; longer is better)", title=title)
     axes.margins(x=0.15)
     return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser(__doc__)
-    text = "take builtin (default), a model's folder, or random weights: cifar10-32, 256x256, small, tiny"
-    parser.add_argument("--model", nargs="+", default=["builtin"], help=text)
-    parser.add_argument("--batch", type=int, nargs="+", default=[16], help="sample this many images at once (16)")
-    parser.add_argument("--steps", type=int, default=20, help="take this many steps of the schedule's 1000 (20)")
-    parser.add_argument("--rounds", type=int, default=3, help="run each sampler this many times (3)")
-    parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="run the networks in this (float32)")
-    parser.add_argument(
-        "--compile", nargs="*", default=[], metavar="MODE", help="compare with these modes of torch.compile alone"
-    )
-    parser.add_argument("--seconds", type=float, default=3600, help="begin no comparison after this many seconds (3600)")
-    parser.add_argument("--trusted", action="store_true", help="do not compare images first: an earlier run has done so")
-    parser.add_argument("--go-on", action="store_true", help="skip what the results of this commit have already")
-    parser.add_argument("--plot", action="store_true", help="draw the picture that docs/benchmarks.md shows")
-    args = parser.parse_args(arguments)
+    options: dict[str, dict[str, Any]] = {
+        "--model": {
+            "nargs": "+",
+            "default": ["builtin"],
+            "help": "take builtin (default), a model's folder, or random weights: cifar10-32, 256x256, small, tiny",
+        },
+        "--batch": {"type": int, "nargs": "+", "default": [16], "help": "sample this many images at once (16)"},
+        "--steps": {"type": int, "default": 20, "help": "take this many steps of the schedule's 1000 (20)"},
+        "--rounds": {"type": int, "default": 3, "help": "run each sampler this many times (3)"},
+        "--dtype": {"choices": common.DTYPES, "default": "float32", "help": "run the networks in this (float32)"},
+        "--compile": {
+            "nargs": "*",
+            "default": [],
+            "metavar": "MODE",
+            "help": "compare with these modes of torch.compile alone",
+        },
+        "--seconds": {"type": float, "default": 3600, "help": "begin no comparison after this many seconds (3600)"},
+        "--trusted": {"action": "store_true", "help": "do not compare images first: an earlier run has done so"},
+        "--go-on": {"action": "store_true", "help": "skip what the results of this commit have already"},
+        "--plot": {"action": "store_true", "help": "draw the picture that docs/benchmarks.md shows"},
+    }
+    args = common.parse(__doc__, arguments, options)
 
-    if args.plot:
-        if args.out is None:
-            parser.error("--plot writes its picture next to the results, so name their file: --out FILE")
-        common.pyplot()
     deadline = time.monotonic() + args.seconds
     run = common.Run(args.device, args.out)
-    doubt = None if args.device != "cpu" else why_doubtful(run.machine["load_average"], {}, run.machine["wait_policy"])
-    if doubt is not None:
-        print(doubt, flush=True)
     dtype = common.DTYPES[args.dtype]
     for name in args.model:
         with run.going_on(name):
@@ -325,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(f"left out: {name}, batch {batch}: no time was left")
                     continue
                 samplers.choose_formats(batch)
-                for samplers.modes in [[mode] for mode in args.compile] or [[]]:
+                for samplers.mode in args.compile or [""]:
                     measure(name, samplers, batch, args, run)
     run.finish()
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import ddpm_fast
 from ddpm_fast.distributed import Processes
 from ddpm_fast.ops.backend import native_error
-from ddpm_fast.training.data import Checked, read_batch
+from ddpm_fast.training.data import DatasetInfo, Item, collate
 from ddpm_fast.training.options import TrainOptions
 from ddpm_fast.training.rng import TrainingRng
 from ddpm_fast.training.run import RunFolder
@@ -187,10 +187,17 @@ def training_step(config: dict[str, Any]) -> list[Call]:
     return tracer.calls
 
 
+class Images(list[Item]):
+    """A data set for machines without Pillow."""
+
+    info: DatasetInfo
+
+
 def trainer_step(config: dict[str, Any], batch: int, device: str, **options: Any) -> Callable[[], object]:
     """Return a step of `Trainer`, without its folder. `options` are those of `TrainOptions`."""
-    images = torch.zeros(batch, 3, config["sample_size"], config["sample_size"], dtype=torch.uint8)
-    dataset = Checked(images, 3, None)
+    image = torch.zeros(3, config["sample_size"], config["sample_size"], dtype=torch.uint8)
+    dataset = Images([Item(image, 0)] * batch)
+    dataset.info = DatasetInfo("images", tuple(image.shape))
     settings = TrainOptions(**{"batch_size": batch, "micro_batch_size": batch, "precision": "bf16"} | options)
     task = Task(
         folder=RunFolder("none"),
@@ -204,9 +211,9 @@ def trainer_step(config: dict[str, Any], batch: int, device: str, **options: Any
         stored=None,
         model=idioms.random_unet(config),
         labelled=False,
-        dataset=dataset,
+        dataset=dataset,  # type: ignore[arg-type]
     )
-    return partial(take_step, task, State.initial(task), read_batch(dataset, range(batch)))
+    return partial(take_step, task, State.initial(task), collate(dataset))
 
 
 def predicted(calls: Iterable[Call], card: Card, batch: int, budgets: Budgets) -> dict[str, float]:

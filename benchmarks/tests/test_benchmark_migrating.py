@@ -8,7 +8,7 @@ from pathlib import Path
 import benchmark_migrating
 import pytest
 import torch
-from benchmark_migrating import LIBRARIES, Pair
+from benchmark_migrating import Pair
 
 pytest.importorskip("diffusers")
 pytest.importorskip("denoising_diffusion_pytorch")
@@ -33,7 +33,3 @@ def test_other_images_are_an_error() -> None:
     assert benchmark_migrating.require_same_images("it", Pair(pair.before, pair.before, "contiguous")) == 0
     with pytest.raises(AssertionError, match=r"^it: images differ by 0\.01, at most 0\.001 expected"):
         benchmark_migrating.require_same_images("it", pair)
-
-
-def test_remedies_name_what_is_missing() -> None:
-    assert all(library.module.partition("_")[0] in library.remedy for library in LIBRARIES.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import benchmark_unet
 import idioms
@@ -17,15 +17,14 @@ from small_unets import SMALL
 
 
 class FakeProcess:
-    first_image, load, first_call = 4.0, 1.0, 1.0
+    about: ClassVar = {"import and load": 1.0, "first call": 1.0, "versions": {"torch": "2.9"}}
+    peak = None
 
     def __init__(self, name: str, job: Job) -> None:
         if name == "OpenVINO":
             raise PeerFailed("it crashed")
         self.name, self.job = name, job
         self.first_image = 2.0 if name == OURS else 4.0
-        self.closed = False
-        self.versions = {"torch": "2.9"}
 
     def output(self) -> Any:
         right = benchmark_unet.outputs(self.job, torch.float32)
@@ -37,11 +36,7 @@ class FakeProcess:
     def seconds(self, calls: int) -> float:
         return self.first_image
 
-    def peak(self) -> None:
-        return None
-
-    def close(self) -> None:
-        self.closed = True
+    def close(self) -> None: ...
 
 
 @pytest.fixture
@@ -51,13 +46,13 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     missing = ("torch.compile", "zentorch", "ncnn")
     for name in NETWORKS:
         monkeypatch.setitem(NETWORKS, name, Peer(print, ("no_such_module",) if name in missing else ()))
-    with benchmark_unet.network_folder(SMALL, tmp_path) as folder:
-        return Job(folder, 3, SMALL["sample_size"], threads=torch.get_num_threads())
+    idioms.random_unet(SMALL).save_pretrained(tmp_path / "network")
+    return Job(str(tmp_path), 3, SMALL["sample_size"])
 
 
 def test_peers_that_are_missing_wrong_or_crash_are_left_out(job: Job) -> None:
     missing: dict[str, str] = {}
-    rows = benchmark_unet.compare(list(NETWORKS), job, rounds=2, starts=3, missing=missing, versions={})
+    rows = benchmark_unet.compare(list(NETWORKS), job, rounds=2, starts=3, missing=missing)
     assert [row["contestant"] for row in rows] == [OURS, "diffusers"]
     assert [row["best peer"] for row in rows] == ["", "*"]
     assert rows[1]["ddpm_fast is faster by"].median == 2

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +31,6 @@ def test_everybody_takes_a_turn_in_every_round() -> None:
     assert times["b"].speedup_over(times["a"]) == pytest.approx((1, 0.75, 1.25))  # 1/2 and 6/4, round by round
 
 
-@pytest.mark.parametrize("command", ["sample_speed --plot", "benchmark_unet --plot", "benchmark_training loss"])
-def test_a_missing_matplotlib_is_said_before_any_work(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, *arguments = command.split()
-    benchmark = importlib.import_module(module)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("load_model", "network_folder", "batches"):
-        monkeypatch.setattr(benchmark, name, lambda *_: pytest.fail("work began"), raising=False)
-    with pytest.raises(SystemExit, match=r"matplotlib is missing: install it with pip install 'ddpm_fast\[bench\]'"):
-        benchmark.main([*arguments, "--out", str(tmp_path / "out.json")])
-
-
 def test_results_of_a_cpu_go_by_model_and_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "device_name", lambda device: "Some(R) CPU 9 @ 2.40GHz")
     monkeypatch.setattr(common, "cores", lambda: 2)
@@ -54,16 +40,16 @@ def test_results_of_a_cpu_go_by_model_and_instruction_set(monkeypatch: pytest.Mo
 
 def test_a_run_keeps_other_sections_and_says_what_failed(tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "new" / "out.json"
-    first, second = common.Run(out=out), common.Run(out=out)
-    first.save("a", [{"ms": common.Spread(1.23456, 1, 2)}])
-    with second.going_on("peer"):
+    common.Run(out=out).save("a", [{"ms": common.Spread(1.23456, 1, 2)}])
+    run = common.Run(out=out)
+    with run.going_on("peer"):
         raise RuntimeError("it crashed")
-    second.save("b", [], **{"left out": "x"})
-    sections = json.loads(out.read_text(encoding="utf-8"))
+    run.save("b", [], **{"left out": "x"})
+    sections = common.read_results(out)
     assert sections["a"]["rows"] == [{"ms": {"median": 1.235, "low": 1, "high": 2}}]
     assert sections["b"]["machine"]["left out"] == "x"
     with pytest.raises(SystemExit, match="1"):
-        second.finish("1 of 2 made")
+        run.finish("1 of 2 made")
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"1 of 2 made; 1 failed, first: peer: RuntimeError: it crashed; results: {out}"
 
@@ -81,9 +67,8 @@ def test_a_table_is_that_of_a_commit(tmp_path: Path) -> None:
 def test_nothing_is_written_unless_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The results in the repository are those of quiet machines."""
     monkeypatch.setattr(common, "default_output", lambda device: tmp_path / "tracked.json")
-    outs = [common.parser(None).parse_args(words).out for words in ([], ["--out"], ["--out", "named.json"])]
-    assert outs == [None, common.RECORDED, Path("named.json")]
-    assert common.Run(out=outs[1]).path == tmp_path / "tracked.json"
+    outs = [common.parse(None, words, {}).out for words in ([], ["--out"], ["--out", "named.json"])]
+    assert [common.Run(out=out).path for out in outs] == [None, tmp_path / "tracked.json", Path("named.json")]
     unwritten = common.Run(out=None)
     unwritten.save("a", [{"ms": 1.0}], "a table")
     unwritten.picture(None, "a")

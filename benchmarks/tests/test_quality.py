@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,39 +17,23 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import dpm_solver_plan, load_builtin, sample_seeds
-from ddpm_fast.pretrained import BUILTIN
 from ddpm_fast.training.data import Item, read_batch
 
 
 def test_a_classifier_comes_back_from_its_file(tmp_path: Path):
-    classifier = quality.Classifier()
-    path = tmp_path / "cache" / "classifier.safetensors"
+    classifier, path = quality.Classifier(), tmp_path / "cache" / "classifier.safetensors"
     quality.save_classifier(path, classifier)
     images = torch.randint(256, (3, 1, 32, 32), dtype=torch.uint8)
     written, read = (quality.measure(c, images) for c in (classifier, quality.load_classifier(path)))
     assert torch.equal(written.features, read.features)
-    assert read.features.dtype == torch.float64
     assert read.accuracy(written.predicted) == 1
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_wrong_classifier_file_is_refused(tmp_path: Path):
-    path = tmp_path / "classifier.safetensors"
-    weights = quality.Classifier().state_dict()
-    path.write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"expected .*classifier.* to be a whole safetensors file"):
-        quality.load_classifier(path)
-    safetensors.torch.save_file(weights, path)
+def test_a_classifier_of_another_recipe_or_a_weak_one_is_refused(tmp_path: Path):
+    path = tmp_path / "weak"
+    safetensors.torch.save_file(quality.Classifier().state_dict(), path)
     with pytest.raises(ValueError, match=r"expected .* to hold a classifier of this script's recipe, got recipe None"):
         quality.load_classifier(path)
-    recipe = {"recipe": json.dumps(quality.RECIPE, sort_keys=True)}
-    safetensors.torch.save_file({"head.weight": weights["head.weight"]}, path, metadata=recipe)
-    with pytest.raises(ValueError, match="to fit the classifier, got missing"):
-        quality.load_classifier(path)
-
-
-def test_a_weak_classifier_is_refused(tmp_path: Path):
-    path = tmp_path / "weak"
     quality.save_classifier(path, quality.Classifier())
     with pytest.raises(ValueError, match=r"accuracy on test images to be at least 0.91, got .* from '.*weak'"):
         quality.trained_classifier(path, torch.zeros(10, 1, 32, 32, dtype=torch.uint8), torch.arange(10))
@@ -84,29 +68,25 @@ def test_samplers_are_named_by_method_and_evaluations():
 
 def test_each_plan_evaluates_as_often_as_its_name_says():
     loaded = load_builtin()
-    plans = {}
-    for name, evaluations in quality.chosen([name for name, method in quality.METHODS.items() if method.plan], [5, 20]):
-        build = quality.METHODS[name].plan
-        assert build is not None
-        plans[name] = build(loaded, evaluations)
+    ours = [name for name, method in quality.METHODS.items() if method.plan]
+    plans: dict[str, Any] = {}
+    for name, evaluations in quality.chosen(ours, [5, 20]):
+        plans[name] = quality.METHODS[name].plan(loaded, evaluations)  # type: ignore[misc]
         assert plans[name].num_steps == evaluations
     assert {name for name, plan in plans.items() if plan.is_random} == {
         *("ddpm", "sde", "sde-karras", "2m-few-0.3", "2m-few-1", "sde1", "3m-sde")
     }
-    assert {name for name, plan in plans.items() if not plan.needs_x_0_prev} == {"ddpm", "ddim", "sde1"}
     assert {name for name, plan in plans.items() if plan.needs_x_0_prev2} == {"3m", "3m-few", "3m-sde"}
     levels = {name: (1 / plans[name].alpha_bars[[0, -1]] - 1).sqrt().tolist() for name in ("2m-few", "2m-fewer")}
     assert levels == {"2m-few": pytest.approx([80, 0.06]), "2m-fewer": pytest.approx([40, 0.06])}
-    assert not torch.equal(plans["2m"].coefficients, plans["karras"].coefficients)
 
 
 def test_the_weights_hash_sees_each_weight():
     model = torch.nn.Linear(2, 2)
-    before = quality.weights_hash(model)
-    assert quality.weights_hash(copy.deepcopy(model)) == before
-    with torch.no_grad():
-        model.bias[1] += 1
-    assert quality.weights_hash(model) != before
+    other = copy.deepcopy(model)
+    assert quality.weights_hash(model) == quality.weights_hash(other)
+    torch.nn.init.constant_(other.bias[1:], 9)
+    assert quality.weights_hash(model) != quality.weights_hash(other)
 
 
 @pytest.fixture
@@ -133,36 +113,33 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
 
 
 def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callable[..., tuple[dict[str, Any], str]]):
-    section, _ = small("--samplers", "sde", "ddpm:3", "--evaluations", "4", "--seeds", "2")
+    section, _ = small("--samplers", "sde", "ddpm:3", "--evaluations", "4", "--seeds", "3")
     rows = {(row["name"], row["evaluations"]): row for row in section["rows"]}
-    assert set(rows) == {("real", None), ("ddpm", 3), ("sde", 4)}
-    assert {tuple(row["seeds"]) for row in rows.values()} == {(0, 1)}
+    # 40 real images are two sets of 16, which are disjoint
+    assert {key: row["seeds"] for key, row in rows.items()} == {
+        ("real", None): [0, 1],
+        ("ddpm", 3): [0, 1, 2],
+        ("sde", 4): [0, 1, 2],
+    }
     assert {"device", "torch", "commit", "classifier", "options"} <= set(section["machine"])
 
     loaded = load_builtin()
     classifier = quality.load_classifier(tmp_path / "classifier")
     test_images, labels, _ = read_batch(quality.load_dataset("fashion-mnist"), range(80))
     real, reference = (quality.measure(classifier, test_images[half]) for half in quality.split_real(labels))
-    wanted = torch.arange(16) % 10
-    plan = ddpm_fast.dpm_solver_plan(loaded.objective, 4, eta=1.0)
-    sampler = loaded.sampler(plan)
-    distances, accuracies = [], []
-    for seed in (0, 1):
-        images = sampler(16, seed=seed, batch_size=8, class_labels=wanted)
-        measured = quality.measure(classifier, ddpm_fast.to_uint8(images))
-        distances.append(ddpm_fast.frechet_distance(measured.features, reference.features))
-        accuracies.append(measured.accuracy(wanted))
-    row = rows["sde", 4]
-    assert row[quality.DISTANCE]["by seed"] == pytest.approx(distances, rel=1e-3)
-    assert row[quality.DISTANCE]["mean"] == pytest.approx(sum(distances) / 2, rel=1e-3)
-    assert row[quality.DISTANCE]["std"] == pytest.approx(abs(distances[0] - distances[1]) / 2**0.5, rel=2e-2)
-    assert row["accuracy"]["by seed"] == pytest.approx(accuracies, rel=1e-3)
-    assert row["s/image"]["median"] > 0
-    floor = [ddpm_fast.frechet_distance(real.features[i : i + 16], reference.features) for i in (0, 16)]
-    assert rows["real", None][quality.DISTANCE]["by seed"] == pytest.approx(floor, rel=1e-3)
+    sampler, wanted = loaded.sampler(dpm_solver_plan(loaded.objective, 4, eta=1.0)), torch.arange(16) % 10
+    drawn = [sampler(16, seed=seed, batch_size=8, class_labels=wanted) for seed in range(3)]
+    ours = [quality.measure(classifier, ddpm_fast.to_uint8(images)) for images in drawn]
+    floor = [quality.Measured(real.predicted[i : i + 16], real.features[i : i + 16]) for i in (0, 16)]
+    for row, sets, first in ((rows["sde", 4], ours, 0), (rows["real", None], floor, 16)):
+        distances = [ddpm_fast.frechet_distance(each.features, reference.features) for each in sets]
+        accuracies = [each.accuracy(torch.arange(i * first, i * first + 16) % 10) for i, each in enumerate(sets)]
+        assert row[quality.DISTANCE]["by seed"] == pytest.approx(distances, rel=1e-3)
+        assert row[quality.DISTANCE]["mean"] == pytest.approx(statistics.fmean(distances), rel=1e-3)
+        assert row[quality.DISTANCE]["std"] == pytest.approx(statistics.stdev(distances), rel=2e-2)
+        assert row["accuracy"]["by seed"] == pytest.approx(accuracies, rel=1e-3)
+    assert rows["sde", 4]["s/image"]["median"] > 0
     assert rows["real", None]["s/image"] is None
-    of_floor = [float((real.predicted[i : i + 16] == torch.arange(i, i + 16) % 10).double().mean()) for i in (0, 16)]
-    assert rows["real", None]["accuracy"]["by seed"] == pytest.approx(of_floor, rel=1e-3)
 
 
 def test_a_run_continues(small: Callable[..., tuple[dict[str, Any], str]], monkeypatch: pytest.MonkeyPatch):
@@ -174,7 +151,7 @@ def test_a_run_continues(small: Callable[..., tuple[dict[str, Any], str]], monke
 
         def watched(seeds: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             drawn.append((name, evaluations))
-            if evaluations == 3 and len(drawn) == 4:  # the second batch
+            if len(drawn) == 4:  # the second batch of the second sampler
                 raise RuntimeError("stopped")
             return draw(seeds, labels)
 
@@ -184,19 +161,14 @@ def test_a_run_continues(small: Callable[..., tuple[dict[str, Any], str]], monke
     arguments = ["--samplers", "ddpm:2", "ddim:3", "--seeds", "1"]
     with pytest.raises(RuntimeError, match="stopped"):
         small(*arguments)
-    drawn.clear()
     section, text = small(*arguments)
-    assert drawn == [("ddim", 3)] * 2  # ddpm:2 was there
+    assert drawn[4:] == [("ddim", 3)] * 2  # ddpm:2 was there
     assert [row["name"] for row in section["rows"]] == ["real", "ddpm", "ddim"]
-    drawn.clear()
-    _, again = small(*arguments)
-    assert drawn == []
-    assert again == text
+    assert small(*arguments)[1] == text
     small("--samplers", "ddpm:2", "--seeds", "2")
-    assert drawn == [("ddpm", 2)] * 2  # seed 1 alone
-    drawn.clear()
+    assert drawn[6:] == [("ddpm", 2)] * 2  # seed 1 alone
     section, _ = small("--samplers", "ddpm:2", "--seeds", "1", "--batch", "16")
-    assert drawn == [("ddpm", 2)]  # another option measures again
+    assert drawn[8:] == [("ddpm", 2)]  # another option measures again
     assert [row["name"] for row in section["rows"]] == ["real", "ddpm"]
 
 
@@ -214,46 +186,31 @@ def test_guidance_reaches_the_sampler_and_has_a_section_of_its_own(
     assert scales == [2.0]
     assert [row["name"] for row in section["rows"]] == ["real", "ddpm"]
     assert "left out: diffusers-2m: its pipeline has no guidance" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        small("--table")  # without guidance
-    assert "to have the section" in capsys.readouterr().err
-
-
-def test_the_floor_has_no_more_seeds_than_disjoint_sets(small: Callable[..., tuple[dict[str, Any], str]]):
-    section, _ = small("--samplers", "ddpm:2", "--seeds", "3")  # 40 images are two sets of 16
-    assert {row["name"]: row["seeds"] for row in section["rows"]} == {"real": [0, 1], "ddpm": [0, 1, 2]}
 
 
 def test_the_table_and_the_plot_come_from_the_results(
     tmp_path: Path, small: Callable[..., tuple[dict[str, Any], str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
     pytest.importorskip("matplotlib")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="to have the section"):
         small("--table")
-    assert "to have the section" in capsys.readouterr().err
     section, text = small("--samplers", "ddpm:2", "ddpm:3", "sde:2", "--seeds", "2")
     monkeypatch.setattr(quality, "build_draw", None)
     capsys.readouterr()
-    small("--table", "--samplers", "ddpm:3")
-    assert "(eq. 13) | 3 |" in (table := capsys.readouterr().out)
-    assert "(eq. 13) | 2 |" not in table
-    picture = tmp_path / "plot.png"
-    _, after = small("--table", "--plot", str(picture))
-    assert after == text
+    assert small("--table", "--plot", str(tmp_path / "plot.png"))[1] == text
     lines = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     names = ["ancestral (eq. 13)", "ancestral (eq. 13)", "DPM-Solver++(2M) SDE", "real images"]
     assert [[cell.strip() for cell in line] for line in lines[2:]] == [
         list(pair) for pair in zip(names, ["2", "3", "2", ""], strict=True)
     ]
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    small("--table", "--samplers", "ddpm:3")
+    assert "(eq. 13) | 2 |" not in capsys.readouterr().out
 
-    axes = quality.plot(section["rows"], "title").axes[0]
-    assert axes.get_xscale() == axes.get_yscale() == "log"
-    ddpm = [row for row in section["rows"] if row["name"] == "ddpm"]
-    drawn = {(tuple(line.get_xdata()), tuple(line.get_ydata())) for line in axes.lines}
-    assert ((2, 3), tuple(row[quality.DISTANCE]["mean"] for row in ddpm)) in drawn
-    floor = section["rows"][0][quality.DISTANCE]["mean"]
-    assert any(line.get_linestyle() == "--" and set(line.get_ydata()) == {floor} for line in axes.lines)
+    lines = quality.plot(section["rows"], "title").axes[0].lines
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
+    means = {(row["name"], row["evaluations"]): row[quality.DISTANCE]["mean"] for row in section["rows"]}
+    assert ([2, 3], [means["ddpm", 2], means["ddpm", 3]]) in drawn
+    assert [means["real", None]] * 2 in [y for _, y in drawn]
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers warns
@@ -286,12 +243,11 @@ def test_diffusers_draws_the_images_of_the_same_weights_and_classes(peer: str, o
     assert float((got - x).abs().max()) < 1e-3
 
 
-def test_a_model_of_other_classes_is_refused(tmp_path: Path):
-    shutil.copytree(BUILTIN, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "unet" / "config.json").read_text())
-    del config["class_names"]
-    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+def test_a_model_of_other_classes_is_refused(monkeypatch: pytest.MonkeyPatch):
+    loaded = load_builtin()
+    monkeypatch.setattr(quality, "load_builtin", lambda device: loaded)
+    monkeypatch.setitem(loaded.model.config, "class_names", [])
     with pytest.raises(
         ValueError, match=r"expected a model of 1x32x32 images with Fashion-MNIST's 10 classes, .*got 1 channels"
     ):
-        quality.load_model(str(tmp_path), "cpu")
+        quality.load_model("builtin", "cpu")
