@@ -1,6 +1,6 @@
 """The budgets of every kernel's machine code, and the table of what is there.
 
-    python tests/machine_code/budgets.py            prints the kernels as a Markdown table
+    python tests/machine_code/budgets.py            prints the figures as a Markdown table
     python tests/machine_code/budgets.py --update   writes budgets.json from what is there: look at its diff
 
 A budget is what the kernel had when somebody last looked: `complaints` finds what got worse, and what got better without the
@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +48,20 @@ def complaints(found: Found, budgets: Budgets, *, same_compiler: bool = True, wh
         same_compiler: The budgets were written with this compiler.
         whole: `found` has every kernel, so a budget without one is wrong too. Architectures may be missing.
     """
-    for kernel, of in found.items():
-        for architecture, figures in of.items():
-            where = f"{kernel} on {architecture}"
-            if figures.spills:
-                yield f"{where}: {figures.spills} accesses to local memory"
-            if figures.atomics:
-                yield f"{where}: {figures.atomics} atomic operations"
-            budget = budgets.get(kernel, {}).get(architecture)
-            if budget is None:
-                yield f"{where} has no budget"
-                continue
-            for name in SLACK:
-                yield from _compare(f"{where}: {name}", getattr(figures, name), budget.get(name, 0), name, same_compiler)
-    architectures = {architecture for of in found.values() for architecture in of}
-    for kernel, of_kernel in budgets.items() if whole else ():
-        for architecture in architectures & of_kernel.keys() - found.get(kernel, {}).keys():
+    every = {(kernel, architecture): figures for kernel, of in found.items() for architecture, figures in of.items()}
+    for (kernel, architecture), figures in every.items():
+        where, budget = f"{kernel} on {architecture}", budgets.get(kernel, {}).get(architecture)
+        if figures.spills:
+            yield f"{where}: {figures.spills} accesses to local memory"
+        if figures.atomics:
+            yield f"{where}: {figures.atomics} atomic operations"
+        if budget is None:
+            yield f"{where} has no budget"
+        for name in SLACK if budget is not None else ():
+            yield from _compare(f"{where}: {name}", getattr(figures, name), budget.get(name, 0), name, same_compiler)
+    architectures = {architecture for _, architecture in every}
+    for kernel, architecture in ((kernel, each) for kernel, of in budgets.items() for each in of) if whole else ():
+        if architecture in architectures and (kernel, architecture) not in every:
             yield f"{kernel} on {architecture}: a budget without a kernel"
 
 
@@ -93,34 +92,31 @@ def update(backends: Mapping[str, tuple[str, Found]]) -> None:
     for backend, (compiler, found) in backends.items():
         before = data.get(backend, {})
         others = before["kernels"] if before.get("compiler") == compiler else {}
-        kernels: dict[str, dict[str, Mapping[str, float]]] = {}
-        for kernel in sorted(found):
-            both = dict(others.get(kernel, {}))
-            for architecture, figures in found[kernel].items():
-                of = {name: getattr(figures, name) for name in SLACK}
-                both[architecture] = {name: value for name, value in of.items() if value or name != "merges"}
-            kernels[kernel] = {architecture: both[architecture] for architecture in sorted(both, key=_natural)}
-        kept = {architecture for of in kernels.values() for architecture in of} - {a for of in found.values() for a in of}
-        if kept:
-            print(f"{backend}: kept as they were: {' '.join(sorted(kept, key=_natural))}", file=sys.stderr)
-        data[backend] = {"compiler": compiler, "kernels": kernels}
+        kernels = {kernel: others.get(kernel, {}) | {a: _budget(each) for a, each in found[kernel].items()} for kernel in found}
+        ordered = {
+            kernel: dict(sorted(kernels[kernel].items(), key=lambda item: _natural(item[0]))) for kernel in sorted(kernels)
+        }
+        data[backend] = {"compiler": compiler, "kernels": ordered}
     text = json.dumps(data, indent=2)
     text = re.sub(r"\{\s+(\"registers\"[^{}]*?)\s+\}", lambda found: "{" + re.sub(r"\s+", " ", found.group(1)) + "}", text)
     FILE.write_text(text + "\n", encoding="utf-8")
     print(f"written: {FILE}", file=sys.stderr)
 
 
-def markdown(found: Found) -> str:
-    """A row a kernel, and in each cell the architectures in turn."""
-    architectures = sorted({architecture for of in found.values() for architecture in of}, key=_natural)
-    columns = ("registers", "spills", "instructions", "mufu", "wide", "merges")
-    heads = ("registers", "spills", "instructions an element", "of them MUFU", "% in 128-bit accesses", "merges a thread")
-    lines = [f"Each cell: {' / '.join(architectures)}.", "", f"| kernel | {' | '.join(heads)} |", "|---" * 7 + "|"]
-    for kernel in sorted(found):
-        rows: list[dict[str, Any]] = [found[kernel][a].as_dict() if a in found[kernel] else {} for a in architectures]
-        cells = [" / ".join(str(row.get(column, "-")) for row in rows) for column in columns]
-        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _budget(figures: Figures) -> dict[str, float]:
+    return {name: value for name in SLACK if (value := getattr(figures, name)) or name != "merges"}
+
+
+def table(found: Found) -> str:
+    """Return a row a kernel and architecture."""
+    rows = [
+        (kernel, architecture, *asdict(of[architecture]).values())
+        for kernel, of in sorted(found.items())
+        for architecture in of
+    ]
+    names = [field.name for field in fields(Figures)]
+    lines = [("kernel", "architecture", *names), ("---",) * (2 + len(names)), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def everything() -> dict[str, tuple[str, Found]]:
@@ -128,13 +124,11 @@ def everything() -> dict[str, tuple[str, Found]]:
     import triton
 
     module = native.module()
-    backends: dict[str, tuple[str, Found]] = {}
+    backends = {"triton": (f"triton {triton.__version__}", triton_cases.compiled(triton_cases.cases()))}
     if isinstance(module, str):
         print(f"native: {module}", file=sys.stderr)
-    else:
-        backends["native"] = native.compiler(module), native.figures(module)
-    backends["triton"] = f"triton {triton.__version__}", triton_cases.compiled(triton_cases.cases())
-    return backends
+        return backends
+    return {"native": (native.compiler(module), native.figures(module)), **backends}
 
 
 def main() -> None:
@@ -150,7 +144,7 @@ def main() -> None:
     backends = everything()
     for backend, (compiler, found) in backends.items():
         counted = "\n".join(f"- {kind}: {' '.join(words.split())}" for kind, words in COUNTED[backend].items())
-        print(f"### {backend}: {len(found)} kernels, {compiler}\n\n{markdown(found)}\n\nCounted:\n\n{counted}\n")
+        print(f"### {backend}: {len(found)} kernels, {compiler}\n\n{table(found)}\n\nCounted:\n\n{counted}\n")
     if args.update:
         update(backends)
 

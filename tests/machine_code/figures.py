@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import sass
 
@@ -44,6 +43,3 @@ class Figures:
             wide=round(100 * sass.global_bytes(every, wide=True) / max(sass.global_bytes(every, wide=False), 1)),
             merges=merges,
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)

@@ -87,7 +87,7 @@ def counted(kernel: sass.Kernel, name: str) -> Counted:
         per_thread = constant("tiles.h", "kPerThread")
         # Staged: the noise is drawn by a loop of its own, and the main one, unrolled or not, finds it in shared memory.
         loop = kernel.main_loop(staged=True) if words[-1] == "true" else None
-        elements = kernel.shared_loads(loop) // FLOAT if loop is not None else per_thread
+        elements = kernel.body(loop, inner=False).shared // FLOAT if loop is not None else per_thread
         wide = [[types[i] for i in of if types[i] * width >= sass.WIDE] for of in TENSORS[function]]
         accesses = sass.Accesses(*(sum(elements * size // sass.WIDE for size in of) for of in wide))
         path = kernel.hot_path(accesses, staged=loop is not None)

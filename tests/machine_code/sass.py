@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -33,13 +33,12 @@ CUOBJDUMP_IS_IN = "the CUDA toolkit and Triton's wheel, which the extra `test` b
 
 def tool(name: str) -> Path | None:
     """A program of the CUDA toolkit: from the PATH, the toolkit's folder, or Triton's wheel."""
-    on_path = shutil.which(name)
-    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    folders = [os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"]
     triton = find_spec("triton")
     if triton is not None and triton.origin is not None:
-        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
-    found = [Path(on_path)] if on_path else [folder / name for folder in folders if (folder / name).is_file()]
-    return found[0] if found else None
+        folders.append(str(Path(triton.origin).parent / "backends/nvidia/bin"))
+    found = shutil.which(name, path=os.pathsep.join(folders))
+    return Path(found) if found else None
 
 
 # -------------------------------------------------------------------------------------------------------- instructions
@@ -144,6 +143,11 @@ class Block:
     def products(self) -> int:
         """Wide products of integers: Philox is made of them."""
         return self.count(r"U?IMAD\.(WIDE|HI)")
+
+    @cached_property
+    def shared(self) -> int:
+        """Bytes that a thread loads from shared memory."""
+        return sum(i.size for i in self.instructions if i.matches("LDS"))
 
 
 def control_flow(code: Sequence[Instruction]) -> dict[int, Block]:
@@ -324,27 +328,21 @@ class Kernel:
         """Header -> blocks."""
         return loops(self.blocks)
 
-    def _own(self, header: int, what: Callable[[Block], int]) -> int:
-        """Return the instructions of a loop without those of inner loops."""
-        body = self.loops[header]
-        deeper = set().union(*(self.loops[other] for other in body - {header} if other in self.loops))
-        return sum(what(self.blocks[block]) for block in body - deeper)
+    def body(self, header: int, *, inner: bool = True) -> Block:
+        """Return the instructions of a loop, with or without its inner loops, as if they were one block."""
+        blocks = self.loops[header]
+        if not inner:
+            blocks = blocks.difference(*(self.loops[other] for other in blocks - {header} if other in self.loops))
+        return Block([i for block in blocks for i in self.blocks[block].instructions], [])
 
     def main_loop(self, staged: bool = False) -> int | None:
         """Header of the loop with the most 16-byte accesses; None where no loop has any.
 
         staged: of those that read shared memory (the compiler may have made one for each way to get the noise).
         """
-
-        def wide(header: int) -> int:
-            return self._own(header, lambda block: sum(block.wide))
-
-        candidates = [header for header in self.loops if wide(header) and (not staged or self.shared_loads(header))]
-        return max(candidates, key=wide, default=None)
-
-    def shared_loads(self, header: int) -> int:
-        """Bytes that a thread loads from shared memory in a loop, wherever in it."""
-        return self._own(header, lambda block: sum(i.size for i in block.instructions if i.matches("LDS")))
+        own = {header: self.body(header, inner=False) for header in self.loops}
+        candidates = [header for header, block in own.items() if sum(block.wide) and (block.shared or not staged)]
+        return max(candidates, key=lambda header: sum(own[header].wide), default=None)
 
     def hot_path(self, accesses: Accesses | None = None, *, staged: bool = False) -> list[Instruction]:
         header = self.main_loop(staged)
@@ -358,21 +356,15 @@ class Kernel:
         Once around the longest loop that loads vectors or, where a kernel has one tile, from entry to exit. A loop on the way
         that stores vectors and loads none runs until all of them are stored.
         """
-
-        def moves(header: int) -> Accesses:
-            of = [self.blocks[block].wide for block in self.loops[header]]
-            return Accesses(sum(each.loads for each in of), sum(each.stores for each in of))
-
-        def length(header: int) -> int:
-            return sum(len(self.blocks[block].instructions) for block in self.loops[header])
-
-        header = max((header for header in self.loops if moves(header).loads), key=length, default=None)
+        bodies = {header: self.body(header) for header in self.loops}
+        loading = [header for header, body in bodies.items() if body.wide.loads]
+        header = max(loading, key=lambda header: len(bodies[header].instructions), default=None)
         region = set(self.blocks) if header is None else self.loops[header]
         start = next(iter(self.blocks)) if header is None else header
         path = _hot(self.blocks, region, start, header, None)
         passed = {instruction.address for instruction in path}
         for storing in self.loops.keys() & passed:
-            if moves(storing).stores and not moves(storing).loads:
+            if bodies[storing].wide.stores and not bodies[storing].wide.loads:
                 once = _hot(self.blocks, self.loops[storing], storing, storing, None)
                 stores = sum(i.matches("ST") and i.global_bytes >= WIDE for i in once)
                 path += once * (vectors // stores - 1)
@@ -380,8 +372,10 @@ class Kernel:
 
     def drawing_loop(self) -> list[Instruction]:
         """Once around the loop that draws noise; nothing where no loop does."""
-        drawing = [header for header in self.loops if self._own(header, lambda block: block.products) >= PHILOX_PRODUCTS]
-        return _hot(self.blocks, self.loops[drawing[0]], drawing[0], drawing[0], None) if drawing else []
+        for header, region in self.loops.items():
+            if self.body(header, inner=False).products >= PHILOX_PRODUCTS:
+                return _hot(self.blocks, region, header, header, None)
+        return []
 
 
 COLLECTIVE = r"(SHFL|BAR|REDUX|CREDUX|UCGABAR_\w+)\b"  # what a warp's, a block's or a cluster's threads do together
@@ -452,10 +446,5 @@ def _shortened(name: str) -> str:
     name = re.sub(r"^void ", "", name)
     name = re.sub(r"\b\w+::|\(anonymous namespace\)::", "", name)
     name = re.sub(r"\([\w ]+\)(-?\d+)", r"\1", name)  # (int)4 is 4, and so is an enumerator
-    depth = 0
-    for place, character in enumerate(name):  # up to the parameters
-        depth += {"<": 1, ">": -1}.get(character, 0)
-        if character == "(" and depth == 0:
-            name = name[:place]
-            break
-    return name
+    found = re.match(r"\w+(<[^()]*>)?", name)  # up to the parameters
+    return found[0] if found else name

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,7 @@ def cases() -> dict[str, Call]:
     from ddpm_fast.plan import COLUMNS
 
     n = 4
-    half = torch.bfloat16
-    index = tensor(n, dtype=torch.int64)
-    loss = tensor(n)
+    half, index = torch.bfloat16, tensor(n, dtype=torch.int64)
     x, h = tensor(n, 3, 32, 32), tensor(n, 3, 32, 32, dtype=half)
     x_last = tensor(n, 3, 32, 32, channels_last=True)
     pair = tensor(2 * n, 6, 32, 32, dtype=half)  # guidance and learned variance
@@ -61,25 +60,13 @@ def cases() -> dict[str, Call]:
     def call(name: str, results: dict[str, Tensor], **arguments: Any) -> Call:
         return lambda: launch_triton(name, results, **arguments)
 
-    def norm(c: int, size: int, dtype: torch.dtype, last: bool) -> Call:
+    def norm(c: int, size: int, dtype: torch.dtype, last: bool, *, backward: bool = False) -> Call:
         a, w, m, s = tensor(n, c, size, size, dtype=dtype, channels_last=last), tensor(c), tensor(n, 32), tensor(n, c)
-        return call(
-            "group_norm_silu",
-            {"y": a, "mean": m, "rstd": m},
-            x=a,
-            num_groups=32,
-            weight=w,
-            bias=w,
-            eps=1e-5,
-            shift=s,
-            silu=True,
-        )
-
-    def norm_backward(c: int, size: int, dtype: torch.dtype, last: bool) -> Call:
-        a, w, m, s = tensor(n, c, size, size, dtype=dtype, channels_last=last), tensor(c), tensor(n, 32), tensor(n, c)
+        arguments = {"x": a, "weight": w, "bias": w, "shift": s, "num_groups": 32, "eps": 1e-5, "silu": True}
+        if not backward:
+            return call("group_norm_silu", {"y": a, "mean": m, "rstd": m}, **arguments)
         results = {"grad_x": a, "grad_weight": w, "grad_bias": w, "grad_shift": s}
-        arguments = {"grad_y": a, "x": a, "mean": m, "rstd": m, "weight": w, "bias": w, "shift": s}
-        return call("group_norm_silu_backward", results, **arguments, num_groups=32, eps=1e-5, silu=True)
+        return call("group_norm_silu_backward", results, grad_y=a, mean=m, rstd=m, **arguments)
 
     return {
         "noise-float32": call("noise", {"out": x}, seeds=index, stream=3),
@@ -94,18 +81,18 @@ def cases() -> dict[str, Call]:
         "reverse_step-float32-channels_last": call(
             "reverse_step", {"x_prev": x_last}, x_t=x_last, model_output=x_last, **plan, steps=index, variance=0
         ),
-        "denoising_loss-bfloat16": call("denoising_loss", {"losses": loss}, model_output=h, **drawn),
+        "denoising_loss-bfloat16": call("denoising_loss", {"losses": tensor(n)}, model_output=h, **drawn),
         "denoising_loss_backward-float32": call(
-            "denoising_loss_backward", {"grad_model_output": x}, grad_losses=loss, model_output=x, **drawn
+            "denoising_loss_backward", {"grad_model_output": x}, grad_losses=tensor(n), model_output=x, **drawn
         ),
         "group_norm_silu-float32": norm(128, 32, torch.float32, False),
         "group_norm_silu-bfloat16": norm(128, 32, half, False),
         "group_norm_silu-bfloat16-channels_last": norm(512, 16, half, True),
         "group_norm_silu-split": norm(128, 256, half, False),
         "group_norm_silu-split-channels_last": norm(128, 256, half, True),
-        "group_norm_silu_backward-float32": norm_backward(128, 32, torch.float32, False),
-        "group_norm_silu_backward-bfloat16-channels_last": norm_backward(512, 16, half, True),
-        "group_norm_silu_backward-split-channels_last": norm_backward(128, 256, half, True),
+        "group_norm_silu_backward-float32": norm(128, 32, torch.float32, False, backward=True),
+        "group_norm_silu_backward-bfloat16-channels_last": norm(512, 16, half, True, backward=True),
+        "group_norm_silu_backward-split-channels_last": norm(128, 256, half, True, backward=True),
     }
 
 
@@ -230,7 +217,7 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in names:
         for kernel, architecture, figures in compile_case(name, every[name], [int(a) for a in architectures]):
-            found.setdefault(kernel, {})[architecture] = figures.as_dict()
+            found.setdefault(kernel, {})[architecture] = asdict(figures)
     json.dump(found, sys.stdout)
 
 
