@@ -15,12 +15,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -66,8 +67,7 @@ def why_not() -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Edit:
+class Edit(NamedTuple):
     """A change of a source, for the tests that plant bugs: the text has to be there, and its first occurrence changes."""
 
     file: str  # relative to csrc/cuda
@@ -83,6 +83,8 @@ def build(sanitizer: str = "thread", edits: tuple[Edit, ...] = (), sources: tupl
         edits: to a copy of the sources.
         sources: the .cu files that the edits concern; the others are as in the ordinary build.
     """
+    import pybind11
+
     csrc, own_headers = ROOT / "csrc", f"-I{HERE / 'include'}"
     headers = [*csrc.rglob("*.h"), *(HERE / "include").rglob("*.h"), *(HERE / "runtime").glob("*.h"), Path(__file__)]
     compiler = subprocess.run(["g++", "--version"], check=True, capture_output=True, text=True).stdout
@@ -94,17 +96,17 @@ def build(sanitizer: str = "thread", edits: tuple[Edit, ...] = (), sources: tupl
     if edits:
         edited = _edited_copy(edits)
         flags = [*KERNEL_FLAGS, *SANITIZERS[sanitizer], own_headers, f"-I{edited}"]
-        kernels += [_Kernel(edited / "cuda" / name, flags, salt) for name in sources]
+        kernels += [_Job(edited / "cuda" / name, flags) for name in sources]
     flags = [*KERNEL_FLAGS, *SANITIZERS["thread" if edits else sanitizer], own_headers, f"-I{csrc}"]
-    untouched = [path for path in sorted((csrc / "cuda").glob("*.cu")) if path.name not in sources]
-    kernels += [_Kernel(path, flags, salt) for path in untouched]
+    kernels += [_Job(path, flags) for path in sorted((csrc / "cuda").glob("*.cu")) if path.name not in sources]
 
     own_flags = [*FLAGS, "-O2", "-DEMULATOR_RUNTIME", own_headers, f"-I{csrc}", f"-I{HERE}"]
-    python = ["-isystem", sysconfig.get_path("include"), "-isystem", _pybind11_include()]
+    python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
     poison = SANITIZERS["address"] if sanitizer == "address" else []
-    own = [_Own(HERE / "module.cpp", [*own_flags, *python], salt)]
-    own += [_Own(path, [*own_flags, *poison], salt) for path in sorted((HERE / "runtime").glob("*.cpp"))]
-    objects = _compile_all([*kernels, *own])
+    own = [_Job(HERE / "module.cpp", [*own_flags, *python])]
+    own += [_Job(path, [*own_flags, *poison]) for path in sorted((HERE / "runtime").glob("*.cpp"))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(partial(_compile, salt), [*kernels, *own]))
     return _link(objects[: len(kernels)], objects[len(kernels) :], sanitizer)
 
 
@@ -125,32 +127,31 @@ def load(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.Finding.__module__ = "emulated"  # a traceback need not say which build
     return module
 
 
-@dataclass(frozen=True)
-class _Own:
-    """A source of the emulator's own: not instrumented."""
+class _Job(NamedTuple):
+    """A source to compile."""
 
     source: Path
     flags: list[str]
-    salt: str  # part of its object's name, beside the flags and the text
-
-    def compile(self, target: Path) -> None:
-        _run(["g++", *self.flags, "-c", str(self.source), "-o", str(target)])
 
 
-@dataclass(frozen=True)
-class _Kernel(_Own):
-    """A .cu file. Its assembly gets a fence behind every thread-local, that is, __shared__, variable."""
-
-    def compile(self, target: Path) -> None:
-        assembly = target.with_suffix(".s")
-        _run(["g++", *self.flags, "-x", "c++", "-S", str(self.source), "-o", str(assembly)])
-        assembly.write_text(_with_fences(assembly.read_text()))
-        _run(["g++", "-c", str(assembly), "-o", str(target)])
-        assembly.unlink()
+def _compile(salt: str, job: _Job) -> Path:
+    """Compile a source. The assembly of a .cu file gets a fence behind every thread-local, that is, __shared__, variable."""
+    target = CACHE / f"{job.source.stem}-{_hash(salt, job.flags, job.source.read_text())}.o"
+    part, assembly = target.with_suffix(".part.o"), target.with_suffix(".s")
+    with _locked(target):
+        if target.exists():
+            return target
+        if job.source.suffix == ".cu":
+            _run(["g++", *job.flags, "-x", "c++", "-S", str(job.source), "-o", str(assembly)])
+            assembly.write_text(_with_fences(assembly.read_text()))
+            _run(["g++", "-c", str(assembly), "-o", str(part)])
+            assembly.unlink()
+        else:
+            _run(["g++", *job.flags, "-c", str(job.source), "-o", str(part)])
+        return part.rename(target)
 
 
 def _with_fences(assembly: str) -> str:
@@ -164,20 +165,6 @@ def _with_fences(assembly: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _compile_all(jobs: list[_Own]) -> list[Path]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(_compile, jobs))
-
-
-def _compile(job: _Own) -> Path:
-    target = CACHE / f"{job.source.stem}-{_hash(job.salt, job.flags, job.source.read_text())}.o"
-    with _locked(target):
-        if not target.exists():
-            job.compile(target.with_suffix(".part.o"))
-            target.with_suffix(".part.o").rename(target)
-    return target
-
-
 def _link(kernels: list[Path], others: list[Path], sanitizer: str) -> Path:
     """Kernels first, between two markers: what thread-local variables lie between are shared memory."""
     target = CACHE / _hash(kernels, others) / "emulated.so"
@@ -186,8 +173,8 @@ def _link(kernels: list[Path], others: list[Path], sanitizer: str) -> Path:
         if not target.exists():
             part = target.with_suffix(".part")
             begin, end = target.with_name("begin.o"), target.with_name("end.o")
-            _assemble(begin, _BEGIN)
-            _assemble(end, _dynamic_shared(kernels) + _END)
+            for file, text in ((begin, _BEGIN), (end, _dynamic_shared(kernels) + _END)):
+                _run(["g++", "-x", "assembler", "-c", "-", "-o", str(file)], text)
             library = SANITIZERS["address"][:1] if sanitizer == "address" else []
             objects = [str(path) for path in (begin, *kernels, end, *others)]
             _run(["g++", "-shared", "-Wl,-Bsymbolic", *library, *objects, "-o", str(part)])
@@ -226,10 +213,6 @@ def _dynamic_shared(kernels: Iterable[Path]) -> str:
     return text + f"\t.zero {DYNAMIC_SHARED_BYTES}\n\t.zero {FENCE}\n"
 
 
-def _assemble(target: Path, text: str) -> None:
-    _run(["g++", "-x", "assembler", "-c", "-", "-o", str(target)], text)
-
-
 def _edited_copy(edits: tuple[Edit, ...]) -> Path:
     """A copy of what kernels are compiled from, in a folder named after the edits and the original."""
     original = [*(ROOT / "csrc" / "common").iterdir(), *(ROOT / "csrc" / "cuda").iterdir()]
@@ -240,23 +223,14 @@ def _edited_copy(edits: tuple[Edit, ...]) -> Path:
             shutil.rmtree(part, ignore_errors=True)
             for kind in ("common", "cuda"):
                 shutil.copytree(ROOT / "csrc" / kind, part / kind)
-            missing = []
             for edit in edits:
                 path = part / "cuda" / edit.file
-                text = path.read_text()
-                if edit.old not in text:
-                    missing.append(f"{edit.file}: {edit.old!r}")
-                path.write_text(text.replace(edit.old, edit.new, 1))
-            if missing:
-                raise ValueError("The sources have changed, and texts to edit are not there:\n" + "\n".join(missing))
+                before, old, after = path.read_text().partition(edit.old)
+                if not old:
+                    raise ValueError(f"The sources have changed, and a text to edit is not in {edit.file}: {edit.old!r}")
+                path.write_text(before + edit.new + after)
             part.rename(folder)
     return folder
-
-
-def _pybind11_include() -> str:
-    import pybind11
-
-    return pybind11.get_include()
 
 
 def _hash(*parts: object) -> str:
@@ -270,19 +244,14 @@ def _digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-class _locked:
-    """A lock by the name of a file that is being made, between threads and processes."""
-
-    def __init__(self, target: Path) -> None:
-        self.path = CACHE / "locks" / f"{target.parent.name}-{target.name}"
-
-    def __enter__(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w")
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold a lock by the name of a file that is being made, between threads and processes."""
+    path = CACHE / "locks" / f"{target.parent.name}-{target.name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _run(command: list[str], text: str | None = None) -> None:

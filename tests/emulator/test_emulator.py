@@ -613,10 +613,6 @@ assert emulated.take_launches()
     assert process.returncode == 0, process.stderr
 
 
-def test_a_finding_s_name_is_short(emulated: ModuleType) -> None:
-    assert f"{emulated.Finding.__module__}.{emulated.Finding.__qualname__}" == "emulated.Finding"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("planted", range(len(ADDRESS) + 1), ids=["none", *map(str, ADDRESS)])
 def test_address_sanitizer(planted: int, modules: dict[str, ModuleType]) -> None:
@@ -640,13 +636,6 @@ print(_draw(emulated), end="")
     else:
         assert process.returncode != 0
         assert f"AddressSanitizer: {ADDRESS[planted - 1].kind}" in process.stderr, process.stderr
-
-
-@pytest.mark.slow
-def test_only_address_sanitizer_sees_pointers_into_local_arrays(modules: dict[str, ModuleType]) -> None:
-    emulated = build.load(build.build(edits=_edits(ADDRESS), sources=("noise.cu",)))
-    emulated.set_planted(1)
-    _draw(emulated)  # which is why there are two builds
 
 
 @pytest.mark.slow
