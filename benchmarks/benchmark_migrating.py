@@ -27,7 +27,6 @@ import ddpm_fast
 NETWORK = idioms.CIFAR10_32
 SMALL = idioms.NETWORKS["small"] | {"block_out_channels": [64, 128, 128], "sample_size": 32}
 TINY = idioms.NETWORKS["tiny"]
-TOLERANCE = 1e-3  # largest difference of images in [-1, 1]
 PARITY_STEPS, PARITY_BATCH = 4, 2
 
 
@@ -161,28 +160,14 @@ def make_pair(name: str, dtype: torch.dtype, steps: int, batch: int, device: str
     return Pair(partial(draw, sampler), partial(draw, frozen), common.use_faster_format(network, x.to(dtype), t))
 
 
-def require_same_images(what: str, pair: Pair) -> float:
-    """Return the largest difference of images in [-1, 1] from the same random numbers.
-
-    Raises:
-        AssertionError: It is above TOLERANCE.
-    """
-    images = []
-    for draw in pair[:2]:
-        torch.manual_seed(0)
-        images.append(draw(PARITY_BATCH))
-    difference = float((images[1] - images[0]).abs().max())
-    if not difference <= TOLERANCE:
-        raise AssertionError(f"{what}: images differ by {difference:.3g}, at most {TOLERANCE:g} expected: no speed is reported")
-    return difference
-
-
 def measure(name: str, steps: int, args: argparse.Namespace) -> list[dict[str, object]]:
     """Return the rows of a library: parity first, then times."""
     library = LIBRARIES[name]
-    parity = make_pair(name, torch.float32, PARITY_STEPS, PARITY_BATCH, args.device, args.quick)
-    difference = require_same_images(name, parity)
-    print(f"{name}: the same images in {PARITY_STEPS} steps of float32, to {difference:.2g}", flush=True)
+    parity, images = make_pair(name, torch.float32, PARITY_STEPS, PARITY_BATCH, args.device, args.quick), []
+    for draw in (parity.before, parity.after):
+        torch.manual_seed(0)
+        images.append(draw(PARITY_BATCH))
+    common.require_same_images(f"{name}, {PARITY_STEPS} steps of float32", *images)
     rows = []
     for dtype in library.dtypes:
         for batch in [2] if args.quick else library.batches:

@@ -39,7 +39,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from ddpm_fast import (
     SamplingPlan,
@@ -132,17 +131,16 @@ def train_classifier(images: Tensor, labels: Tensor, recipe: Mapping[str, Any] =
     optimizer = torch.optim.AdamW(classifier.parameters(), rate, weight_decay=recipe["weight_decay"])
     steps = epochs * (len(images) // batch)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    with tqdm(total=steps, desc="training the classifier", unit="step") as bar:
-        for _ in range(epochs):
-            order = torch.randperm(len(images), generator=generator)
-            for indices in order[: len(images) // batch * batch].split(batch):
-                logits, _ = classifier(to_unit_range(images[indices]))
-                loss = functional.cross_entropy(logits, labels[indices])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                decay.step()
-                bar.update()
+    for epoch in range(epochs):
+        print(f"training the classifier: epoch {epoch + 1} of {epochs}", flush=True)
+        order = torch.randperm(len(images), generator=generator)
+        for indices in order[: len(images) // batch * batch].split(batch):
+            logits, _ = classifier(to_unit_range(images[indices]))
+            loss = functional.cross_entropy(logits, labels[indices])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
     return classifier.eval()
 
 

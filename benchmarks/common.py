@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT.parent / "tests" / "helpers"))  # for op_cases and op_calls, which tests use too
 RECORDED = ROOT / "results"  # stands for the file of the device in it
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+SAME_IMAGES = 1e-3  # largest difference of images
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -52,6 +53,16 @@ def require_parity(what: str, got: Tensor, baseline: Tensor, truth: Tensor, *, f
     limit = max(factor * allowed, torch.finfo(got.dtype).eps * float(truth.abs().max()))
     if not error <= limit:
         raise AssertionError(f"{what}: error {error:.3g} against float64, at most {limit:.3g} expected: no speed is reported")
+
+
+def require_same_images(what: str, before: Tensor, after: Tensor) -> None:
+    """Raise an AssertionError unless images from the same random numbers are the same up to rounding."""
+    difference = float((after - before).abs().max())
+    if not difference <= SAME_IMAGES:
+        raise AssertionError(
+            f"{what}: images differ by {difference:.3g}, at most {SAME_IMAGES:g} expected: no speed is reported"
+        )
+    print(f"{what}: the same images, to {difference:.2g}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- timing
@@ -103,15 +114,21 @@ class Times:
 Name = TypeVar("Name", bound=Hashable)
 
 
-def take_turns(timers: Mapping[Name, Callable[[], float]], rounds: int, first: int = 0) -> dict[Name, Times]:
-    """Call each timer once a round, in an order that rotates from round to round. `first` is the number of the first."""
+def turns(timers: Mapping[Name, Callable[[], float]], rounds: int) -> Iterator[dict[Name, Times]]:
+    """Call each timer once a round, in an order that rotates from round to round. Yield all times so far after each round."""
     names = list(timers)
-    times: dict[Name, list[float]] = {name: [] for name in names}
-    for i in range(first, first + rounds):
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
-            times[name].append(timers[name]())
-    return {name: Times(tuple(values)) for name, values in times.items()}
+    times = {name: Times(()) for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            times[name] = Times((*times[name].rounds, timers[name]()))
+        yield times
+
+
+def take_turns(timers: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, Times]:
+    """Return the times of all rounds."""
+    *_, times = turns(timers, rounds)
+    return times
 
 
 def compare(

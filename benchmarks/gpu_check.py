@@ -28,7 +28,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -207,14 +207,13 @@ def why_no_kernels(device: str) -> str | None:
 
 def why_old_driver(nvcc: str) -> str | None:
     """Return why the driver cannot run what the toolkit compiles: it is of an earlier CUDA generation."""
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    toolkit = re.search(r"release (\d+)\.(\d+)", said)
+    toolkit = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     number = ctypes.c_int()
     with suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
-    if toolkit is None or number.value == 0 or number.value // 1000 >= int(toolkit[1]):
+    major, driver = number.value // 1000, f"{number.value // 1000}.{number.value % 1000 // 10}"
+    if toolkit is None or major == 0 or major >= int(toolkit[1]):
         return None
-    driver = f"{number.value // 1000}.{number.value % 1000 // 10}"
     newer = f"{toolkit[1]}.{toolkit[2]}"
     return f"the driver supports CUDA {driver}, older than the toolkit's {newer}: update it or use nvcc {driver}"
 
@@ -280,15 +279,17 @@ class Share:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
-            end = "\n".join(report.longreprtext.splitlines()[-12:]) if report.failed else ""
-            print(json.dumps({"test": report.nodeid, "outcome": report.outcome, "tail": end}), file=self.log)
+            self.write(report)
 
     def pytest_collectreport(self, report: Any) -> None:
         """A file that cannot be imported is a failure, unless it wants a module that is not there."""
         lacking = re.search(r"No module named '(\w+)", report.longreprtext) if report.failed else None
         if report.failed and (lacking is None or installed(lacking[1])):
-            tail = "\n".join(report.longreprtext.splitlines()[-12:])
-            print(json.dumps({"test": report.nodeid, "outcome": "failed", "tail": tail}), file=self.log)
+            self.write(report)
+
+    def write(self, report: Any) -> None:
+        end = "\n".join(report.longreprtext.splitlines()[-12:]) if report.failed else ""
+        print(json.dumps({"test": report.nodeid, "outcome": report.outcome, "tail": end}), file=self.log)
 
 
 def run_share(first: int, step: int, device: str, log: Path) -> int:
@@ -468,11 +469,13 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
     sampled = rows("sample_speed", sampler="ddpm_fast")
     goal(f"sampling: times faster than {peer}, eager", 2.0, ratios(sampled, peer))
     compiled = [row for row in sampled if row["model"] == SMALL and ratios([row], compiled=True)]
-    expected = list(predictions(compiled))
-    for row, predicted, ratio in expected:
+    # What is predicted of a card asks a compiled program, too.
+    known = [row for row in compiled if row["device"] in cards] if program("g++") else []
+    steps = ask(EXPECT, SMALL, known[0]["device"], *(str(row["batch"]) for row in known)) if known else []
+    for row, (predicted, ratio) in zip(known, steps, strict=True):
         what = f"sampling, batch {row['batch']}: times faster than torch.compile"
         goal(what, ratio, ratios([row], compiled=True), step=f"{row['ms a step']:.3g} ({predicted:.3g})")
-    if not expected:
+    if not known:
         goal("sampling: times faster than torch.compile", 1.0, ratios(compiled, compiled=True))
     for name in ("ddpm_fast", "ddpm_fast Trainer"):
         trained = ratios(rows("train_speed", **{"training step": name}))
@@ -480,17 +483,7 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
     return found
 
 
-def predictions(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float, float]]:
-    """Yield rows on known cards, the milliseconds that a step should take, and torch.compile as a multiple of it."""
-    import predict
-
-    cards = {card.device: card for card in predict.CARDS}
-    known = [row for row in rows if row["device"] in cards] if program("g++") else []
-    if known:
-        steps = ask(EXPECT, SMALL, known[0]["device"], *(str(row["batch"]) for row in known))
-        yield from ((row, *step) for row, step in zip(known, steps, strict=True))
-
-
+# Prints the milliseconds that a step should take on a card at some batches, and torch.compile as a multiple of them.
 EXPECT = """
 import json, sys, predict, traced
 network, device, *batches = sys.argv[1:]

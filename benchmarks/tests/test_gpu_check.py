@@ -191,16 +191,18 @@ def test_a_module_of_other_sources_is_built_again(monkeypatch: pytest.MonkeyPatc
     assert gpu_check.why_no_kernels("cpu") == "its sources have changed"
 
 
-def report(test: str, outcome: str, tail: str = "") -> str:
-    return json.dumps({"test": test, "outcome": outcome, "tail": tail})
+PASSED, SKIPPED, FAILED = (
+    json.dumps({"test": "a", "outcome": outcome, "tail": tail})
+    for outcome, tail in (("passed", ""), ("skipped", ""), ("failed", "E assert 0"))
+)
 
 
 @pytest.mark.parametrize(
     ("lines", "status", "outcome"),
     [
-        ([report("a", "passed"), report("b", "skipped")], 0, ("passed", "1 passed, 1 skipped")),
-        ([report("a", "passed"), '{"test": "hal'], None, ("out of time", "1 passed; 1 processes were stopped")),
-        ([report("a", "failed", "E assert 0")], None, ("failed", "1 failed; first: a")),
+        ([PASSED, SKIPPED], 0, ("passed", "1 passed, 1 skipped")),
+        ([PASSED, '{"test": "hal'], None, ("out of time", "1 passed; 1 processes were stopped")),
+        ([FAILED], None, ("failed", "1 failed; first: a")),
         ([], -11, ("failed", "; first: log ended with status -11")),
     ],
 )

@@ -14,7 +14,7 @@ import peers
 import processes
 import pytest
 import torch
-from peers import NETWORKS, Peer
+from peers import Peer
 from processes import Job, PeerFailed, Process
 from small_unets import SMALL
 
@@ -36,24 +36,6 @@ def test_an_image_is_the_same_in_any_batch(job: Job) -> None:
 def test_why_a_peer_is_missing() -> None:
     table = {"a": Peer(print, ("torch", "no_such_module")), "b": Peer(print, dtypes=("float32",)), "c": Peer(print)}
     assert peers.split(table, "abc", "bf16") == (["c"], {"a": "no_such_module not installed", "b": "has no bf16"})
-
-
-def test_peers_are_in_the_extra_or_in_their_environment() -> None:
-    text = (common.ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
-    extra = text.partition("\nbench = [")[2].partition("\n]")[0]
-    for peer in NETWORKS.values():
-        installed = " ".join(f'"{each}' for each in processes.ENVIRONMENTS[peer.environment]) if peer.environment else extra
-        assert all(f'"{module}' in installed for module in peer.needs if module != "torch")
-
-
-def test_a_peer_in_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(processes, "_ROOT", tmp_path)
-    peer = Peer(print, ("no_such_module",), environment="own")
-    assert peer.why_not() == "it has no environment: make peers"
-    python = processes.interpreter("own")
-    python.parent.mkdir(parents=True)
-    python.touch()
-    assert peer.why_not() is None
 
 
 def test_peers_get_the_cap_of_the_instruction_set_too(fake: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,15 +20,6 @@ from ddpm_fast import dpm_solver_plan, load_builtin, sample_seeds
 from ddpm_fast.training.data import Item, read_batch
 
 
-def test_a_classifier_comes_back_from_its_file(tmp_path: Path):
-    classifier, path = quality.Classifier(), tmp_path / "cache" / "classifier.safetensors"
-    quality.save_classifier(path, classifier)
-    images = torch.randint(256, (3, 1, 32, 32), dtype=torch.uint8)
-    written, read = (quality.measure(c, images) for c in (classifier, quality.load_classifier(path)))
-    assert torch.equal(written.features, read.features)
-    assert read.accuracy(written.predicted) == 1
-
-
 def test_a_classifier_of_another_recipe_or_a_weak_one_is_refused(tmp_path: Path):
     path = tmp_path / "weak"
     safetensors.torch.save_file(quality.Classifier().state_dict(), path)

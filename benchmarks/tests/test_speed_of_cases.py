@@ -44,12 +44,6 @@ def test_every_case_is_timed_in_both_dtypes_and_layouts(benchmark_module: Module
     assert {values[5] for values in listed} >= {"reference", "native", "eager"}
 
 
-def test_the_reduced_set_has_every_small_case(benchmark_module: ModuleType) -> None:
-    reduced = {parameter.values for parameter in benchmark_module.parameters() if not parameter.marks}
-    assert {values[:2] for values in reduced} == {(case.op, case.name) for case in CASES if not case.benchmark}
-    assert {values[2:4] for values in reduced} == {("float32", "contiguous")}
-
-
 def test_a_wrong_backend_fails_and_only_the_others_have_times(tmp_path: Path) -> None:
     (tmp_path / "wrong_native.py").write_text(WRONG, encoding="utf-8")
     out = tmp_path / "times.json"
