@@ -110,25 +110,19 @@ def compare(model: Any, dtype: torch.dtype, batch: int, rounds: int) -> list[dic
     with torch.inference_mode():
         calls, seconds = measure(network, tuple(each[: math.ceil(batch / passes)] for each in inputs), rounds)
         whole = common.compare({"whole": partial(network, *inputs)}, min_rounds=rounds, warm=True)["whole"].spread.median
-    layers: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    layers: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for call, taken in zip(calls, seconds, strict=True):
         name, shapes, operations = words_of(call)
-        layers[name, shapes].append((passes * taken, passes * operations))
-    rows = []
-    for (name, shapes), each in sorted(layers.items(), key=lambda item: -sum(taken for taken, _ in item[1])):
-        taken, operations = (sum(values) for values in zip(*each, strict=True))
-        rows.append(row(f"{name} {shapes}".strip(), len(each), taken, whole, operations, limit))
-    rows.append(row("whole", len(calls), whole, whole, passes * sum(words_of(call)[2] for call in calls), limit))
-    return rows
-
-
-def row(words: str, count: int, taken: float, whole: float, operations: float, limit: float) -> dict[str, Any]:
-    floor = operations / limit
-    return {
-        **{"layer": words, "count": count, "ms": 1e3 * taken, "share of the time": taken / whole},
-        **{"GFLOP": operations / 1e9, "GFLOP/s": operations / taken / 1e9, "floor, ms": 1e3 * floor},
-        "share of the peak": floor / taken,
-    }
+        layers[f"{name} {shapes}".strip()].append((passes * taken, passes * operations))
+    sums = [(words, len(each), *(sum(values) for values in zip(*each, strict=True))) for words, each in layers.items()]
+    sums.sort(key=lambda row: -row[2])
+    sums.append(("whole", len(calls), whole, sum(operations for *_, operations in sums)))
+    return [
+        {"layer": words, "count": count, "ms": 1e3 * taken, "share of the time": taken / whole}
+        | {"GFLOP": operations / 1e9, "GFLOP/s": operations / taken / 1e9, "floor, ms": 1e3 * operations / limit}
+        | {"share of the peak": operations / limit / taken}
+        for words, count, taken, operations in sums
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

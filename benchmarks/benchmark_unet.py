@@ -114,6 +114,7 @@ def plot(rows: Sequence[dict[str, Any]], title: str) -> Any:
             style = {"label": name if mine else None, "linewidth": width, "marker": "o", "markersize": 4, "capsize": 3}
             axes.errorbar([row["batch"] for row in mine], [s.median for s in speeds], common.errors(speeds), **style)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="batch size", ylim=(0, None), title=f"{title}, {dtype}")
     panels[0][0].set_ylabel("images per second and step (median, quartiles)")
     panels[0][0].legend(frameon=False)

@@ -236,7 +236,7 @@ def build(check: Check, seconds: float) -> Outcome:
     architecture = f"{major}.{minor}"  # CMake knows what this nvcc can compile for it
     print(f"building for {architecture}, because: {reason}")
     log = check.log("build.log")
-    # In place, and nothing is installed: whose Python this is does not matter.
+    # The build is in place and installs nothing, so any Python will do.
     command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-temp", ROOT / "build" / "gpu_check_native"]
     path = os.pathsep.join([os.environ["PATH"], str(Path(nvcc).parent)])
     environment = {"DDPM_FAST_CUDA_ARCHS": "", "TORCH_CUDA_ARCH_LIST": architecture, "PATH": path}
@@ -469,7 +469,7 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
     sampled = rows("sample_speed", sampler="ddpm_fast")
     goal(f"sampling: times faster than {peer}, eager", 2.0, ratios(sampled, peer))
     compiled = [row for row in sampled if row["model"] == SMALL and ratios([row], compiled=True)]
-    # What is predicted of a card asks a compiled program, too.
+    # The prediction for a card asks a compiled program, too.
     known = [row for row in compiled if row["device"] in cards] if program("g++") else []
     steps = ask(EXPECT, SMALL, known[0]["device"], *(str(row["batch"]) for row in known)) if known else []
     for row, (predicted, ratio) in zip(known, steps, strict=True):

@@ -15,9 +15,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -139,19 +138,18 @@ class _Job(NamedTuple):
 
 def _compile(salt: str, job: _Job) -> Path:
     """Compile a source. The assembly of a .cu file gets a fence behind every thread-local, that is, __shared__, variable."""
-    target = CACHE / f"{job.source.stem}-{_hash(salt, job.flags, job.source.read_text())}.o"
-    part, assembly = target.with_suffix(".part.o"), target.with_suffix(".s")
-    with _locked(target):
-        if target.exists():
-            return target
-        if job.source.suffix == ".cu":
-            _run(["g++", *job.flags, "-x", "c++", "-S", str(job.source), "-o", str(assembly)])
-            assembly.write_text(_with_fences(assembly.read_text()))
-            _run(["g++", "-c", str(assembly), "-o", str(part)])
-            assembly.unlink()
-        else:
+
+    def make(part: Path) -> None:
+        if job.source.suffix != ".cu":
             _run(["g++", *job.flags, "-c", str(job.source), "-o", str(part)])
-        return part.rename(target)
+            return
+        assembly = part.with_suffix(".s")
+        _run(["g++", *job.flags, "-x", "c++", "-S", str(job.source), "-o", str(assembly)])
+        assembly.write_text(_with_fences(assembly.read_text()))
+        _run(["g++", "-c", str(assembly), "-o", str(part)])
+        assembly.unlink()
+
+    return _made(CACHE / f"{job.source.stem}-{_hash(salt, job.flags, job.source.read_text())}.o", make)
 
 
 def _with_fences(assembly: str) -> str:
@@ -168,18 +166,16 @@ def _with_fences(assembly: str) -> str:
 def _link(kernels: list[Path], others: list[Path], sanitizer: str) -> Path:
     """Kernels first, between two markers: what thread-local variables lie between are shared memory."""
     target = CACHE / _hash(kernels, others) / "emulated.so"
-    target.parent.mkdir(exist_ok=True)
-    with _locked(target):
-        if not target.exists():
-            part = target.with_suffix(".part")
-            begin, end = target.with_name("begin.o"), target.with_name("end.o")
-            for file, text in ((begin, _BEGIN), (end, _dynamic_shared(kernels) + _END)):
-                _run(["g++", "-x", "assembler", "-c", "-", "-o", str(file)], text)
-            library = SANITIZERS["address"][:1] if sanitizer == "address" else []
-            objects = [str(path) for path in (begin, *kernels, end, *others)]
-            _run(["g++", "-shared", "-Wl,-Bsymbolic", *library, *objects, "-o", str(part)])
-            part.rename(target)
-    return target
+
+    def make(part: Path) -> None:
+        begin, end = target.with_name("begin.o"), target.with_name("end.o")
+        for file, text in ((begin, _BEGIN), (end, _dynamic_shared(kernels) + _END)):
+            _run(["g++", "-x", "assembler", "-c", "-", "-o", str(file)], text)
+        library = SANITIZERS["address"][:1] if sanitizer == "address" else []
+        objects = [str(path) for path in (begin, *kernels, end, *others)]
+        _run(["g++", "-shared", "-Wl,-Bsymbolic", *library, *objects, "-o", str(part)])
+
+    return _made(target, make)
 
 
 _MARKER = """
@@ -216,21 +212,19 @@ def _dynamic_shared(kernels: Iterable[Path]) -> str:
 def _edited_copy(edits: tuple[Edit, ...]) -> Path:
     """A copy of what kernels are compiled from, in a folder named after the edits and the original."""
     original = [*(ROOT / "csrc" / "common").iterdir(), *(ROOT / "csrc" / "cuda").iterdir()]
-    folder = CACHE / f"edited-{_hash(edits, _digest(original))}"
-    with _locked(folder):
-        if not folder.exists():
-            part = folder.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)
-            for kind in ("common", "cuda"):
-                shutil.copytree(ROOT / "csrc" / kind, part / kind)
-            for edit in edits:
-                path = part / "cuda" / edit.file
-                before, old, after = path.read_text().partition(edit.old)
-                if not old:
-                    raise ValueError(f"The sources have changed, and a text to edit is not in {edit.file}: {edit.old!r}")
-                path.write_text(before + edit.new + after)
-            part.rename(folder)
-    return folder
+
+    def make(part: Path) -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        for kind in ("common", "cuda"):
+            shutil.copytree(ROOT / "csrc" / kind, part / kind)
+        for edit in edits:
+            path = part / "cuda" / edit.file
+            before, old, after = path.read_text().partition(edit.old)
+            if not old:
+                raise ValueError(f"The sources have changed, and a text to edit is not in {edit.file}: {edit.old!r}")
+            path.write_text(before + edit.new + after)
+
+    return _made(CACHE / f"edited-{_hash(edits, _digest(original))}", make)
 
 
 def _hash(*parts: object) -> str:
@@ -244,14 +238,17 @@ def _digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold a lock by the name of a file that is being made, between threads and processes."""
-    path = CACHE / "locks" / f"{target.parent.name}-{target.name}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+def _made(target: Path, make: Callable[[Path], None]) -> Path:
+    """Return a file or a folder of the cache. If it does not exist, one thread of one process makes it, under another name."""
+    lock, part = CACHE / "locks" / f"{target.parent.name}-{target.name}", target.with_name(f"{target.name}.part")
+    for each in (lock, target):
+        each.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        if not target.exists():
+            make(part)
+            part.rename(target)
+    return target
 
 
 def _run(command: list[str], text: str | None = None) -> None:
