@@ -20,7 +20,7 @@ from typing import Any
 
 import native
 import triton_cases
-from figures import Figures
+from sass import Figures
 
 FILE = Path(__file__).with_name("budgets.json")
 UPDATE = "python tests/machine_code/budgets.py --update"

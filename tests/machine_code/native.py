@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sass
-from figures import Figures
+from sass import Figures
 
 FLOAT = 4
 ITEM_BYTES = {"float": 4, "BFloat16": 2, "Float16": 2, "unsigned char": 1}

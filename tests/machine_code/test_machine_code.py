@@ -15,7 +15,7 @@ import native
 import pytest
 import sass
 import triton_cases
-from figures import Figures
+from sass import Figures
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import sass
 import torch
-from figures import Figures
+from sass import Figures
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
