@@ -132,25 +132,30 @@ def _condition(place: str, given: Any, pixels: Tensor, channels: int | None) -> 
 
 def _tensor(place: str, image: Any, channels: int | None, wanted: str) -> Tensor:
     """Return a tensor or a PIL image as uint8 or float32 [C, ...] on the CPU."""
-    from PIL.Image import Image
-
-    from .pictures import GREY, converted, pixels
-
-    if isinstance(image, Image):
-        found = channels or (1 if image.mode in GREY else 4 if image.mode == "RGBA" else 3)
-        expect(found in (1, 3, 4), "", place, f"to be a tensor, as there are {found} channels", "a PIL image")
-        try:
-            image = pixels(converted(image, image.format, found))
-        except Exception as error:  # Pillow's formats raise errors of many types
-            raise InvalidValue("", place, "to be an image", error) from error
-    if not isinstance(image, Tensor):
-        raise InvalidValue("", place, wanted, type(image).__name__)
+    if not isinstance(image, Tensor):  # a run on tensors needs no Pillow
+        image = _pixels(place, image, channels, wanted)
     dense = image.layout is torch.strided and not image.is_nested and not image.is_meta
     shaped = dense and image.dim() >= 2 and image.numel() > 0 and channels in (None, image.shape[0])
     shape = list(image.shape) if dense else "without values in a dense layout"
     expect(shaped and (image.is_floating_point() or image.dtype == torch.uint8), "", place, wanted, f"{image.dtype} {shape}")
     values: Tensor = image.detach().cpu().contiguous()
     return values.float() if values.is_floating_point() else values
+
+
+def _pixels(place: str, image: Any, channels: int | None, wanted: str) -> Tensor:
+    """Return a PIL image as uint8 [C, H, W]. Raise a ValueError for anything else."""
+    from PIL.Image import Image
+
+    from .pictures import GREY, converted, pixels
+
+    if not isinstance(image, Image):
+        raise InvalidValue("", place, wanted, type(image).__name__)
+    found = channels or (1 if image.mode in GREY else 4 if image.mode == "RGBA" else 3)
+    expect(found in (1, 3, 4), "", place, f"to be a tensor, as there are {found} channels", "a PIL image")
+    try:
+        return pixels(converted(image, image.format, found))
+    except Exception as error:  # Pillow's formats raise errors of many types
+        raise InvalidValue("", place, "to be an image", error) from error
 
 
 def _kinds(item: Item) -> str:

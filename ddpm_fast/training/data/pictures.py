@@ -19,6 +19,7 @@ from typing import Final
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from ...checks import check_choice, listed
@@ -126,8 +127,9 @@ def _read_header(file: str | BytesIO) -> tuple[int, int, bool]:
     with Image.open(file) as opened:
         has_exif = opened.format != "PNG" or "exif" in opened.info  # Pillow decodes a PNG to look for it
         turned = has_exif and opened.getexif().get(_ORIENTATION, 1) >= 5
-        height, width = opened.size if turned else opened.size[::-1]
-        return height, width, opened.mode in GREY
+        # Pillow 11 and later turn the size of a TIFF, and no other. Its tags have the stored one.
+        width, height = (opened.tag_v2[256], opened.tag_v2[257]) if isinstance(opened, TiffImageFile) else opened.size
+        return (width, height, opened.mode in GREY) if turned else (height, width, opened.mode in GREY)
 
 
 def _common_size(root: str, headers: Sequence[tuple[int, int, bool]]) -> tuple[int, int]:
