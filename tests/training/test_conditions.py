@@ -15,8 +15,7 @@ from items import assert_equal, whole
 from launching import run_ranks
 from PIL import Image
 from refusals import refused
-from runs import QUIET, assert_same_weights, train
-from test_processes import SCRIPT
+from runs import QUIET, TRAIN, assert_same_weights, train
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, load_folder, sample_seeds
@@ -104,7 +103,7 @@ def test_weights_are_the_same_bits_in_parts_and_in_processes(condition: str, tmp
     train(tmp_path / "parts", **options, resume=True)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     if condition == "mask":  # the one that draws
-        for each in run_ranks(2, ["-c", SCRIPT, str(tmp_path / "two"), json.dumps(options)], tmp_path):
+        for each in run_ranks(2, ["-c", TRAIN, str(tmp_path / "two"), json.dumps(options)], tmp_path):
             assert each.returncode == 0, each.stderr
         assert_same_weights(tmp_path / "whole", tmp_path / "two")
     config = load_folder(tmp_path / "whole").model.config
