@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 import ddpm_fast
 from ddpm_fast import DataOptions, ModelOptions, TrainOptions, TrainResult
+from ddpm_fast.cli import main
 from ddpm_fast.training.checkpoint import Checkpoints
 from ddpm_fast.training.options import STRUCTS, options_of
 
@@ -45,6 +47,13 @@ def train(run_dir: str | Path, **options: Any) -> TrainResult:
     assert not unknown, unknown
     structs = (kind.from_values(options) for kind in (TrainOptions, DataOptions, ModelOptions))
     return ddpm_fast.train(run_dir, *structs)  # type: ignore[arg-type]
+
+
+def run_command(*arguments: object, code: int = 0) -> str:
+    """Run the command line, expect its exit status, and return what it prints."""
+    result = CliRunner().invoke(main, [str(each) for each in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
 
 
 def newest_checkpoint(run_dir: Path) -> Path:

@@ -13,11 +13,9 @@ from unittest.mock import Mock
 import pytest
 import safetensors.torch
 import torch
-from click.testing import CliRunner
-from runs import QUIET, assert_same_weights, newest_checkpoint, pictures, train
+from runs import QUIET, assert_same_weights, newest_checkpoint, pictures, run_command, train
 from torch import Tensor
 
-from ddpm_fast.cli import main
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import load_folder
 from ddpm_fast.schedule import NoiseSchedule, Objective
@@ -220,8 +218,7 @@ def test_a_call_reads_and_writes_the_configuration_once(run: RunFolder, monkeypa
     read, write = Mock(wraps=run_module.read_json), Mock(wraps=state.write_json)
     monkeypatch.setattr(run_module, "read_json", read)
     monkeypatch.setattr(state, "write_json", write)
-    result = CliRunner().invoke(main, ["train", str(run.path), "--resume", "--steps=5", "--no-progress"])
-    assert result.exit_code == 0, result.output
+    run_command("train", run.path, "--resume", "--steps=5", "--no-progress")
     assert (read.call_count, write.call_count) == (1, 1)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from drawing import tiny_unet
 from other_blocks import UNetModel
 from refusals import refused
-from runs import NAMES, QUIET, assert_same_weights, train
+from runs import QUIET, SHARED, resume_and_compare, run_command, train
 from torch import Tensor, nn
 
 from ddpm_fast import (
@@ -20,58 +20,44 @@ from ddpm_fast import (
     Objective,
     Trainer,
     TrainOptions,
-    UNet,
     ddim_plan,
     export_checkpoint,
     load_folder,
     sample,
 )
-from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.integrations.guided_diffusion import load_guided_diffusion
 from ddpm_fast.training.data import load_dataset
 
-SHARED = {name: value for name, value in QUIET.items() if name in NAMES[TrainOptions]}
 LEARNED = QUIET | {"variance": "learned_range", "num_timesteps": 20, "flip": True}
 FLOW = QUIET | {"prediction": "flow", "num_timesteps": 20}
 
 
-def run(*arguments: Any) -> str:
-    result = CliRunner().invoke(main, [str(each) for each in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
+def run_trainer(folder: Path, model: nn.Module, objective: Any, dataset: Any = None, **options: Any) -> None:
+    """Train a network of four steps on digits, unless the options say otherwise."""
+    dataset = load_dataset("digits") if dataset is None else dataset
+    Trainer(model, objective, dataset, TrainOptions(**SHARED | {"steps": 4} | options), folder).run()
 
 
-def plain(channels: int, **changes: Any) -> UNet:
-    config = {"in_channels": 1, "out_channels": channels, "block_out_channels": [8, 16], "layers_per_block": 1}
-    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "norm_num_groups": 4}
-    return UNet(**config | blocks | changes)
+def draw(model: Path, out: Path, *more: object) -> None:
+    run_command("sample", "--model", model, "--num", 1, "--steps", 3, "--out", out, *more)
 
 
 # -------------------------------------------------------------------------------------------------------- learned variance
 
 
 def test_a_learned_variance_is_resumed_sampled_evaluated_and_exported(tmp_path: Path) -> None:
-    train(tmp_path / "whole", **LEARNED, steps=5)
     train(tmp_path / "cut", **LEARNED, steps=2)
-    train(tmp_path / "cut", **LEARNED, steps=5, resume=True)
-    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    resume_and_compare(train, tmp_path / "cut", **LEARNED, steps=5)
     export_checkpoint(tmp_path / "cut", tmp_path / "model", torch.float32)
     loaded = load_folder(tmp_path / "model")
-    assert (
-        loaded.objective
-        == load_folder(tmp_path / "cut").objective
-        == Objective(NoiseSchedule.linear(20), variance="learned_range")
-    )
-    assert loaded.interface.shape == (1, 8, 8)
-    assert (loaded.model.config["out_channels"], loaded.interface.condition_channels) == (2, 0)
-    assert loaded.model.config["variance"] == "learned_range"
+    expected = Objective(NoiseSchedule.linear(20), variance="learned_range")
+    assert loaded.objective == load_folder(tmp_path / "cut").objective == expected
+    assert (loaded.interface.shape, loaded.interface.condition_channels) == ((1, 8, 8), 0)
+    assert (loaded.model.config["out_channels"], loaded.model.config["variance"]) == (2, "learned_range")
     for sampler in ("ddpm", "dpm++2m-sde"):
-        run(
-            "sample", "--model", tmp_path / "model", "--num", 2, "--sampler", sampler, "--steps", 4, "--out", tmp_path / "a.png"
-        )
-    out = run("evaluate", "--model", tmp_path / "cut", "--data", "digits", "--num", 2)
-    assert "learned_range: bits/dim" in out
+        draw(tmp_path / "model", tmp_path / "a.png", "--sampler", sampler)
+    assert "learned_range: bits/dim" in run_command("evaluate", "--model", tmp_path / "cut", "--data", "digits", "--num", 2)
 
 
 def test_a_log_variance_is_no_pipeline_of_diffusers(tmp_path: Path) -> None:
@@ -99,12 +85,15 @@ def test_weights_of_guided_diffusion_go_on_training(tmp_path: Path) -> None:
     network = load_guided_diffusion(theirs.state_dict(), num_heads=4, image_size=16)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     images = [torch.full((3, 16, 16), 20 * i, dtype=torch.uint8) for i in range(12)]
-    options = TrainOptions(**SHARED | {"steps": 2, "variance": "learned_range"})
-    Trainer(network, NoiseSchedule.linear(100), images, options, tmp_path / "run").run()  # type: ignore[arg-type]
+    run_trainer(tmp_path / "run", network, NoiseSchedule.linear(100), images, variance="learned_range")
     assert all(not torch.equal(value, before[name]) for name, value in network.state_dict().items() if "weight" in name)
     loaded = load_folder(tmp_path / "run")
     assert loaded.objective.variance == "learned_range"
     assert loaded.interface.shape == (3, 16, 16)
+
+
+BLACK = torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
+learning_unet = partial(tiny_unet, learned_variance=True)
 
 
 class Network(nn.Module):
@@ -121,23 +110,22 @@ class Network(nn.Module):
 
 def test_any_network_learns_its_variance(tmp_path: Path) -> None:
     digits = load_dataset("digits")
-    for cut in (False, True):
+    images = [digits[i].image for i in range(9)]
+
+    def begin(folder: Path, **options: Any) -> None:
         torch.manual_seed(0)
-        folder = tmp_path / str(cut)
-        for steps, resume in ((2, False), (4, True)) if cut else ((4, False),):
-            options = TrainOptions(**SHARED | {"steps": steps, "variance": "learned", "resume": resume})
-            Trainer(Network(2), NoiseSchedule.cosine(10), [digits[i].image for i in range(9)], options, folder).run()  # type: ignore[arg-type]
-    assert_same_weights(tmp_path / "False", tmp_path / "True")
+        run_trainer(folder, Network(2), NoiseSchedule.cosine(10), images, variance="learned", **options)
+
+    begin(tmp_path / "cut", steps=2)
+    resume_and_compare(begin, tmp_path / "cut")
 
 
 # ----------------------------------------------------------------------------------------------------------- flow matching
 
 
 def test_flow_matching_trains_on_its_schedule_and_is_drawn_by_every_sampler(tmp_path: Path) -> None:
-    train(tmp_path / "whole", **FLOW, steps=4)
     train(tmp_path / "cut", **FLOW, steps=2)
-    train(tmp_path / "cut", **FLOW, steps=4, resume=True)
-    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    resume_and_compare(train, tmp_path / "cut", **FLOW, steps=4)
     out = export_checkpoint(tmp_path / "cut", tmp_path / "model", torch.float32)
     assert not (out / "model_index.json").exists()
     config = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
@@ -146,42 +134,26 @@ def test_flow_matching_trains_on_its_schedule_and_is_drawn_by_every_sampler(tmp_
     for folder in (out, tmp_path / "cut"):
         assert load_folder(folder).objective == Objective(NoiseSchedule.flow(20), "flow")
     for sampler in ("dpm++2m", "dpm++2m-sde", "ddpm", "ddim", "heun"):
-        run("sample", "--model", out, "--num", 1, "--sampler", sampler, "--steps", 3, "--out", tmp_path / "a.png")
-    run(
-        "sample",
-        "--model",
-        out,
-        "--num",
-        1,
-        "--sampler",
-        "ddim",
-        "--spacing",
-        "trailing",
-        "--steps",
-        3,
-        "--out",
-        tmp_path / "a.png",
-    )
-    assert "total" in run("evaluate", "--model", out, "--data", "digits", "--num", 2)
+        draw(out, tmp_path / "a.png", "--sampler", sampler)
+    draw(out, tmp_path / "a.png", "--sampler", "ddim", "--spacing", "trailing")
+    assert "total" in run_command("evaluate", "--model", out, "--data", "digits", "--num", 2)
 
 
-def test_the_flow_schedule_can_be_replaced_and_used_by_others(tmp_path: Path) -> None:
-    train(tmp_path / "a", **FLOW | {"schedule": "cosine"}, steps=1)
-    assert load_folder(tmp_path / "a").objective == Objective(NoiseSchedule.cosine(20), "flow")
-    train(tmp_path / "b", **FLOW | {"schedule": "flow", "prediction": "epsilon"}, steps=1)
-    assert load_folder(tmp_path / "b").objective == Objective(NoiseSchedule.flow(20), "epsilon")
+@pytest.mark.parametrize(("schedule", "prediction"), [("cosine", "flow"), ("flow", "epsilon")])
+def test_the_flow_schedule_can_be_replaced_and_used_by_others(schedule: str, prediction: Any, tmp_path: Path) -> None:
+    train(tmp_path, **FLOW | {"schedule": schedule, "prediction": prediction}, steps=1)
+    assert load_folder(tmp_path).objective == Objective(getattr(NoiseSchedule, schedule)(20), prediction)
 
 
 def test_the_command_gives_flow_its_schedule_with_the_small_network(tmp_path: Path) -> None:
     arguments = ("--steps", 1, "--sample-every", 0, "--no-progress", "--no-tensorboard", "--threads", 1, "--channels", "16,32")
-    run("train", tmp_path / "flow", "--prediction", "flow", *arguments)
-    run("train", tmp_path / "flow", "--resume", "--steps", 2)
-    again = [*arguments, "--network", "small"]
-    again[1] = 3
-    run("train", tmp_path / "flow", "--auto-resume", "--prediction", "flow", *again)
-    run("train", tmp_path / "flow", "--resume", "--steps", 4, "--schedule", "flow")
+    run_command("train", tmp_path / "flow", "--prediction", "flow", *arguments)
+    run_command("train", tmp_path / "flow", "--resume", "--steps", 2)
+    again = ("--auto-resume", "--prediction", "flow", "--network", "small")
+    run_command("train", tmp_path / "flow", *arguments, *again, "--steps", 3)
+    run_command("train", tmp_path / "flow", "--resume", "--steps", 4, "--schedule", "flow")
     assert load_folder(tmp_path / "flow").objective == Objective(NoiseSchedule.flow(), "flow")
-    run("train", tmp_path / "v", *arguments)
+    run_command("train", tmp_path / "v", *arguments)
     assert load_folder(tmp_path / "v").objective == Objective(NoiseSchedule.cosine(), "v_prediction")
 
 
@@ -189,76 +161,68 @@ def test_the_command_gives_flow_its_schedule_with_the_small_network(tmp_path: Pa
 
 
 def test_a_trainer_takes_an_objective(tmp_path: Path) -> None:
-    schedule, digits = NoiseSchedule.cosine(20), load_dataset("digits")
+    schedule = NoiseSchedule.cosine(20)
     half = (Objective(schedule, "v_prediction").target + Objective(schedule, "flow").target) / 2
     objective = Objective(schedule, half, loss_weight="min_snr", gamma=3.0)
-    for folder, parts in (("whole", ((4, False),)), ("cut", ((2, False), (4, True)))):
-        for steps, resume in parts:
-            torch.manual_seed(0)
-            options = TrainOptions(**SHARED | {"steps": steps, "resume": resume})
-            Trainer(plain(1), objective, digits, options, tmp_path / folder).run()
-    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
-    loaded = load_folder(tmp_path / "whole")
-    assert loaded.objective == Objective(schedule, half)  # weights of the loss do not concern a drawing
-    run("sample", "--model", tmp_path / "whole", "--num", 1, "--steps", 3, "--out", tmp_path / "a.png")
-    options = TrainOptions(**SHARED | {"steps": 4, "resume": True})
+
+    def begin(folder: Path, **options: Any) -> None:
+        torch.manual_seed(0)
+        run_trainer(folder, tiny_unet(), objective, **options)
+
+    begin(tmp_path / "cut", steps=2)
+    resume_and_compare(begin, tmp_path / "cut")
+    assert load_folder(tmp_path / "cut").objective == Objective(schedule, half)  # weights of the loss do not concern a drawing
+    draw(tmp_path / "cut", tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"train: expected prediction to be 'custom', as in .*, got 'v_prediction'"):
-        Trainer(plain(1), Objective(schedule, "v_prediction"), digits, options, tmp_path / "whole").run()
+        run_trainer(tmp_path / "cut", tiny_unet(), Objective(schedule, "v_prediction"), resume=True)
 
 
-def test_objectives_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:
-    schedule, digits, floats = NoiseSchedule.cosine(20), load_dataset("digits"), [torch.zeros(1, 8, 8)] * 8
-    uint8 = "to have uint8 images, as the bound that trains a learned variance is one of 256 grey levels"
-    lost = "epsilon, for which D = 0 at timestep 19"
-    channels = "to have out_channels = 2, as the images of dataset and their variance"
-    even = "to have an even number of out_channels, to predict the variance too"
-    learned = Objective(schedule, variance="learned_range")
-    for model, objective, dataset, options, wanted in (
-        (plain(1), learned, digits, {}, InvalidValue("Trainer", "model", channels, "1")),
-        (plain(1), learned, [digits[i].image for i in range(8)], {}, InvalidValue("Trainer", "model", even, "1")),
+SCHEDULE = NoiseSchedule.cosine(20)
+RANGE = Objective(SCHEDULE, variance="learned_range")
+UINT8 = "to have uint8 images, as the bound that trains a learned variance is one of 256 grey levels"
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "images", "options", "wanted"),
+    [
+        (tiny_unet, RANGE, None, {}, ("model", "to have out_channels = 2, as the images of dataset and their variance", "1")),
+        (tiny_unet, RANGE, BLACK, {}, ("model", "to have an even number of out_channels, to predict the variance too", "1")),
+        (learning_unet, SCHEDULE, None, {}, ("model", "to have out_channels = 1, as the images of dataset", "2")),
+        (learning_unet, RANGE, torch.zeros(8, 1, 8, 8), {}, ("dataset", UINT8, "torch.float32")),
         (
-            plain(2),
-            schedule,
-            digits,
-            {},
-            InvalidValue("Trainer", "model", "to have out_channels = 1, as the images of dataset", "2"),
-        ),
-        (plain(2), learned, floats, {}, InvalidValue("Trainer", "dataset", uint8, "torch.float32")),
-        (
-            plain(2),
+            learning_unet,
             Objective(NoiseSchedule.flow(20), variance="learned_range"),
-            digits,
+            None,
             {},
-            InvalidValue("Trainer", "prediction", "to determine x_0 at every timestep", lost),
+            ("prediction", "to determine x_0 at every timestep", "epsilon, for which D = 0 at timestep 19"),
         ),
         (
-            plain(1),
-            Objective(schedule),
-            digits,
+            tiny_unet,
+            Objective(SCHEDULE),
+            None,
             {"loss_weight": "min_snr"},
-            InvalidValue("Trainer", "options.loss_weight", "to be left out, as schedule is an Objective", "min_snr"),
+            ("options.loss_weight", "to be left out, as schedule is an Objective", "min_snr"),
         ),
         (
-            Network(1),
-            learned,
-            [digits[i].image for i in range(8)],
+            partial(Network, 1),
+            RANGE,
+            BLACK,
             {},
-            InvalidValue("Trainer", "model", "to take [2, 1, 8, 8], t [2] and return [2, 2, 8, 8]", "[2, 1, 8, 8]"),
+            ("model", "to take [2, 1, 8, 8], t [2] and return [2, 2, 8, 8]", "[2, 1, 8, 8]"),
         ),
-    ):
-        with refused(wanted):
-            Trainer(model, objective, dataset, TrainOptions(**SHARED | {"steps": 1} | options), tmp_path / "run")  # type: ignore[arg-type]
-    numbers = tmp_path / "numbers.npz"
-    np.savez(numbers, np.random.default_rng(0).random((8, 8, 8)))
-    with pytest.raises(ValueError, match="to have uint8 images, as the bound"):
-        train(tmp_path / "run", **LEARNED | {"data": str(numbers), "conditional": False}, steps=1)
+    ],
+)
+def test_objectives_that_do_not_fit_are_refused_before_a_folder_is_made(
+    model: Any, objective: Any, images: Any, options: dict[str, str], wanted: tuple[str, str, str], tmp_path: Path
+) -> None:
+    with refused(InvalidValue("Trainer", *wanted)):
+        run_trainer(tmp_path / "run", model(), objective, images, **options)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_plan_of_an_objective_draws() -> None:
     """A sampler knows nothing of predictions: columns of one's own draw the images of the name."""
-    schedule = NoiseSchedule.cosine(20)
-    model = plain(1, sample_size=8).eval()
+    schedule, model = NoiseSchedule.cosine(20), tiny_unet().eval()
     named = sample(model, ddim_plan(Objective(schedule, "flow"), 4), 2, progress=False)
     given = sample(model, ddim_plan(Objective(schedule, Objective(schedule, "flow").target), 4), 2, progress=False)
     assert torch.equal(named, given)
