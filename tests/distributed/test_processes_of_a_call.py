@@ -26,9 +26,6 @@ def test_one_process_needs_no_variables() -> None:
     assert ranks("train", {}) == (0, 1, 0)
     with joined("train") as team:
         assert team == Processes(0, 1, 0, None)
-        assert team.on_first(lambda: 5) == 5
-        assert team.from_first([1.5, 2.0]) == [1.5, 2.0]
-        assert team.largest(3)() == 3
         assert team.arrive().result() == 0
 
 

@@ -11,17 +11,16 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from drawing import tiny_unet
-from items import assert_equal, whole
+from items import whole
 from launching import run_ranks
 from PIL import Image
 from refusals import refused
-from runs import QUIET, SHARED, TRAIN, assert_same_weights, pictures, resume_and_compare, run_command, train
+from runs import QUIET, TRAIN, assert_same_weights, pictures, resume_and_compare, run_command, train
 from torch import Tensor
 
-from ddpm_fast import NoiseSchedule, Sampler, Trainer, TrainOptions, UNet, load_folder, sample_seeds
+from ddpm_fast import NoiseSchedule, Sampler, Trainer, TrainOptions, load_folder, sample_seeds
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training.data import Degradation, arrays, batches, load_dataset, read_batch, to_unit_range
+from ddpm_fast.training.data import Degradation, arrays, load_dataset, read_batch, to_unit_range
 from ddpm_fast.training.data.condition import evaluated_images, examples, read_conditions
 
 RUN: dict[str, Any] = QUIET | {"channels": [8, 16], "batch_size": 8, "micro_batch_size": 2, "steps": 3}
@@ -101,22 +100,10 @@ def test_weights_are_the_same_bits_in_parts_and_in_processes(condition: str, tmp
     assert found == [condition, 3 if condition == "mask" else 2, 1]
 
 
-def test_pairs_are_of_one_name(tmp_path: Path) -> None:
-    """Images in memory and decoded as they are used, files and arrays, whatever their order and their endings."""
+def test_pairs_train_and_are_part_of_the_fingerprint(tmp_path: Path) -> None:
     sharp, dim = scenes(tmp_path / "sharp"), scenes(tmp_path / "dim", mode="L", seed=1)
-    Image.open(dim / "3.png").save(dim / "3.bmp")
-    (dim / "3.png").unlink()
-    for memory in (None, 0):
-        dataset = load_dataset(str(sharp), condition=dim, memory=memory)
-        assert (dataset.info.shape, dataset.info.condition, dataset.info.condition_channels) == ((3, 8, 12), "images", 1)
-        batch = read_batch(dataset, torch.tensor([3, 0]))
-        assert batch.conditions is not None
-        for row, number in enumerate((3, 0)):
-            other = next(dim.glob(f"{number}.*"))
-            assert np.array_equal(batch.conditions[row, 0], np.asarray(Image.open(other)))
-            assert np.array_equal(batch.images[row].permute(1, 2, 0), np.asarray(Image.open(sharp / f"{number}.png")))
-        (again,) = batches(dataset, [torch.tensor([3, 0])], 0)
-        assert_equal(again, batch)
+    info = load_dataset(str(sharp), condition=dim).info
+    assert (info.shape, info.condition, info.condition_channels) == ((3, 8, 12), "images", 1)
     options = RUN | {"data": str(sharp), "condition": str(dim)}
     train(tmp_path / "run", **options | {"steps": 2})
     assert load_folder(tmp_path / "run").model.config["condition"] == "images"
@@ -141,80 +128,26 @@ def test_pairs_of_arrays_have_a_range(tmp_path: Path) -> None:
     assert (condition.shape, float(condition.min()), float(condition.max())) == ((6, 1, 8, 8), -1, 1)
 
 
-def test_what_cannot_be_paired_is_named(tmp_path: Path) -> None:
-    sharp, dim = scenes(tmp_path / "sharp"), scenes(tmp_path / "dim", count=2)
-    with pytest.raises(ValueError, match=f"to have files of the same names as {sharp}, got none named 2, 3, 4, 5 in {dim}"):
-        load_dataset(str(sharp), condition=dim)
-    with pytest.raises(ValueError, match=f"none named 2, 3, 4, 5 in {dim}"):
-        load_dataset(str(dim), condition=sharp)
-    scenes(dim, count=20)
-    with pytest.raises(ValueError, match=r"none named 10, 11, 12, 13, 14 and 9 more in .*sharp"):
-        load_dataset(str(sharp), condition=dim)
-    np.save(tmp_path / "rgb.npy", np.random.default_rng(0).normal(size=(2, 8, 8, 3)))
-    kinds = "low-resolution:2 to low-resolution:64, grey, mask, or a folder, an archive or a file of arrays"
-    for data, condition, expected, got in (
-        (sharp, "blur", f"to be {kinds}", "'blur', which does not exist"),
-        (sharp, "low-resolution:3", "to divide the images' sides, 12x8", "low-resolution:3"),
-        ("digits", "grey", "to be another than grey for 1 channels", "grey"),
-        (tmp_path / "rgb.npy", "grey", "to be another than grey for channels of several ranges", "grey"),
-    ):
-        with refused(InvalidValue("load_dataset", "condition", expected, got)):
-            load_dataset(str(data), condition=condition)
-    assert load_dataset(str(tmp_path / "rgb.npy"), condition="grey", data_range=(-9, 9)).info.condition_channels == 1
-    with pytest.raises(
-        ValueError, match=r"expected condition to be one array file or one table, as digits is, got .*dim, whose "
-    ):
-        load_dataset("digits", condition=dim)
-
-
-class Pairs:
-    """Items with a condition, as a tuple or by name."""
-
-    def __init__(self, change: Any = lambda image, label, condition: (image, label, condition)) -> None:
-        self.digits, self.change = load_dataset("digits"), change
-
-    def __len__(self) -> int:
-        return 60
-
-    def __getitem__(self, index: int) -> Any:
-        image, label, _ = self.digits[index]
-        return self.change(image, label, torch.cat([image.flip(2), image // 2]))
-
-
-def trainer(run_dir: Path, dataset: Any, channels: int = 3, **options: Any) -> Trainer:
-    config = tiny_unet().config | {"in_channels": channels}
-    torch.manual_seed(0)
-    return Trainer(UNet(**config), NoiseSchedule.linear(), dataset, TrainOptions(**SHARED | {"steps": 3} | options), run_dir)
-
-
-def test_items_may_be_triples_or_mappings(tmp_path: Path) -> None:
-    items = {
-        "triples": Pairs(),
-        "names": Pairs(lambda image, label, condition: {"condition": condition, "image": image}),
-        "floats": Pairs(lambda image, label, condition: (image, None, to_unit_range(condition))),
-    }
-    for name, dataset in items.items():
-        trainer(tmp_path / name, dataset).run()
-        assert_same_weights(tmp_path / "triples", tmp_path / name)
-    trainer(tmp_path / "flips", Pairs(), flip=True).run()  # both are mirrored
-    assert json.loads((tmp_path / "flips" / "config.json").read_text())["unet"]["condition"] == "images"
+KINDS = "low-resolution:2 to low-resolution:64, grey, mask, or a folder, an archive or a file of arrays"
 
 
 @pytest.mark.parametrize(
-    ("change", "channels", "wanted"),
+    ("data", "condition", "wanted", "got"),
     [
-        (lambda i, n, c: (i, n), 3, r"a condition of 2 channels, as the network reads 3 and the image has 1, got none"),
-        (lambda i, n, c: (i, n, c), 1, r"no condition, as the network reads 1 and the image has 1, got one"),
-        (lambda i, n, c: (i, n, c[:1]), 3, r"a condition of .* \[2, 8, 8\].*, got torch\.uint8 \[1, 8, 8\]"),
-        (lambda i, n, c: (i, n, c[:, :4]), 3, r"a condition of .*, got torch\.uint8 \[2, 4, 8\]"),
-        (lambda i, n, c: (i, n, c.int()), 3, r"a condition of .*, got torch\.int32 \[2, 8, 8\]"),
-        (lambda i, n, c: (i, n, c / 0), 3, r"a condition of .*, got NaN or infinity"),
-        (lambda i, n, c: {"image": i, "mask": c}, 3, r"image, label and condition, got image, mask"),
+        ("digits", "blur", f"to be {KINDS}", "'blur', which does not exist"),
+        ("digits", "low-resolution:3", "to divide the images' sides, 8x8", "low-resolution:3"),
+        ("digits", "grey", "to be another than grey for 1 channels", "grey"),
+        ("rgb.npy", "grey", "to be another than grey for channels of several ranges", "grey"),
     ],
 )
-def test_wrong_conditions_are_named(change: Any, channels: int, wanted: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"Trainer: expected dataset\[0\] to have {wanted}"):
-        trainer(tmp_path / "run", Pairs(change), channels)
+def test_degradations_that_do_not_fit_are_refused(
+    data: str, condition: str, wanted: str, got: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("rgb.npy", np.random.default_rng(0).normal(size=(2, 8, 8, 3)))
+    with refused(InvalidValue("load_dataset", "condition", wanted, got)):
+        load_dataset(data, condition=condition)
+    assert load_dataset("rgb.npy", condition="grey", data_range=(-9, 9)).info.condition_channels == 1
 
 
 # -------------------------------------------------------------------------------------------------- drawing and evaluation

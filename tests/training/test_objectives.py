@@ -171,7 +171,8 @@ def test_a_trainer_takes_an_objective(tmp_path: Path) -> None:
 
     begin(tmp_path / "cut", steps=2)
     resume_and_compare(begin, tmp_path / "cut")
-    assert load_folder(tmp_path / "cut").objective == Objective(schedule, half)  # weights of the loss do not concern a drawing
+    loaded = load_folder(export_checkpoint(tmp_path / "cut", tmp_path / "model"))
+    assert loaded.objective == Objective(schedule, half)  # weights of the loss do not concern a drawing
     draw(tmp_path / "cut", tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"train: expected prediction to be 'custom', as in .*, got 'v_prediction'"):
         run_trainer(tmp_path / "cut", tiny_unet(), Objective(schedule, "v_prediction"), resume=True)

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import ChainDataset, Dataset, Subset, TensorDataset
 
 import ddpm_fast
-from ddpm_fast import Logger, NoiseSchedule, Trainer, TrainOptions, UNet, export_checkpoint, load_folder
+from ddpm_fast import Logger, NoiseSchedule, Trainer, TrainOptions, UNet, load_folder
 from ddpm_fast.distributed import ProcessLost
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.training import loop
@@ -157,6 +157,23 @@ def test_items_of_every_form_train_the_same(change: Callable[[int, Tensor, int],
     assert_same_weights(tmp_path / "uint8", tmp_path / "other")
 
 
+def pair(change: Callable[[Tensor, int, Tensor], Any]) -> Digits:
+    """Return the digits as a data set with conditions of two channels. `change` is made to image, label and condition."""
+    return Digits(lambda index, image, label: change(image, label, torch.cat([image.flip(2), image // 2])))
+
+
+def test_items_may_be_triples_or_mappings(tmp_path: Path) -> None:
+    items = {
+        "triples": pair(lambda image, label, condition: (image, label, condition)),
+        "names": pair(lambda image, label, condition: {"condition": condition, "image": image, "label": label}),
+        "floats": pair(lambda image, label, condition: (image, label, to_unit_range(condition))),
+    }
+    for name, dataset in items.items():
+        run(tmp_path / name, dataset, network(in_channels=3), flip=True)  # both are mirrored
+        assert_same_weights(tmp_path / "triples", tmp_path / name)
+    assert load_folder(tmp_path / "names").model.config["condition"] == "images"
+
+
 def test_workers_read_the_same_and_leave_the_generator(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     run(tmp_path / "none")
@@ -180,16 +197,6 @@ def test_names_of_classes_come_from_the_network_the_data_set_or_numbers(tmp_path
     assert trainer(tmp_path, dataset, network(class_names=names)).model.config["class_names"] == names
     dataset.classes = ["one"]  # type: ignore[attr-defined]
     assert trainer(tmp_path, dataset).model.config["class_names"] == list("0123456789")
-
-
-def test_runs_are_sampled_and_exported_as_those_of_train(tmp_path: Path) -> None:
-    dataset = Digits(lambda index, image, label: (to_unit_range(image), label))
-    trained = run(tmp_path / "run", dataset, sample_every=3, sample_steps=2, prediction="v_prediction")
-    assert (tmp_path / "run" / "samples" / "step-00000003.png").is_file()
-    export_checkpoint(tmp_path / "run", tmp_path / "model", torch.float32)
-    loaded = load_folder(tmp_path / "model")
-    assert loaded.objective.prediction == "v_prediction"
-    assert_same_parameters(loaded.model, trained.ema)
 
 
 # ------------------------------------------------------------------------------------------------------------------ resuming
@@ -281,74 +288,53 @@ def test_an_error_of_a_callback_is_raised_as_it_is(callback: str, kind: type[Exc
 # ------------------------------------------------------------------------------------------------------------------- loggers
 
 
-class Recorder(Logger):
-    """A logger that keeps what it receives, and raises an error in one of its methods."""
-
-    def __init__(self, fails_in: str = "", error: Exception | None = None) -> None:
-        self.rows: list[tuple[int, dict[str, float]]] = []
-        self.shapes: list[tuple[int, ...]] = []
-        self.closed = 0
-        self.fails_in, self.error = fails_in, error
-
-    def fail(self, method: str) -> None:
-        if method == self.fails_in and self.error is not None:
-            raise self.error
-
-    def row(self, values: Mapping[str, float], step: int) -> None:
-        self.fail("row")
-        self.rows.append((step, dict(values)))
-
-    def images(self, images: Tensor, step: int) -> None:
-        self.fail("images")
-        self.shapes.append((step, *images.shape))
-
-    def close(self) -> None:
-        self.closed += 1
-        self.fail("close")
+def logger(method: str = "row", error: Exception | None = None) -> Mock:
+    """Return a logger that keeps what it receives, and raises an error in one of its methods."""
+    return Mock(spec=Logger, **{f"{method}.side_effect": error})
 
 
 def test_loggers_receive_the_rows_and_the_images_of_grids(tmp_path: Path) -> None:
-    recorder = Recorder()
+    recorder = logger()
     run(tmp_path, steps=5, log_every=2, sample_every=3, sample_steps=1, loggers=[recorder])
     rows = [
         {name: float(value) for name, value in row.items()}
         for row in csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
     ]
-    assert [{"step": step, **values} for step, values in recorder.rows] == [pytest.approx(row, rel=1e-5) for row in rows]
-    assert recorder.shapes == [(3, 40, 1, 8, 8), (5, 40, 1, 8, 8)]
-    assert recorder.closed == 1
+    received = [{"step": call.args[1], **call.args[0]} for call in recorder.row.call_args_list]
+    assert received == [pytest.approx(row, rel=1e-5) for row in rows]
+    shapes = [(call.args[1], *call.args[0].shape) for call in recorder.images.call_args_list]
+    assert shapes == [(3, 40, 1, 8, 8), (5, 40, 1, 8, 8)]
+    recorder.close.assert_called_once_with()
 
 
-@pytest.mark.parametrize("method", ["row", "images", "close"])
+@pytest.mark.parametrize(("method", "rows"), [("row", 1), ("images", 1), ("close", 3)])
 def test_a_logger_that_cannot_write_is_said_once_and_left_out(
-    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    method: str, rows: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    full, other = Recorder(method, OSError(28, "No space left on device")), Recorder()
+    full, other = logger(method, OSError(28, "No space left on device")), logger()
     options = {"steps": 3, "log_every": 1, "sample_every": 1, "sample_steps": 1}
     assert trainer(tmp_path, **options, loggers=[full, other]).run().step == 3
-    assert [record.getMessage() for record in caplog.records if "Recorder" in record.getMessage()] == [
-        "Recorder fails, so the run goes on without it: [Errno 28] No space left on device"
-    ]
-    assert (len(full.rows), full.closed > 0) == ({"row": 0, "images": 1, "close": 3}[method], True)
-    assert (len(other.rows), len(other.shapes), other.closed) == (3, 3, 1)
+    assert caplog.messages == ["Mock fails, so the run goes on without it: [Errno 28] No space left on device"]
+    assert (full.row.call_count, full.close.called) == (rows, True)
+    assert (other.row.call_count, other.images.call_count, other.close.call_count) == (3, 3, 1)
 
 
 @pytest.mark.parametrize(("method", "step"), [("row", 1), ("images", 2), ("close", 4)])
 def test_another_error_of_a_logger_ends_the_run_with_a_checkpoint(method: str, step: int, tmp_path: Path) -> None:
     """Each other logger is closed."""
     options = {"steps": 4, "log_every": 3, "sample_every": 2, "sample_steps": 1}
-    fails, other = Recorder(method, ValueError("mine")), Recorder()
+    fails, other = logger(method, ValueError("mine")), logger()
     with pytest.raises(ValueError, match=r"^mine$"):
         run(tmp_path / "run", **options, loggers=[fails, other])
     assert newest_checkpoint(tmp_path / "run").name == f"step-{step:08d}"
-    assert (len(other.rows) > 0, other.closed, fails.closed > 0) == (True, 1, True)
+    assert (other.row.called, other.close.call_count, fails.close.called) == (True, 1, True)
     resume_and_compare(run, tmp_path / "run", **options)
     assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "run")
 
 
 def test_an_error_of_the_run_is_shown_with_that_of_a_logger_that_is_closed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^mine$") as caught:
-        run(tmp_path, loggers=[Recorder("close", ValueError("mine"))], lr=1e30, warmup_steps=0, log_every=1)
+        run(tmp_path, loggers=[logger("close", ValueError("mine"))], lr=1e30, warmup_steps=0, log_every=1)
     assert isinstance(caught.value.__cause__, FloatingPointError)
 
 
@@ -545,6 +531,23 @@ def test_wrong_items_are_named(change: Callable[[int, Tensor, int], Any], wanted
     later = Digits(lambda i, image, label: change(i, image, label) if i == 7 else (image, label))
     with pytest.raises(ValueError, match=rf"^expected dataset\[7\] {wanted}"):
         Checked(later, 1, tuple("0123456789"))[7]
+
+
+@pytest.mark.parametrize(
+    ("change", "channels", "wanted"),
+    [
+        (lambda i, n, c: (i, n), 3, r"a condition of 2 channels, as the network reads 3 and the image has 1, got none"),
+        (lambda i, n, c: (i, n, c), 1, r"no condition, as the network reads 1 and the image has 1, got one"),
+        (lambda i, n, c: (i, n, c[:1]), 3, r"a condition of .* \[2, 8, 8\].*, got torch\.uint8 \[1, 8, 8\]"),
+        (lambda i, n, c: (i, n, c[:, :4]), 3, r"a condition of .*, got torch\.uint8 \[2, 4, 8\]"),
+        (lambda i, n, c: (i, n, c.int()), 3, r"a condition of .*, got torch\.int32 \[2, 8, 8\]"),
+        (lambda i, n, c: (i, n, c / 0), 3, r"a condition of .*, got NaN or infinity"),
+        (lambda i, n, c: {"image": i, "mask": c}, 3, r"image, label and condition, got image, mask"),
+    ],
+)
+def test_wrong_conditions_are_named(change: Any, channels: int, wanted: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"Trainer: expected dataset\[0\] to have {wanted}"):
+        trainer(tmp_path, pair(change), network(in_channels=channels))
 
 
 @pytest.mark.parametrize(
