@@ -200,10 +200,8 @@ def test_names_of_classes_come_from_the_network_the_data_set_or_numbers(tmp_path
 
 
 def test_runs_of_train_and_of_a_trainer_on_its_data_set_go_on_in_a_trainer(tmp_path: Path) -> None:
-    train(tmp_path / "whole", **QUIET | {"steps": 5})
     train(tmp_path / "run", **QUIET | {"steps": 2})
-    run(tmp_path / "run", load_dataset("digits"), steps=5, resume=True)
-    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    resume_and_compare(run, tmp_path / "run", dataset=load_dataset("digits"), steps=5)
 
 
 def mirror(index: int, image: Tensor, label: int) -> Any:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -170,9 +169,9 @@ def test_resuming_as_something_else_names_the_option(tmp_path: Path) -> None:
 
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train: expected a run to resume in .*, which has no config\.json"):
-        train(tmp_path / "none", **QUIET, resume=True)
-    with pytest.raises(FileNotFoundError, match="expected a run to resume"):
-        export_checkpoint(tmp_path / "none", tmp_path / "out")
+        train(tmp_path, **QUIET, resume=True)
+    with pytest.raises(FileNotFoundError, match="export_checkpoint: expected a run to resume"):
+        export_checkpoint(tmp_path, tmp_path / "out")
 
 
 WRONG_VALUES: list[tuple[str, object, str]] = [
@@ -263,8 +262,6 @@ def test_grids_are_drawn_with_noise_on_every_schedule(
     assert plan.coefficients[:, :3].isfinite().all()
     with Image.open(tmp_path / "samples" / "step-00000001.png") as grid:
         assert grid.size == (10 * (8 * 16 + 2) + 2, 4 * (8 * 16 + 2) + 2 + 14)  # large, below the names of the classes
-        names = np.asarray(grid.convert("L"))[:14]
-    assert len({names[:, column * 130 : column * 130 + 100].tobytes() for column in range(10)}) == 10
 
 
 def test_folders_that_cannot_be_written_are_refused_before_the_images_are_read(
@@ -434,7 +431,6 @@ def test_diffusers_draws_from_an_exported_folder(conditional: bool, tmp_path: Pa
     out = export_checkpoint(tmp_path / "run", tmp_path / "out", torch.float32)
     pipe = diffusers.DiffusionPipeline.from_pretrained(out)
     assert type(pipe) is (diffusers.ConsistencyModelPipeline if conditional else diffusers.DDPMPipeline)
-    assert isinstance(diffusers.DDPMPipeline.from_pretrained(out).scheduler, diffusers.DDPMScheduler)
     loaded = load_folder(out)
     theirs, ours = pipe.unet.state_dict(), loaded.model.state_dict()
     assert theirs.keys() == ours.keys()
