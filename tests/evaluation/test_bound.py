@@ -17,9 +17,8 @@ from small_unets import SMALL
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from ddpm_fast import NoiseSchedule, noise, sample_seeds, variational_bound
+from ddpm_fast import NoiseSchedule, UNet, noise, sample_seeds, variational_bound
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
-from ddpm_fast.nn import UNet
 from ddpm_fast.reference import philox
 from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 

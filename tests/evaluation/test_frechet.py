@@ -13,7 +13,6 @@ def features(n: int, d: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 def test_identical_sets_have_distance_0() -> None:
-    assert frechet_distance(features(50), features(50)) == pytest.approx(0, abs=1e-12)
     assert frechet_distance(features(50), features(50)[torch.randperm(50)]) == pytest.approx(0, abs=1e-12)
 
 

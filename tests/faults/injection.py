@@ -27,13 +27,11 @@ import torch
 from PIL import Image
 from runs import QUIET, assert_same_weights, log_rows, newest_checkpoint, train
 
-from ddpm_fast import save_grid
+from ddpm_fast import UNet, export_checkpoint, save_grid
 from ddpm_fast.cli import main as main_command
 from ddpm_fast.files.writing import PREFIX
-from ddpm_fast.nn import UNet
 from ddpm_fast.training.checkpoint import Checkpoints
 from ddpm_fast.training.data import load_dataset
-from ddpm_fast.training.export import export_checkpoint
 
 KINDS = {"KILL": -1, "SHORT": -2}
 FINISHED, REFUSED, BROKEN = 0, 3, 4  # exit statuses of a child; REFUSED: it raised an OSError

@@ -38,9 +38,7 @@ def images(n: int = 4, channels: int = 3, sides: tuple[int, int] = (8, 12)) -> T
 
 def test_degradations_have_names() -> None:
     for text in ("low-resolution:2", "low-resolution:64", "grey", "mask"):
-        found = Degradation.named(text)
-        assert found is not None
-        assert str(found) == text
+        assert str(Degradation.named(text)) == text
     for text in ("", "blur", "low-resolution", "low-resolution:1", "low-resolution:x", "grey:2", "mask:"):
         assert Degradation.named(text) is None
 
@@ -48,8 +46,6 @@ def test_degradations_have_names() -> None:
 def test_low_resolution_keeps_what_a_small_image_has() -> None:
     x_0, seeds = images(), sample_seeds(0, 4)
     condition = Degradation("low-resolution", 4)(x_0, seeds)
-    assert condition.shape == x_0.shape
-    assert condition.abs().max() <= 1
     # Pillow resizes floats in the same way.
     for plane, wanted in zip(condition.flatten(0, 1), x_0.flatten(0, 1), strict=True):
         small = Image.fromarray(wanted.numpy()).resize((3, 2), Image.Resampling.BICUBIC)
@@ -69,7 +65,6 @@ def test_grey_is_the_luma() -> None:
 def test_masks_cut_boxes_of_each_seed() -> None:
     x_0, seeds = images(500), sample_seeds(0, 500)
     condition = Degradation("mask")(x_0, seeds)
-    assert condition.shape == (500, 4, 8, 12)
     holes = condition[:, 3:] > 0
     assert set(condition[:, 3].unique().tolist()) == {-1.0, 1.0}
     assert torch.equal(condition[:, :3], x_0.masked_fill(holes, 0))

@@ -16,14 +16,10 @@ import torch
 from runs import QUIET, assert_same_weights, newest_checkpoint, pictures, run_command, train
 from torch import Tensor
 
-from ddpm_fast.nn import UNet
-from ddpm_fast.pretrained import load_folder
-from ddpm_fast.schedule import NoiseSchedule, Objective
+from ddpm_fast import NoiseSchedule, Objective, TrainOptions, UNet, export_checkpoint, load_folder
 from ddpm_fast.training import checkpoint, state
 from ddpm_fast.training import run as run_module
-from ddpm_fast.training.export import export_checkpoint
 from ddpm_fast.training.log import CsvLog
-from ddpm_fast.training.options import TrainOptions
 from ddpm_fast.training.run import RunFolder
 
 

@@ -157,13 +157,21 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 
 def command(run_dir: Path, steps: int, launch: list[str] = LAUNCH) -> list[str]:
-    options = {
-        **{"--data": "digits", "--channels": "16,32", "--layers": "1", "--attention": "none", "--batch-size": "16"},
-        **{"--micro-batch-size": "8", "--warmup-steps": "3", "--sample-every": "0", "--log-every": "5", "--threads": "1"},
-        **{"--checkpoint-every": "10", "--steps": str(steps)},
-    }
-    flags = [part for option in options.items() for part in option]
-    return [*launch, "-m", "ddpm_fast", "train", str(run_dir), *flags, "--no-tensorboard", "--no-progress", "--auto-resume"]
+    return [
+        *(
+            *launch,
+            "-m",
+            "ddpm_fast",
+            "train",
+            str(run_dir),
+            "--data=digits",
+            "--channels=16,32",
+            "--layers=1",
+            "--attention=none",
+        ),
+        *("--batch-size=16", "--micro-batch-size=8", "--warmup-steps=3", "--sample-every=0", "--log-every=5", "--threads=1"),
+        *("--checkpoint-every=10", f"--steps={steps}", "--no-tensorboard", "--no-progress", "--auto-resume"),
+    ]
 
 
 def begin(folder: Path, steps: int, launch: list[str]) -> tuple[subprocess.Popen[bytes], list[int]]:

@@ -108,11 +108,9 @@ def test_that_msgspec_is_missing_is_said_before_the_run(tmp_path: Path, monkeypa
 def test_weights_are_those_of_train(tmp_path: Path) -> None:
     """With labels, dropout, flips and bfloat16, on a data set of this package and on a plain one."""
     options = {"steps": 5, "flip": True, "precision": "bf16", "loss_weight": "min_snr", "label_dropout": 0.5}
-    expected = train(tmp_path / "train", **QUIET | options, dropout=0.1)
+    train(tmp_path / "train", **QUIET | options, dropout=0.1)
     for name, dataset in (("own", load_dataset("digits")), ("plain", Digits())):
-        trained = trainer(tmp_path / name, dataset, network(dropout=0.1, sample_size=None), **options)
-        result = trained.run()
-        assert (result.step, result.stopped_by) == (expected.step, None)
+        trained = run(tmp_path / name, dataset, network(dropout=0.1, sample_size=None), **options)
         assert_same_runs(tmp_path / "train", tmp_path / name)
     loaded = load_folder(tmp_path / "plain")
     assert_same_parameters(loaded.model, trained.ema)
@@ -607,7 +605,6 @@ def test_a_worker_that_dies_ends_the_run_between_two_steps(end: Callable[[], obj
 def test_fingerprints_are_those_of_the_items() -> None:
     names = tuple("0123456789")
     before = Checked(Digits(), 1, names).fingerprint(exact=True)
-    assert before == Checked(Digits(), 1, names).fingerprint(exact=True)
     one = Digits(lambda i, image, label: (image.flip(-1) if i == 1 else image, label))  # it is not in the sample
     after = Checked(one, 1, names).fingerprint(exact=True)
     assert before["sample"] == after["sample"]

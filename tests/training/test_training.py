@@ -35,22 +35,29 @@ from runs import (
     weights,
 )
 
-from ddpm_fast import Trainer, variational_loss
+from ddpm_fast import (
+    ModelOptions,
+    NoiseSchedule,
+    Objective,
+    Trainer,
+    TrainOptions,
+    UNet,
+    export_checkpoint,
+    load_folder,
+    noise,
+    variational_loss,
+)
 from ddpm_fast.checks import MAX_TIMESTEPS
 from ddpm_fast.errors import InvalidValue, UnusablePath
-from ddpm_fast.nn import UNet
 from ddpm_fast.nn.config import MAX_LAYERS
-from ddpm_fast.ops import noise
 from ddpm_fast.options import options_of
-from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_Q_SAMPLE
-from ddpm_fast.schedule import NoiseSchedule, Objective
 from ddpm_fast.training import parts, report
 from ddpm_fast.training.checkpoint import Checkpoints, read_state
 from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
-from ddpm_fast.training.export import export_checkpoint, write_scheduler
+from ddpm_fast.training.export import write_scheduler
 from ddpm_fast.training.log import CsvLog
-from ddpm_fast.training.options import STRUCTS, ModelOptions, TrainOptions
+from ddpm_fast.training.options import STRUCTS
 from ddpm_fast.training.rng import TrainingRng
 from ddpm_fast.training.run import RunFolder
 from ddpm_fast.training.step import lr_factor
