@@ -475,6 +475,7 @@ def test_samples_and_tensorboard_are_written_and_change_nothing(tmp_path: Path) 
         *((name, FULL, f"TensorBoard fails, so the run goes on without it: {FULL}") for name in ("__init__", "add_scalar")),
         *((name, FULL, f"TensorBoard fails, so the run goes on without it: {FULL}") for name in ("add_images", "close")),
     ],
+    ids=["missing", "__init__", "add_scalar", "add_images", "close"],
 )
 def test_event_files_that_cannot_be_written_are_said_once_and_do_not_end_a_run(
     broken: str,
