@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -51,6 +51,16 @@ def launch(module: Any, name: str, **values: Any) -> Any:
     if unknown:
         raise TypeError(f"{name}: it has the fields {', '.join(fields)}, got {', '.join(unknown)}")
     return getattr(module, name)(*(values.get(field) for field in fields))
+
+
+def with_threads(threads: int, function: Callable[[], Any]) -> Any:
+    """Call a function while torch has this number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -27,9 +27,9 @@ class Call:
     function: Callable[..., Any]
     arguments: dict[str, Any]
 
-    def __call__(self, backend: str | None = None) -> tuple[Tensor, ...]:
-        """Run the op and return its outputs as a tuple."""
-        result = self.function(**self.arguments, backend=backend)
+    def __call__(self, backend: str | None = None, **changed: Any) -> tuple[Tensor, ...]:
+        """Run the op, with the arguments in `changed` in place of its own, and return its outputs as a tuple."""
+        result = self.function(**self.arguments | changed, backend=backend)
         return result if isinstance(result, tuple) else (result,)
 
     @property
@@ -41,6 +41,12 @@ class Call:
                 if isinstance(part, Tensor) and part.is_floating_point():
                     flat[f"{name}.{i}" if isinstance(value, tuple) else name] = part
         return flat
+
+    def changed(self, name: str, value: Any) -> dict[str, Any]:
+        """Return the argument to pass for another value of one floating input, which has a name of `tensors`."""
+        base, _, index = name.partition(".")
+        parts = enumerate(self.arguments[base]) if index else ()
+        return {base: tuple(value if i == int(index) else part for i, part in parts) if index else value}
 
     def map(self, convert: Callable[[Tensor], Tensor]) -> Call:
         """Return the same call with every floating input (and a dtype argument) converted."""

@@ -43,7 +43,7 @@ class Case:
         return f"{self.op}-{self.name}"
 
 
-def _multistep(plan: SamplingPlan, k4: float = 0.0) -> SamplingPlan:
+def multistep(plan: SamplingPlan, k4: float = 0.0) -> SamplingPlan:
     """Return a plan that also uses the x_0^ of earlier steps, as multistep samplers do."""
     coefficients = plan.coefficients.clone()
     coefficients[:, COLUMNS.index("k3")], coefficients[:, COLUMNS.index("k4")] = 0.25, k4
@@ -85,8 +85,8 @@ CASES: tuple[Case, ...] = (
     Case("reverse_step", "guidance", (2, 3, 5, 7), {"plan": _DDPM, "guidance_scale": 2.5, "return_x_0": True}),
     Case("reverse_step", "learned", (2, 3, 5, 7), {"plan": _LEARNED}),
     Case("reverse_step", "learned-range-guidance", (3, 3, 5, 7), {"plan": _RANGE, "guidance_scale": 1.5, "step": "sample"}),
-    Case("reverse_step", "multistep", (2, 3, 5, 7), {"plan": _multistep(_DDIM), "source": None}),
-    Case("reverse_step", "order-3", (2, 3, 5, 7), {"plan": _multistep(_RANGE, -0.5), "return_x_0": True}),
+    Case("reverse_step", "multistep", (2, 3, 5, 7), {"plan": multistep(_DDIM), "source": None}),
+    Case("reverse_step", "order-3", (2, 3, 5, 7), {"plan": multistep(_RANGE, -0.5), "return_x_0": True}),
     Case("reverse_step", "vectors", (3, 131), {"plan": _DDPM}),
     Case("reverse_step", "strided", (2, 3, 4, 5), {"plan": _DDPM, "strided": True, "source": "noise"}),
     Case("reverse_step", "empty-batch", (0, 3, 4, 4), {"plan": _DDPM}),
@@ -138,6 +138,8 @@ CASES: tuple[Case, ...] = (
     Case("attention", "one-head", (2, 35, 16)),
     Case("attention", "heads", (3, 20, 24), {"heads": 3}),
     Case("attention", "one-pixel", (2, 1, 8), {"heads": 2}),
+    Case("attention", "empty-batch", (0, 5, 4), {"heads": 2}),
+    Case("attention", "no-pixels", (2, 0, 4), {"heads": 2}),
     Case("attention", "cifar-16x16", (16, 256, 256), benchmark=True),
 )
 

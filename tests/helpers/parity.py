@@ -6,13 +6,24 @@ A few roundings of the largest value are always allowed. The reference computes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from op_calls import Call
 from op_cases import Case
+from small_unets import relative_error
 
+from ddpm_fast import BackendUnavailable
 from ddpm_fast.reference import opmath
+
+
+def skip_unless(backend: str, call: Call) -> None:
+    """Skip the test if a backend cannot run the call. `test_parity` fails if one that should be there is not."""
+    try:
+        call(backend)
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,18 @@ class Results:
 
     outputs: tuple[torch.Tensor, ...]
     grads: dict[str, torch.Tensor]
+
+    @property
+    def named(self) -> dict[str, torch.Tensor]:
+        """All tensors, by what they are."""
+        named = {f"output {i}": output.detach() for i, output in enumerate(self.outputs)}
+        return named | {f"gradient of {name}": grad for name, grad in self.grads.items()}
+
+
+def assert_same(got: Results, expected: Results, how: str = "") -> None:
+    """Raise AssertionError if a bit differs."""
+    for name, value in expected.named.items():
+        assert torch.equal(got.named[name], value), f"{name}: other bits {how}"
 
 
 def evaluate(call: Call, backend: str, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Results:
@@ -39,6 +62,18 @@ def evaluate(call: Call, backend: str, copy: Callable[[torch.Tensor], torch.Tens
     return Results(outputs, dict(zip(call.tensors, grads, strict=True)))
 
 
+def check_overwriting(call: Call, backend: str) -> None:
+    """Raise AssertionError unless a reverse step writes over x_t, and x_0^ over the oldest one that it reads, if any."""
+    names = ["x_t", *[name for name in ("x_0_prev2", "x_0_prev") if name in call.arguments][:1]]
+    call = replace(call, arguments=call.arguments | {"return_x_0": len(names) == 2})
+    expected, memory = call(backend), {name: call.arguments[name].clone() for name in names}
+    out = (*memory.values(),)
+    got = call.function(**call.arguments | memory, out=out if len(names) == 2 else out[0], backend=backend)
+    for result, written, wanted in zip(got if len(names) == 2 else (got,), out, expected, strict=True):
+        assert result.data_ptr() == written.data_ptr()
+        assert torch.equal(written, wanted)
+
+
 class Expected:
     """The reference's results of a call, in its dtype and in float64."""
 
@@ -53,18 +88,24 @@ class Expected:
         self.roundings = 4 if case.op == "conv3x3" else 1
 
     def check(self, got: Results) -> None:
-        """Raises AssertionError where `got` breaks the rule."""
-        for i, (x, baseline, truth) in enumerate(zip(got.outputs, self.baseline.outputs, self.truth.outputs, strict=True)):
-            self._check_close(f"output {i}", x, baseline, truth.detach())
-        assert got.grads.keys() == self.truth.grads.keys()
-        for name, grad in got.grads.items():
-            self._check_close(f"gradient of {name}", grad, self.baseline.grads[name], self.truth.grads[name])
+        """Raise AssertionError if `got` breaks the rule."""
+        assert got.named.keys() == self.truth.named.keys()
+        for name, value in got.named.items():
+            self._check_close(name, value, self.baseline.named[name], self.truth.named[name])
         if self.main is not None and self.keeps_layout:
             output = got.outputs[0]
             if output.shape == self.main.shape:
                 assert output.stride() == self.main.stride(), "the output keeps the memory format"
             elif output.dim() == 4:
                 assert _formats(output) & _formats(self.main), "the output keeps the memory format"
+
+    def check_norms(self, got: Results, margin: float = 2) -> None:
+        """Raise AssertionError if the norm of an error is more than `margin` times the reference's, and than 4 roundings."""
+        for name, value in got.named.items():
+            baseline, truth = self.baseline.named[name], self.truth.named[name]
+            assert (value.shape, value.dtype) == (truth.shape, baseline.dtype), name
+            allowed = max(margin * relative_error(baseline, truth), 2 * torch.finfo(value.dtype).eps)
+            assert relative_error(value, truth) <= allowed, name
 
     def _check_close(self, name: str, got: torch.Tensor, baseline: torch.Tensor, truth: torch.Tensor) -> None:
         assert got.dtype == baseline.dtype, name
