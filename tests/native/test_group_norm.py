@@ -1,115 +1,52 @@
 """group_norm_silu in the native module: what the cases of tests/ops do not reach."""
 
+from __future__ import annotations
+
 import pytest
 import torch
-from torch import Tensor
+from op_calls import make_call
+from op_cases import Case
+from parity import Expected, evaluate
 
 from ddpm_fast import group_norm_silu, reference
 
-
-def _gradients(x: Tensor, small: dict[str, Tensor], groups: int, backend: str) -> dict[str, Tensor]:
-    """Y and the gradient of every input."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in {"x": x, **small}.items()}
-    inputs = dict(leaves)
-    y = group_norm_silu(inputs.pop("x"), groups, eps=1e-6, backend=backend, **inputs)
-    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
-    grads = torch.autograd.grad(y, list(leaves.values()), cotangent)
-    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    n, c = shape[:2]
-    x = torch.randn(shape, generator=generator).to(dtype)
-    small = {
-        "weight": torch.randn(c, generator=generator).to(dtype),
-        "bias": torch.randn(c, generator=generator).to(dtype),
-        "shift": torch.randn(n, c, generator=generator).to(dtype),
-    }
-    return (x.contiguous(memory_format=torch.channels_last) if channels_last else x), small
+# Slices too large to keep what the backward pass makes twice; a spread of 1e-4 of the mean, where E[x^2] - E[x]^2 in float32
+# would be noise, and may be negative; squares beyond float16.
+FAR = {"affine": False, "offset": 100.0, "spread": 0.01}
+CASES = [
+    (Case("group_norm_silu", "large-slices", (1, 32, 96, 96), {"groups": 1, "shift": True}), torch.float32),
+    *((Case("group_norm_silu", "far-from-0", (2, 64, *size), FAR), torch.float32) for size in ((4, 4), (9, 7), (32, 32))),
+    (Case("group_norm_silu", "large-squares", (2, 32, 8, 8), {"groups": 8, "affine": False, "spread": 2000.0}), torch.float16),
+]
+in_both_layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, channels_last: bool) -> None:
-    # 3 samples: one thread takes them whole, two cut each into slices of channels.
-    x, small = _inputs((3, 96, 13, 13), dtype, channels_last)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(_gradients(x, small, 32, "native"))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for name, value in results[0].items():
-            assert torch.equal(value, other[name]), name
+@in_both_layouts
+@pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
+def test_parity(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    call = make_call(case, dtype, channels_last=layout == torch.channels_last)
+    Expected(case, call).check(evaluate(call, "native"))
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_sample_does_not_depend_on_its_batch(channels_last: bool) -> None:
-    x, small = _inputs((5, 64, 8, 8), torch.bfloat16, channels_last)
-    whole = group_norm_silu(x, 32, backend="native", **small)
-    for i in range(len(x)):
-        alone = group_norm_silu(x[i : i + 1], 32, backend="native", **{**small, "shift": small["shift"][i : i + 1]})
-        assert torch.equal(whole[i : i + 1], alone)
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_slices_too_large_to_keep_what_the_backward_makes_twice(channels_last: bool) -> None:
-    x, small = _inputs((1, 8, 192, 192), torch.float32, channels_last)
-    truth = _gradients(x.double(), {name: value.double() for name, value in small.items()}, 1, "reference")
-    baseline = _gradients(x, small, 1, "reference")
-    for name, value in _gradients(x, small, 1, "native").items():
-        error, allowed = ((v.double() - truth[name]).abs().max().item() for v in (value, baseline[name]))
-        assert error <= max(2 * allowed, 1e-6 * truth[name].abs().max().item()), name
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("size", [(4, 4), (9, 7), (32, 32)])
-def test_statistics_far_from_zero(size: tuple[int, int], channels_last: bool) -> None:
-    """Spread 1e-4 of the mean: E[x^2] - E[x]^2 in float32 would be noise, and may be negative."""
-    x = 100 + 0.01 * torch.randn(2, 64, *size, generator=torch.Generator().manual_seed(0))
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    arguments = (32, None, None, 1e-6, None, None, None, True)
-    truth, baseline = reference.group_norm_silu(x.double(), *arguments)[0], reference.group_norm_silu(x, *arguments)[0]
-    error, allowed = (
-        (y.double() - truth).abs().max().item() for y in (group_norm_silu(x, 32, eps=1e-6, backend="native"), baseline)
-    )
-    assert error <= max(2 * allowed, 1e-6)
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_first_value_of_a_channel_far_from_the_others(channels_last: bool) -> None:
+@in_both_layouts
+def test_first_value_of_a_channel_far_from_the_others(layout: torch.memory_format) -> None:
     """The sums start relative to it; if they stayed so, 1e-5 would not hold."""
     x = torch.randn(1, 32, 32, 32, generator=torch.Generator().manual_seed(0)) * 1e-3
     x[:, :, 0, 0] = 1000.0
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=layout)
     truth = reference.group_norm_silu(x.double(), 32, None, None, 1e-6, None, None, None, False)[0]
     y = group_norm_silu(x, 32, eps=1e-6, activation=None, backend="native")
     torch.testing.assert_close(y.double(), truth, rtol=5e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
+@in_both_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_equal_values_give_the_bias(dtype: torch.dtype, channels_last: bool) -> None:
+def test_equal_values_give_the_bias(dtype: torch.dtype, layout: torch.memory_format) -> None:
     """Exactly, though 1 / sqrt(eps) = 1000 times any error of the mean would show."""
-    x = torch.full((2, 24, 7, 9), 100.3).to(dtype)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = torch.full((2, 24, 7, 9), 100.3).to(dtype).contiguous(memory_format=layout)
     bias = torch.linspace(-2, 2, 24).to(dtype)
     y = group_norm_silu(x, 4, None, bias, 1e-6, activation=None, backend="native")
     assert torch.equal(y, bias[None, :, None, None].expand(y.shape))
-
-
-def test_squares_beyond_float16() -> None:
-    x = (torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(0)) * 2000).half()
-    truth = reference.group_norm_silu(x.double(), 8, None, None, 1e-5, None, None, None, True)[0]
-    y = group_norm_silu(x, 8, backend="native")
-    torch.testing.assert_close(y.double(), truth, rtol=2**-10, atol=2**-14)
 
 
 def test_activation_over_its_whole_range() -> None:

@@ -19,10 +19,8 @@ pytestmark = [
 
 TESTS = (
     "ops/test_conv3x3.py::test_output_and_gradients_are_as_right_as_pytorchs",
-    "ops/test_conv3x3.py::test_weights_are_transformed_and_laid_in_panels",
     "ops/test_attention.py::test_output_and_gradients_are_as_right_as_pytorchs",
     "ops/test_attention.py::test_scores_far_apart",
-    "ops/test_attention.py::test_a_scale_is_applied_by_either_call",
     "inference/test_packed_layers.py::test_norm_activation_convolution_and_addition",
     "inference/test_packed_layers.py::test_scale_and_shift_and_norms_without_an_activation",
     "inference/test_packed_layers.py::test_each_method_serves_a_3x3_convolution",

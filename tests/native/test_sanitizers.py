@@ -15,7 +15,12 @@ from ddpm_fast.ops import backend
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 TREE = ROOT / "build" / "sanitized"  # a copy of the sources with its own build, which the next run continues
-CASES = ("tests/ops/test_parity.py", "tests/native/test_elementwise.py", "tests/native/test_group_norm.py")
+CASES = (
+    "tests/ops/test_parity.py",
+    "tests/ops/test_independence.py",
+    "tests/native/test_elementwise.py",
+    "tests/native/test_group_norm.py",
+)
 OVERRUN = """
 import torch
 from ddpm_fast.ops import backend

@@ -16,7 +16,7 @@ from kernel_calls import MATRIX_OPS
 from op_calls import make_call
 from op_cases import CASES, SCHEDULE, Case
 from pairwise import covering
-from parity import Expected, Results, evaluate
+from parity import Expected, assert_same, check_overwriting, evaluate
 
 import ddpm_fast
 
@@ -36,11 +36,7 @@ ORDERS = (
 ONE_ORDER = os.environ.get("DDPM_FAST_EMULATOR") == "address"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _parameters(cases: Sequence[Case], dtypes: Sequence[torch.dtype] = DTYPES):
+def _parameters(cases: Sequence[Case], dtypes: Sequence[torch.dtype] = DTYPES, orders=ORDERS, copy=torch.clone):
     rows = (
         (case, dtype, channels_last)
         for case in cases
@@ -48,15 +44,8 @@ def _parameters(cases: Sequence[Case], dtypes: Sequence[torch.dtype] = DTYPES):
         for channels_last in ((False, True) if len(case.shape) == 4 else (False,))
     )
     for case, dtype, channels_last in covering(rows):
-        layout = "channels_last" if channels_last else "contiguous"
-        yield pytest.param(case, dtype, channels_last, id=f"{case}-{_name(dtype)}-{layout}")
-
-
-def _assert_identical(got: Results, expected: Results, how: str) -> None:
-    for i, (a, b) in enumerate(zip(got.outputs, expected.outputs, strict=True)):
-        assert torch.equal(a, b), f"output {i}: other bits in {how}"
-    for name, grad in got.grads.items():
-        assert torch.equal(grad, expected.grads[name]), f"gradient of {name}: other bits in {how}"
+        name = f"{case}-{str(dtype).removeprefix('torch.')}-{'channels_last' if channels_last else 'contiguous'}"
+        yield pytest.param(case, dtype, channels_last, orders, copy, id=name)
 
 
 def _check(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool, orders=ORDERS, copy=torch.clone) -> None:
@@ -71,29 +60,7 @@ def _check(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: 
             if first is None:
                 expected.check(got)
                 first = got
-            _assert_identical(got, first, f"{order} on {card}")
-
-
-@pytest.mark.parametrize(("case", "dtype", "channels_last"), list(_parameters(SMALL)))
-def test_case(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool) -> None:
-    _check(emulated, case, dtype, channels_last)
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype", "channels_last"), list(_parameters([case for case in EMULATED if case.benchmark], [torch.bfloat16]))
-)
-def test_a_network_s_shape(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool) -> None:
-    _check(emulated, case, dtype, channels_last, orders=ORDERS[:1])
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype", "channels_last"), list(_parameters([case for case in EMULATED if case.op == "noise"], DTYPES))
-)
-def test_normals_are_the_reference_s_to_the_bit(
-    emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool
-) -> None:
-    call = make_call(case, dtype, channels_last=channels_last)
-    assert torch.equal(*call("native"), *call("reference"))
+            assert_same(got, first, f"in {order} on {card}")
 
 
 # Cases larger than a block: several tiles of a sample and an incomplete one; more channels than a tile has.
@@ -111,9 +78,34 @@ _LARGE = (
 )
 
 
-@pytest.mark.parametrize(("case", "dtype", "channels_last"), list(_parameters(_LARGE, (torch.float32, torch.bfloat16))))
-def test_a_large_case(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool) -> None:
-    _check(emulated, case, dtype, channels_last, orders=(ORDERS[0], ORDERS[2]))
+def _unaligned(x: torch.Tensor) -> torch.Tensor:
+    """Return a copy whose address is aligned to one element only."""
+    return x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
+
+
+_UNALIGNED = [
+    Case("q_sample", "unaligned-given-noise", (2, 4, 8, 8), {"source": "noise"}),
+    Case("reverse_step", "unaligned-learned", (2, 4, 8, 8), {"plan": LEARNED_PLAN}),
+    Case("denoising_loss", "unaligned-velocity", (2, 4, 8, 8), {"prediction": "v_prediction"}),
+    Case("group_norm_silu", "unaligned-shift", (2, 16, 8, 8), {"groups": 4, "shift": True}),
+]
+_DEEP = Case("group_norm_silu", "more_samples_than_a_grid_is_deep", (65535 + 2, 8, 1, 2), {"groups": 1, "shift": True})
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "channels_last", "orders", "copy"),
+    [
+        *_parameters(SMALL),
+        *_parameters([case for case in EMULATED if case.benchmark], [torch.bfloat16], ORDERS[:1]),
+        *_parameters(_LARGE, (torch.float32, torch.bfloat16), (ORDERS[0], ORDERS[2])),
+        *_parameters(_UNALIGNED, (torch.float32, torch.bfloat16), copy=_unaligned),
+        *list(_parameters([_DEEP], [torch.bfloat16], ORDERS[:1]))[1:],  # channels_last
+    ],
+)
+def test_parity_with_the_same_bits_in_every_order(
+    emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool, orders: Any, copy: Any
+) -> None:
+    _check(emulated, case, dtype, channels_last, orders, copy)
 
 
 def test_large_group_norms_run_every_kernel(emulated: ModuleType) -> None:
@@ -149,14 +141,14 @@ def test_a_card_that_refuses_clusters_takes_two_passes(emulated: ModuleType, cha
     emulated.set_device(2)
     with pytest.warns(RuntimeWarning, match=r"^group_norm_silu: CUDA refused a cluster of blocks \(invalid cluster size\)"):
         got = evaluate(call, "native")
-    _assert_identical(got, expected, "a card without clusters")
+    assert_same(got, expected, "on a card without clusters")
     emulated.take_launches()
-    _assert_identical(evaluate(call, "native"), expected, "a second call")  # a warning would be an error
+    assert_same(evaluate(call, "native"), expected, "in a second call")  # a warning would be an error
     assert {launch["cluster"] for launch in emulated.take_launches()} == {1}
 
 
 # Numbers of vectors in a slice that leave lanes of a warp idle: odd numbers and their doubles, in both dtypes.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group_channels", [15, 18, 30, 36, 42])
 def test_groups_of_any_channels_are_read_in_vectors(emulated: ModuleType, group_channels: int, dtype: torch.dtype) -> None:
     case = Case("group_norm_silu", "awkward", (1, 8 * group_channels, 10, 13), {"groups": 8, "shift": True})
@@ -165,51 +157,19 @@ def test_groups_of_any_channels_are_read_in_vectors(emulated: ModuleType, group_
     assert not [launch for launch in emulated.take_launches() if "scalar" in launch["kernel"]]
 
 
-@pytest.mark.slow
-def test_more_samples_than_a_grid_is_deep(emulated: ModuleType) -> None:
-    case = Case("group_norm_silu", "many", (65535 + 2, 8, 1, 2), {"groups": 1, "shift": True})
-    _check(emulated, case, torch.bfloat16, True, orders=ORDERS[:1])
-
-
-def _unaligned(x: torch.Tensor) -> torch.Tensor:
-    """Return a copy whose address is aligned to one element only."""
-    return x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
-
-
-_UNALIGNED = [
-    Case("q_sample", "given-noise", (2, 4, 8, 8), {"source": "noise"}),
-    Case("reverse_step", "learned", (2, 4, 8, 8), {"plan": LEARNED_PLAN}),
-    Case("denoising_loss", "velocity", (2, 4, 8, 8), {"prediction": "v_prediction"}),
-    Case("group_norm_silu", "shift", (2, 16, 8, 8), {"groups": 4, "shift": True}),
+_OVERWRITTEN = [
+    Case(
+        "reverse_step",
+        f"order-{order}",
+        (2, 3, 17, 19),
+        {"plan": ddpm_fast.dpm_solver_plan(SCHEDULE, 10, order=order, eta=1.0)},
+    )
+    for order in (1, 2, 3)
 ]
 
 
-@pytest.mark.parametrize(("case", "dtype", "channels_last"), list(_parameters(_UNALIGNED, (torch.float32, torch.bfloat16))))
-def test_tensors_that_are_not_aligned(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool) -> None:
-    _check(emulated, case, dtype, channels_last, copy=_unaligned)
-
-
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order["order"])
-def test_a_reverse_step_in_place(emulated: ModuleType, order: dict[str, object]) -> None:
+@pytest.mark.parametrize("case", _OVERWRITTEN, ids=str)
+def test_a_step_overwrites_its_state_and_history(emulated: ModuleType, case: Case, order: dict[str, object]) -> None:
     emulated.set_order(**order)
-    x_t, model_output = torch.randn(2, 2, 3, 17, 19)
-    seeds = ddpm_fast.sample_seeds(3, 2)
-    expected = ddpm_fast.reverse_step(x_t.clone(), model_output, 600, PLAN, seeds=seeds, backend="native")
-    got = ddpm_fast.reverse_step(x_t, model_output, 600, PLAN, seeds=seeds, out=x_t, backend="native")
-    assert got.data_ptr() == x_t.data_ptr()
-    assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order["order"])
-def test_a_multistep_step_overwrites_its_state_and_history(emulated: ModuleType, order: dict[str, object]) -> None:
-    emulated.set_order(**order)
-    for name in ("x_0_prev", "x_0_prev2"):
-        plan = ddpm_fast.dpm_solver_plan(PLAN.schedule, 10, eta=1.0, order=2 if name == "x_0_prev" else 3)
-        x_t, model_output, x_0, other = torch.randn(4, 2, 3, 17, 19)
-        options: Any = {"seeds": ddpm_fast.sample_seeds(3, 2), "return_x_0": True, "backend": "native"}
-        history = {"x_0_prev": other, name: x_0}
-        expected = ddpm_fast.reverse_step(x_t.clone(), model_output, 5, plan, **history, **options)
-        got = ddpm_fast.reverse_step(x_t, model_output, 5, plan, **history, out=(x_t, x_0), **options)
-        assert [each.data_ptr() for each in got] == [x_t.data_ptr(), x_0.data_ptr()]
-        assert torch.equal(x_t, expected[0])
-        assert torch.equal(x_0, expected[1])
+    check_overwriting(make_call(case), "native")

@@ -25,11 +25,20 @@ from ddpm_fast import (
 )
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 
+
+def freed(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of x's shape whose memory was freed, as sharded training does between layers."""
+    y = x.detach().clone()
+    y.untyped_storage().resize_(0)
+    return y
+
+
 X, WIDE = torch.zeros(2, 4, 3, 3), torch.zeros(2, 8, 3, 3)
 W, QKV = torch.zeros(5, 4, 3, 3), torch.zeros(2, 6, 12)
 SEEDS = sample_seeds(0, 2)
 PLAN = ddpm_plan(SCHEDULE, 10)
 LEARNED = ddpm_plan(SCHEDULE, 10, variance="learned")
+SPARSE = "a tensor of layout torch.sparse_coo"
 ORDER_3 = dpm_solver_plan(SCHEDULE, 10, order=3)
 
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
@@ -202,6 +211,36 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: reverse_step(X, WIDE, 0, LEARNED, seeds=SEEDS, out=WIDE.flatten()[:72].view(2, 4, 3, 3)),
         InvalidValue("reverse_step", "out", "to be model_output itself or apart from it in memory", "a partial overlap"),
+    ),
+    (
+        lambda: reverse_step(
+            X, X, 0, PLAN, noise=WIDE.flatten()[:72].view(2, 4, 3, 3), out=WIDE.flatten()[4:76].view(2, 4, 3, 3)
+        ),
+        InvalidValue("reverse_step", "out", "to be noise itself or apart from it in memory", "a partial overlap"),
+    ),
+    *(
+        (
+            lambda backend=backend: reverse_step(X, X, 0, PLAN, seeds=SEEDS, out=torch._neg_view(X.clone()), backend=backend),
+            InvalidValue("reverse_step", "out", "to be a tensor without lazy negation", "one: pass out.resolve_neg()"),
+        )
+        for backend in ("native", "reference")
+    ),
+    (
+        lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, out=X[:1].clone().expand(2, 4, 3, 3)),
+        InvalidValue("reverse_step", "out", "to be dense, with the strides of x_t, (36, 9, 3, 1)", "(0, 9, 3, 1)"),
+    ),
+    (lambda: noise((2, 4), SEEDS.to_sparse()), InvalidType("noise", "seeds", "to be a dense tensor", SPARSE)),
+    (
+        lambda: q_sample(X, SEEDS.to_sparse(), SCHEDULE, seeds=SEEDS),
+        InvalidType("q_sample", "t", "to be a dense tensor", SPARSE),
+    ),
+    (
+        lambda: reverse_step(X, X, SEEDS.to_sparse(), PLAN, seeds=SEEDS),
+        InvalidType("reverse_step", "step", "to be a dense tensor", SPARSE),
+    ),
+    (
+        lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, out=X.to_sparse()),
+        InvalidType("reverse_step", "out", "to be a dense tensor", SPARSE),
     ),
     (
         lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, out=(X, X.clone())),
@@ -409,31 +448,54 @@ def test_bad_input(call: Callable[[], Any], error: ArgumentError) -> None:
         call()
 
 
-UNAVAILABLE: list[tuple[Callable[[], Any], str]] = [
-    (lambda: group_norm_silu(torch.zeros(1, 4097), 1, backend="triton"), "4096 channels"),
+def gradient_of_freed() -> None:
+    y = group_norm_silu(X.clone().requires_grad_(), 2, backend="native")
+    y.backward(freed(y))
+
+
+Unavailable = ddpm_fast.BackendUnavailable
+# Errors of backends and kernels.
+OTHER: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: group_norm_silu(torch.zeros(1, 4097), 1, backend="triton"), Unavailable, "4096 channels"),
+    (
+        lambda: group_norm_silu(X.double(), 2, backend="triton"),
+        *(Unavailable, 'group_norm_silu: backend "triton" cannot run: .*float64'),
+    ),
     (
         lambda: conv3x3(X, W, backend="triton"),
-        'conv3x3: backend "triton" cannot run: there is no Triton kernel',
+        *(Unavailable, 'conv3x3: backend "triton" cannot run: there is no Triton kernel'),
     ),
     (
         lambda: conv3x3(X.double(), W.double(), backend="native"),
+        Unavailable,
         'conv3x3: backend "native" cannot run: it computes in float32 and bfloat16, not in torch.float64',
     ),
     (
         lambda: attention(QKV.bfloat16(), 4, backend="native"),
+        Unavailable,
         'attention: backend "native" cannot run: in bfloat16 it takes an even number of channels in a head, got 1',
     ),
     (
         lambda: group_norm_affine(X, 2, backend="triton"),
-        'group_norm_affine: backend "triton" cannot run: there is no Triton kernel',
+        *(Unavailable, 'group_norm_affine: backend "triton" cannot run: there is no Triton kernel'),
     ),
+    (lambda: noise((2, 4), freed(SEEDS), backend="native"), ValueError, "noise: expected seeds to have memory"),
+    (
+        lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, out=freed(X), backend="native"),
+        *(ValueError, "reverse_step: expected out to have memory"),
+    ),
+    (
+        lambda: reverse_step(X, X, freed(SEEDS), PLAN, seeds=SEEDS, backend="native"),
+        *(ValueError, "reverse_step: expected step to have memory"),
+    ),
+    (gradient_of_freed, ValueError, "group_norm_silu.*: expected .* to have memory"),
 ]
 
 
 @pytest.mark.usefixtures("matrix_kernels")
-@pytest.mark.parametrize(("call", "message"), UNAVAILABLE, ids=range(len(UNAVAILABLE)))
-def test_a_named_backend_that_does_not_serve_says_why(call: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ddpm_fast.BackendUnavailable, match=message):
+@pytest.mark.parametrize(("call", "kind", "message"), OTHER, ids=range(len(OTHER)))
+def test_backends_and_kernels_say_why_not(call: Callable[[], Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
         call()
 
 
@@ -442,8 +504,3 @@ def test_a_named_backend_that_cannot_run_says_why_and_nothing_else_is_tried(monk
     with pytest.raises(ddpm_fast.BackendUnavailable, match=r'noise: backend "native" cannot run: .*no such file'):
         noise((2, 3), SEEDS, backend="native")
     assert noise((2, 3), SEEDS).shape == (2, 3)  # without a name, the next backend
-
-
-def test_triton_has_no_float64() -> None:
-    with pytest.raises(ddpm_fast.BackendUnavailable, match=r'group_norm_silu: backend "triton" cannot run: .*float64'):
-        group_norm_silu(X.double(), 2, backend="triton")

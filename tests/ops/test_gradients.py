@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from op_cases import SCHEDULE
+from op_calls import make_call
+from op_cases import CASES, SCHEDULE, Case
+from parity import skip_unless
 from torch import Tensor, func
 from torch.autograd import forward_ad
 
@@ -17,7 +20,6 @@ from ddpm_fast import (
     denoising_loss,
     group_norm_affine,
     group_norm_silu,
-    q_sample,
     reverse_step,
     sample_seeds,
 )
@@ -59,57 +61,52 @@ def test_inputs_that_depend_on_each_other(name: str) -> None:
         pytest.skip("native kernels cannot run here")
     inputs = [value.clone().requires_grad_() for value in (X, WIDE, SHIFT)]
 
-    def gradients(create_graph: bool) -> list[Tensor]:
+    def gradients(inputs: list[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
         loss = function(*inputs).square().sum()
-        grads = torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True)
-        return list(grads)
+        return torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True)
 
-    def in_float64() -> list[Tensor]:
-        wide = [value.detach().double().requires_grad_() for value in inputs]
-        loss = _by_reference(function, wide).square().sum()
-        return list(torch.autograd.grad(loss, wide, allow_unused=True, materialize_grads=True))
-
-    for row in zip(gradients(False), gradients(True), in_float64(), strict=True):
-        plain, again, exact = (gradient.detach() for gradient in row)
-        scale = float(exact.abs().max()) or 1.0
-        assert float((plain - exact).abs().max()) <= 1e-5 * scale
-        assert float((again - exact).abs().max()) <= 1e-5 * scale
-
-
-def _by_reference(function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
-    """Call a function with the reference for every op."""
     with pytest.MonkeyPatch.context() as patch:
-        for op in OPS.values():
-            patch.setattr(op, "choose", lambda *_: "reference")
-        return function(*inputs)
+        for each in OPS.values():
+            patch.setattr(each, "choose", lambda *_: "reference")
+        truth = gradients([value.detach().double().requires_grad_() for value in inputs])
+    for found in (gradients(inputs), gradients(inputs, create_graph=True)):
+        for gradient, exact in zip(found, truth, strict=True):
+            assert float((gradient.detach() - exact).abs().max()) <= 1e-5 * (float(exact.abs().max()) or 1.0)
 
 
-OPS_OF_X: dict[str, Callable[[Tensor], Tensor]] = {
-    "group_norm_silu": lambda x: group_norm_silu(x, 2),
-    "conv3x3": lambda x: conv3x3(x, WEIGHT),
-    "q_sample": lambda x: q_sample(x, 300, SCHEDULE, seeds=SEEDS),
-    "denoising_loss": lambda x: denoising_loss(x, X, 300, SCHEDULE, seeds=SEEDS, reduction="none"),
-    "attention": lambda x: attention(x.flatten(2).transpose(1, 2).repeat(1, 8, 3), 1),
-}
+RECORDED = [
+    *(case for case in CASES if case.name in ("odd-sizes", "scale-shift", "upsample", "v_prediction-given-noise")),
+    Case("attention", "many-pixels", (2, 288, 8)),
+]
+# By default PyTorch computes and records these.
+WAYS = [(case, how) for case in RECORDED if make_call(case).tensors for how in ("vmap", "tangent", "is_grads_batched")]
+WAYS += [(case, "is_grads_batched") for case in CASES if case.name in ("everything", "heads")]
 
 
-@pytest.mark.parametrize("name", OPS_OF_X)
+@pytest.mark.parametrize(("case", "how"), WAYS, ids=str)
 @pytest.mark.usefixtures("matrix_kernels")
-def test_transforms_of_a_recorded_backward_pass(name: str) -> None:
+def test_transforms_of_a_recorded_backward_pass(case: Case, how: str) -> None:
     """The forward pass ran kernels. The reference then computes the backward pass."""
-    x = X.clone().requires_grad_()
-    y = OPS_OF_X[name](x)
+    call = make_call(case, channels_last=True).map(lambda x: x.requires_grad_())
+    backend = "native" if how == "is_grads_batched" else None  # a transform refuses a backend that was named
+    skip_unless("native", call)
+    y, *_ = call(backend)
     rows = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(4))
 
-    def gradient(row: Tensor) -> Tensor:
-        return torch.autograd.grad(y, x, row, retain_graph=True)[0]
+    def gradients(row: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        inputs = list(call.tensors.values())
+        return torch.autograd.grad(y, inputs, row, retain_graph=True, materialize_grads=True, allow_unused=True, **options)
 
-    expected = torch.stack([gradient(row) for row in rows])
-    if name != "attention":  # PyTorch's fused attention, of which this one is recorded in part, has no vmap here
-        torch.testing.assert_close(func.vmap(gradient)(rows), expected, rtol=1e-4, atol=1e-5)
-    with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(gradient(forward_ad.make_dual(rows[0], rows[1]))).tangent
-    torch.testing.assert_close(tangent, expected[1], rtol=1e-4, atol=1e-5)
+    expected = [gradients(row) for row in rows]
+    if how == "tangent":
+        with forward_ad.dual_level():
+            duals = gradients(forward_ad.make_dual(rows[0], rows[1]))
+            found = [torch.stack([forward_ad.unpack_dual(dual).tangent]) for dual in duals]
+        expected = expected[1:2]
+    else:
+        found = func.vmap(gradients)(rows) if how == "vmap" else gradients(rows, is_grads_batched=True)
+    for got, wanted in zip(found, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-4, atol=1e-5)
 
 
 def test_autocast_of_the_backward_pass_changes_nothing() -> None:

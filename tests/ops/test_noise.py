@@ -1,20 +1,17 @@
-"""Properties of the noise: published words, dependence of a sample on its seed alone, and normality."""
+"""Properties of the noise: seeds, streams and normality."""
 
 import math
 
 import pytest
 import torch
-from op_cases import SCHEDULE
+from op_calls import make_call
+from op_cases import SCHEDULE, Case
+from parity import skip_unless
 
-from ddpm_fast import STREAM_X_T, Sampler, ddpm_plan, initial_noise, noise, q_sample, reference, reverse_step, sample_seeds
+from ddpm_fast import STREAM_X_T, ddpm_plan, initial_noise, noise, reference, sample_seeds
+from ddpm_fast.ops import BACKENDS
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def test_philox_words_equal_random123() -> None:
-    """Random123's known answer for philox4x32-10, counter and key zero; the other two are in native/test_build.py."""
-    words = reference.philox(torch.tensor([0]), 0, 0, 1).flatten().tolist()
-    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 def test_fused_multiply_add_rounds_once() -> None:
@@ -31,21 +28,6 @@ def test_sample_seeds_are_distinct_across_runs_and_pure() -> None:
     assert len(set(a.tolist()) | set(b.tolist())) == 2000
     assert torch.equal(sample_seeds(0, 10, start=5), a[5:15])
     assert torch.equal(sample_seeds(-1, 3), sample_seeds(2**64 - 1, 3))
-
-
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_a_sample_does_not_depend_on_its_batch_position_layout_or_threads(backend: str, device: torch.device) -> None:
-    seeds = sample_seeds(3, 16).to(device)
-    batch = noise((16, 3, 32, 32), seeds, stream=9, backend=backend)
-    for i in (0, 5, 15):
-        assert torch.equal(noise((1, 3, 32, 32), seeds[i : i + 1], stream=9, backend=backend)[0], batch[i])
-    assert torch.equal(noise((16, 3, 32, 32), seeds, stream=9, memory_format=torch.channels_last, backend=backend), batch)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert torch.equal(noise((16, 3, 32, 32), seeds, stream=9, backend=backend), batch)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_another_stream_is_other_noise() -> None:
@@ -65,13 +47,16 @@ def test_normals_are_normal() -> None:
     assert gap < 1.95 / math.sqrt(n)  # a chance of 0.001
 
 
-def test_ops_draw_what_noise_draws(device: torch.device) -> None:
-    seeds, x = sample_seeds(5, 4).to(device), torch.randn(4, 3, 6, 6, device=device)
-    epsilon = noise(x.shape, seeds, stream=reference.STREAM_Q_SAMPLE)
-    assert torch.equal(q_sample(x, 400, SCHEDULE, seeds=seeds), q_sample(x, 400, SCHEDULE, noise=epsilon))
-    plan = ddpm_plan(SCHEDULE)
-    z = noise(x.shape, seeds, stream=7)
-    assert torch.equal(reverse_step(x, x, 7, plan, seeds=seeds), reverse_step(x, x, 7, plan, noise=z))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", ["q_sample", "reverse_step", "denoising_loss"])
+def test_ops_draw_what_noise_draws(op: str, backend: str, device: torch.device) -> None:
+    call = make_call(
+        Case(op, "drawn", (4, 3, 6, 6), {"plan": ddpm_plan(SCHEDULE), "step": 7, "reduction": "none"}), device=device
+    )
+    skip_unless(backend, call)
+    stream = 7 if op == "reverse_step" else reference.STREAM_Q_SAMPLE
+    z = noise((4, 3, 6, 6), call.arguments["seeds"], stream=stream, backend=backend)
+    assert torch.equal(*call(backend), *call(backend, seeds=None, noise=z))
 
 
 @pytest.mark.gpu
@@ -99,17 +84,9 @@ def test_more_than_2_31_elements() -> None:
     assert torch.equal(many[2:], noise((1, 1 << 30), seeds[2:].cuda(), dtype=torch.bfloat16))
 
 
-def test_initial_noise_is_what_sample_starts_from_and_no_steps_noise() -> None:
+def test_initial_noise_is_no_steps_noise() -> None:
+    """`test_properties.py` shows that `sample` starts from it."""
     seeds, shape = sample_seeds(4, 2), (2, 1, 8, 8)
     x_T = initial_noise(shape, seeds)
     assert torch.equal(x_T, noise(shape, seeds, stream=STREAM_X_T))
-    plan = ddpm_plan(SCHEDULE, 3)
-    model = torch.nn.Conv2d(1, 1, 1)
-
-    class Network(torch.nn.Module):
-        def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return model(x_t)
-
-    _, trajectory = Sampler(Network(), plan, shape=(1, 8, 8)).trajectory(2, seed=4, num_frames=4, progress=False)
-    assert torch.equal(trajectory[0], x_T)
-    assert not any(torch.equal(x_T, noise(shape, seeds, stream=step)) for step in range(plan.num_steps))
+    assert not any(torch.equal(x_T, noise(shape, seeds, stream=step)) for step in range(3))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pairwise
@@ -16,13 +17,13 @@ import torch
 from op_calls import make_call
 from op_cases import CASES, SCHEDULE, Case
 from pairwise import pairwise as every_pair
+from parity import skip_unless
 from torch import Tensor, func
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ddpm_fast
-from ddpm_fast import freeze, q_sample
-from ddpm_fast.nn import UNet
+from ddpm_fast import q_sample
 
 # Cases of a few hundred elements. uint8 images have no gradient, and an empty batch has nothing to compare.
 CASES_BY_OP: dict[str, list[Case]] = {
@@ -127,11 +128,17 @@ def assert_right(found: Tensor, expected: Tensor) -> None:
     assert expected.abs().max() > 0, "the case tells a right value from 0"
 
 
-def rows(transforms: Sequence[str], share: int = 1, each: int | None = None) -> Iterator[Any]:
+def compiled(f: Function) -> Function:
+    torch._dynamo.reset()
+    return torch.compile(f, backend="aot_eager")
+
+
+def rows(transforms: Sequence[str], *others: Any, share: int = 1, each: int | None = None) -> Iterator[Any]:
     """Yield parameters: each op with each transform, its cases in turn. With `--full`, no case is left out.
 
     Args:
         transforms: The names of transforms.
+        others: Further values of each row.
         share: Only one row in `share` is not marked as slow. Each op has such rows, and together they have all transforms.
         each: Least number of transforms of a case with `--full`. None is all. Compiling takes long, so it has few there.
     """
@@ -142,16 +149,11 @@ def rows(transforms: Sequence[str], share: int = 1, each: int | None = None) -> 
             pairs += [(i, next(turns)) for i in range(len(cases)) for _ in range(each or len(transforms))]
         for row, (i, transform) in enumerate(dict.fromkeys(pairs)):
             slow = (row + number) % share != 0
-            yield pytest.param(cases[i], transform, marks=pytest.mark.slow if slow else ())
+            yield pytest.param(cases[i], transform, *others, marks=pytest.mark.slow if slow else ())
 
 
 def _id(value: Any) -> str:
-    return str(value).replace(" ", "-")
-
-
-def test_every_differentiable_op_is_here() -> None:
-    differentiable = {case.op for case in CASES if make_call(case).tensors}
-    assert CASES_BY_OP.keys() == differentiable
+    return str(getattr(value, "__name__", value)).replace(" ", "-")
 
 
 @pytest.mark.parametrize(("case", "transform"), list(rows(list(TRANSFORMS))), ids=_id)
@@ -160,22 +162,25 @@ def test_eager(case: Case, transform: str) -> None:
     assert_right(found, expected_of(case, transform))
 
 
-@pytest.mark.parametrize(("case", "transform"), list(rows(list(TRANSFORMS), share=7, each=3)), ids=_id)
-def test_compiled(case: Case, transform: str) -> None:
-    """The transform is inside the compiled function."""
-    torch._dynamo.reset()
-    compiled = torch.compile(TRANSFORMS[transform](function_of_two(case, None)), backend="aot_eager")
-    found = right_or_refused(case.op, lambda: compiled(argument(transform)))
-    if found is not None:
-        assert_right(found, expected_of(case, transform))
+def inside(transform: str, f: Function) -> Function:
+    return compiled(TRANSFORMS[transform](f))
 
 
-@pytest.mark.parametrize(("case", "transform"), list(rows(("jvp", "dual_level", "grad", "vmap"), share=2, each=1)), ids=_id)
-def test_compiled_function_inside_a_transform(case: Case, transform: str) -> None:
-    """The compiled function is inside the transform. The compiler does not see the transform."""
-    torch._dynamo.reset()
-    compiled = torch.compile(function_of_two(case, None), backend="aot_eager")
-    found = right_or_refused(case.op, lambda: TRANSFORMS[transform](compiled)(argument(transform)))
+def around(transform: str, f: Function) -> Function:
+    """Return a transform of a compiled function. The compiler does not see the transform."""
+    return TRANSFORMS[transform](compiled(f))
+
+
+@pytest.mark.parametrize(
+    ("case", "transform", "place"),
+    [
+        *rows(list(TRANSFORMS), inside, share=7, each=3),
+        *rows(("jvp", "dual_level", "grad", "vmap"), around, share=2, each=1),
+    ],
+    ids=_id,
+)
+def test_compiled(case: Case, transform: str, place: Callable[[str, Function], Function]) -> None:
+    found = right_or_refused(case.op, lambda: place(transform, function_of_two(case, None))(argument(transform)))
     if found is not None:
         assert_right(found, expected_of(case, transform))
 
@@ -206,31 +211,19 @@ def test_forward_mode_in_one_argument(case: Case, name: str) -> None:
     x = call.tensors[name]
     tangent = torch.randn(x.shape, dtype=torch.float64).to(x.dtype)
 
-    def function(backend: str | None) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        def run(value: Tensor) -> tuple[Tensor, ...]:
-            values = iter((call.tensors | {name: value}).values())
-            return call.map(lambda _: next(values))(backend)
-
-        return run
+    def function(value: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
+        return call(backend, **call.changed(name, value))
 
     with sdpa_kernel(SDPBackend.MATH):  # the other attentions of PyTorch have first derivatives alone
-        _, expected = torch.autograd.functional.jvp(function("reference"), x, tangent)
-    _, found = func.jvp(function(None), (x,), (tangent,))
+        _, expected = torch.autograd.functional.jvp(partial(function, backend="reference"), x, tangent)
+    _, found = func.jvp(function, (x,), (tangent,))
     torch.testing.assert_close(found, expected)
-
-
-def skip_unless(backend: str, case: Case) -> None:
-    """Skip the test if a backend cannot run the case. `test_parity` fails if one that should be there is not."""
-    try:
-        make_call(case)(backend)
-    except ddpm_fast.BackendUnavailable as error:
-        pytest.skip(str(error))
 
 
 @every_pair(backend=["native", "triton"], transform=list(TRANSFORMS), op=list(CASES_BY_OP))
 def test_a_named_kernel_is_refused(backend: str, transform: str, op: str) -> None:
     case = CASES_BY_OP[op][0]
-    skip_unless(backend, case)
+    skip_unless(backend, make_call(case))
     f = TRANSFORMS[transform](function_of_two(case, backend, torch.float32))
     with pytest.raises(ddpm_fast.BackendUnavailable, match=f'{op}: backend "{backend}" cannot run: '):
         f(argument(transform).float())
@@ -238,11 +231,9 @@ def test_a_named_kernel_is_refused(backend: str, transform: str, op: str) -> Non
 
 @pytest.mark.parametrize(("case", "transform"), list(rows(("jvp", "grad", "vmap"), share=3, each=1)), ids=_id)
 def test_a_named_kernel_is_refused_or_right_in_compiled_code(case: Case, transform: str) -> None:
-    skip_unless("native", case)
-    torch._dynamo.reset()
-    compiled = torch.compile(TRANSFORMS[transform](function_of_two(case, "native", torch.float32)), backend="aot_eager")
+    skip_unless("native", make_call(case))
     try:
-        found = compiled(argument(transform).float())
+        found = inside(transform, function_of_two(case, "native", torch.float32))(argument(transform).float())
     except Exception as error:
         if f'{case.op}: backend "native" cannot run: ' not in str(error):
             raise
@@ -256,41 +247,3 @@ def test_vmap_over_timesteps() -> None:
     t = torch.tensor([[3, 0, 19], [19, 0, 3]])
     found = func.vmap(lambda t: q_sample(x, t, SCHEDULE, noise=x))(t)
     torch.testing.assert_close(found, torch.stack([q_sample(x, one, SCHEDULE, noise=x) for one in t]))
-
-
-# ------------------------------------------------------------------------------------------------------------- the network
-
-
-def network() -> UNet:
-    """Return a network without attention. PyTorch's attention for CPUs has no forward mode."""
-    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "add_attention": False}
-    model = UNet(sample_size=8, block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, **blocks)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.double().eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
-def test_forward_mode_of_a_network(compiled: bool) -> None:
-    torch._dynamo.reset()
-    model, t = network(), torch.tensor([1, 500])
-    x, tangent, cotangent = torch.randn(3, 2, 3, 8, 8, dtype=torch.float64)
-    leaf = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(model(leaf, t), leaf, cotangent)
-    f: Function = lambda x: func.jvp(lambda x: model(x, t), (x,), (tangent,))[1]  # noqa: E731 (compiled below)
-    found = (torch.compile(f, backend="aot_eager") if compiled else f)(x)
-    torch.testing.assert_close((found * cotangent).sum(), (gradient * tangent).sum())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_frozen_network_under_vmap_is_right_or_names_itself(dtype: torch.dtype) -> None:
-    frozen, t = freeze(network().float(), dtype), torch.tensor([1, 500])
-    batch = torch.randn(3, 2, 3, 8, 8)
-    expected = torch.stack([frozen(x, t) for x in batch])
-    try:
-        found = func.vmap(lambda x: frozen(x, t))(batch)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        assert str(error).startswith("FrozenUNet: expected")  # noqa: PT017 (the right value is as good)
-    else:
-        tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float64: 1e-12}[dtype]
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
