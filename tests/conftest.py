@@ -7,10 +7,11 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import environment  # noqa: F401 (first: torch and triton read the variables that it sets)
+
+# isort: split
 import build_age
 import cases
-import environment  # noqa: F401 (before fixtures: torch and triton read the variables that it sets)
-import pairwise
 import pytest
 import summary
 from fixtures import (  # noqa: F401
@@ -57,7 +58,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    pairwise.full = config.getoption("full")
     file = config.getoption("write_passed")
     if file is not None and not hasattr(config, "workerinput"):  # processes of pytest-xdist report to the one without it
         config.pluginmanager.register(PassedTests(file))

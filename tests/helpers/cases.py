@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,14 +21,21 @@ MOST = 6
 def chosen(items: Sequence[pytest.Item]) -> set[str]:
     """Return the names of the cases to run. They are the same in every process.
 
-    A marker `every("op")` makes a test of its own of each value of the parameter `op`.
+    A marker `every("op")` makes a test of its own of each value of the parameter `op`, `every("case.op")` of each `case.op`.
     """
     tests: defaultdict[tuple[object, ...], dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for item in items:
         parameters = getattr(item, "callspec").params if hasattr(item, "callspec") else {}  # noqa: B009 (pytest.Function alone)
-        apart = [name for marker in item.iter_markers("every") for name in marker.args]
-        tests[item.nodeid.partition("[")[0], *(repr(parameters[name]) for name in apart)][item.nodeid] = parameters
+        apart = [attrgetter(*marker.args)(SimpleNamespace(**parameters)) for marker in item.iter_markers("every")]
+        tests[item.nodeid.partition("[")[0], repr(apart)][item.nodeid] = parameters
     return {name for cases in tests.values() for name in covering(cases)}
+
+
+def some(rows: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Return rows that hold each value of each column, for a test that loops over a product."""
+    numbered = {str(i): row for i, row in enumerate(rows)}
+    taken = covering({name: {str(i): value for i, value in enumerate(row)} for name, row in numbered.items()})
+    return [numbered[name] for name in taken]
 
 
 def covering(cases: Mapping[str, Mapping[str, Any]], most: int = MOST) -> list[str]:

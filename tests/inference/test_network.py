@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairwise import pairwise as every_pair
+from parameters import parametrize
 from small_unets import assert_as_right, make_inputs, make_unet, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -86,7 +86,7 @@ ACCEPTED: dict[str, Change] = {
 UNCHANGED = ("weights without gradients", "dropout")
 
 
-@every_pair(
+@parametrize(
     name=list(ACCEPTED), scale_shift={"shift": False, "scale and shift": True}, packed={"packed": True, "PyTorch": False}
 )
 @torch.no_grad()

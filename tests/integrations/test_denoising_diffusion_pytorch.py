@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from changes import Change, given
-from pairwise import pairwise
+from parameters import parametrize
 from small_unets import randomise
 from torch import Tensor, nn
 
@@ -96,7 +96,7 @@ def assert_plan_follows(process: Any) -> None:
             torch.testing.assert_close(x, states[step + 1], rtol=0, atol=2e-5)
 
 
-@pairwise(objective=OBJECTIVES, schedule=SCHEDULES, sampler=SAMPLERS)
+@parametrize(objective=OBJECTIVES, schedule=SCHEDULES, sampler=SAMPLERS)
 def test_trajectories_of_plans_are_the_originals(objective: str, schedule: str, sampler: dict[str, Any]) -> None:
     assert_plan_follows(make(objective=objective, beta_schedule=schedule, **sampler).eval())
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from drawing import Gaussian
-from pairwise import pairwise
+from parameters import parametrize
 from pipelines import assert_same, diffusers, generator, images, make
 from scheduler_pairs import EPS, KINDS, LISTED, NOISY, SHAPE, THEIRS, assert_same_image, made, normals, pair
 from torch import Tensor
@@ -686,7 +686,7 @@ def test_another_alphas_cumprod_is_no_silent_mistake(kind: type[Any]) -> None:
             change()
 
 
-@pairwise(kind=KINDS, schedule=["linear", "scaled_linear", "squaredcos_cap_v2"], zero_snr=[False, True], total=[10, 1000])
+@parametrize(kind=KINDS, schedule=["linear", "scaled_linear", "squaredcos_cap_v2"], zero_snr=[False, True], total=[10, 1000])
 def test_the_alphas_cumprod_of_diffusers_is_that_of_the_configuration(
     kind: Any, schedule: str, zero_snr: bool, total: int
 ) -> None:

@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import pairwise
 import pytest
 import torch
 from torch import Tensor
@@ -78,11 +77,13 @@ ROWS = [
     [pytest.param(*row, marks=() if row == QUICK else pytest.mark.slow) for row in ROWS],
     ids=str,
 )
-def test_a_network_is_that_of_eager_mode(options: str, train: bool, channels_last: bool, backend: str) -> None:
+def test_a_network_is_that_of_eager_mode(
+    options: str, train: bool, channels_last: bool, backend: str, pytestconfig: pytest.Config
+) -> None:
     model = make(channels_last=channels_last, train=train)
     compiled = torch.compile(model, backend=backend, **OPTIONS[options])
     # A second batch size makes a dynamic graph of a static one, which is all the work again.
-    for n in (4, 3) if pairwise.full or OPTIONS[options].get("dynamic") else (4,):
+    for n in (4, 3) if pytestconfig.getoption("full") or OPTIONS[options].get("dynamic") else (4,):
         inputs = make_inputs(n, channels_last)
         if train:
             assert_same(training_step(compiled, *inputs), training_step(model, *inputs))

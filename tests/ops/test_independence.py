@@ -7,7 +7,7 @@ import torch
 from kernel_calls import with_threads
 from op_calls import Call, make_call
 from op_cases import SCHEDULE, Case
-from pairwise import pairwise
+from parameters import parametrize
 from parity import skip_unless
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def results(call: Call, backend: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.usefixtures("matrix_kernels")
-@pairwise(case={str(case): case for case in LARGE}, dtype=[torch.float32, torch.bfloat16], channels_last=LAYOUTS)
+@parametrize(case={str(case): case for case in LARGE}, dtype=[torch.float32, torch.bfloat16], channels_last=LAYOUTS)
 def test_threads_change_no_bit(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
     call = make_call(case, dtype, channels_last=channels_last and len(case.shape) == 4)
     skip_unless("native", call)
@@ -68,7 +68,7 @@ def sample_of(call: Call, i: int) -> Call:
     return Call(call.function, {name: part(name, value) for name, value in call.arguments.items()})
 
 
-@pairwise(
+@parametrize(
     case={str(case): case for case in BATCHES},
     backend=["native", "triton", "reference"],
     channels_last=LAYOUTS,

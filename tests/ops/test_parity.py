@@ -5,7 +5,6 @@ import torch
 from kernel_calls import MATRIX_OPS
 from op_calls import make_call
 from op_cases import CASES, Case
-from pairwise import covering
 from parity import Expected, evaluate
 
 from ddpm_fast.dtypes import FLOATS
@@ -30,11 +29,12 @@ def _parameters():
             if _has_kernel(case.op, backend, dtype)
             for channels_last in ((False, True) if len(case.shape) == 4 else (False,))
         )
-        for case, dtype, channels_last in covering(rows):
+        for case, dtype, channels_last in rows:
             layout = "channels_last" if channels_last else "contiguous"
             yield pytest.param(case, backend, dtype, channels_last, id=f"{case}-{backend}-{DTYPES[dtype]}-{layout}")
 
 
+@pytest.mark.every("case.op", "backend")
 @pytest.mark.parametrize(("case", "backend", "dtype", "channels_last"), list(_parameters()))
 def test_parity(case: Case, backend: str, dtype: torch.dtype, channels_last: bool, device: torch.device) -> None:
     reason = why_not(backend, case.op, device, dtype)

@@ -15,7 +15,6 @@ import torch
 from kernel_calls import MATRIX_OPS
 from op_calls import make_call
 from op_cases import CASES, SCHEDULE, Case
-from pairwise import covering
 from parity import evaluate, skip_unless
 from torch import Tensor
 
@@ -50,11 +49,8 @@ MODES["compiled"] = _compiled
 
 
 def parameters(*values: Any, quick: Callable[..., bool]) -> Iterator[Any]:
-    """Yield the product with `--full`, otherwise rows that hold every pair of values.
-
-    Rows for which `quick` returns False are marked as slow.
-    """
-    for case, *rest in covering([*itertools.product(*values)]):
+    """Yield the product. Rows for which `quick` returns False are marked as slow."""
+    for case, *rest in itertools.product(*values):
         row = [*(case if isinstance(case, tuple) else (case,)), *rest]
         marks = () if quick(*row) else pytest.mark.slow
         yield pytest.param(*row, id="-".join(str(value).replace(" ", "-") for value in row), marks=marks)

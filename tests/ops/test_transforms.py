@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import pairwise
 import pytest
 import torch
 from op_calls import make_call
 from op_cases import CASES, SCHEDULE, Case
-from pairwise import pairwise as every_pair
+from parameters import parametrize
 from parity import skip_unless
 from torch import Tensor, func
 from torch.autograd import forward_ad
@@ -134,19 +133,18 @@ def compiled(f: Function) -> Function:
 
 
 def rows(transforms: Sequence[str], *others: Any, share: int = 1, each: int | None = None) -> Iterator[Any]:
-    """Yield parameters: each op with each transform, its cases in turn. With `--full`, no case is left out.
+    """Yield parameters: each op with each transform, its cases in turn, then the cases that are left out.
 
     Args:
         transforms: The names of transforms.
         others: Further values of each row.
         share: Only one row in `share` is not marked as slow. Each op has such rows, and together they have all transforms.
-        each: Least number of transforms of a case with `--full`. None is all. Compiling takes long, so it has few there.
+        each: Least number of transforms of a case. None is all. Compiling takes long, so it has few there.
     """
     for number, cases in enumerate(CASES_BY_OP.values()):
         pairs = list(zip(itertools.cycle(range(len(cases))), transforms))
-        if pairwise.full:
-            turns = itertools.cycle(transforms)
-            pairs += [(i, next(turns)) for i in range(len(cases)) for _ in range(each or len(transforms))]
+        turns = itertools.cycle(transforms)
+        pairs += [(i, next(turns)) for i in range(len(cases)) for _ in range(each or len(transforms))]
         for row, (i, transform) in enumerate(dict.fromkeys(pairs)):
             slow = (row + number) % share != 0
             yield pytest.param(cases[i], transform, *others, marks=pytest.mark.slow if slow else ())
@@ -201,7 +199,7 @@ def right_or_refused(op: str, run: Callable[[], Tensor]) -> Tensor | None:
     [
         pytest.param(cases[i], name, id=f"{cases[i]}-{name}")
         for cases in CASES_BY_OP.values()
-        for i in range(len(cases) if pairwise.full else min(4, len(cases)))
+        for i in range(len(cases))
         for name in make_call(cases[i]).tensors
     ],
 )
@@ -220,7 +218,7 @@ def test_forward_mode_in_one_argument(case: Case, name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@every_pair(backend=["native", "triton"], transform=list(TRANSFORMS), op=list(CASES_BY_OP))
+@parametrize(backend=["native", "triton"], transform=list(TRANSFORMS), op=list(CASES_BY_OP))
 def test_a_named_kernel_is_refused(backend: str, transform: str, op: str) -> None:
     case = CASES_BY_OP[op][0]
     skip_unless(backend, make_call(case))

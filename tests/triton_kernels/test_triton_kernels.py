@@ -15,7 +15,7 @@ import torch
 from kernel_calls import defaulting_to, launch_triton
 from op_calls import make_call
 from op_cases import SCHEDULE, Case, multistep
-from pairwise import pairwise
+from parameters import parametrize
 from parity import Expected, assert_same, evaluate
 from refusals import refused
 
@@ -39,7 +39,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 SHAPES = [(3, 2), (3, 1, 13), (3, 3, 20, 20), (3, 3, 5, 7), (3, 1, 6, 6), (3, 70, 2, 2)]
 
 
-@pairwise(shape=SHAPES, dtype=[torch.float32, torch.bfloat16], layout=LAYOUTS)
+@parametrize(shape=SHAPES, dtype=[torch.float32, torch.bfloat16], layout=LAYOUTS)
 def test_normals_have_the_bits_of_the_reference(
     shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
@@ -62,7 +62,7 @@ def check(case: Case, layout: torch.memory_format, *, has_scratch: bool = False)
 
 
 # One channel, where a channels_last state is contiguous too but the two-channel model output is not; three; two tiles.
-@pairwise(variance=["fixed_small", "learned", "learned_range"], channels=[1, 3, 70], layout=LAYOUTS)
+@parametrize(variance=["fixed_small", "learned", "learned_range"], channels=[1, 3, 70], layout=LAYOUTS)
 def test_reverse_step_with_guidance_and_learned_variance(variance: Any, channels: int, layout: torch.memory_format) -> None:
     plan = multistep(ddpm_plan(SCHEDULE, 50, variance=variance), -0.5)
     options = {"plan": plan, "guidance_scale": 3.0, "step": "sample", "half_model": True, "return_x_0": True}
@@ -83,7 +83,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     return spy
 
 
-@pairwise(prediction=list(TARGETS), source=["noise", "seeds"], layout=LAYOUTS)
+@parametrize(prediction=list(TARGETS), source=["noise", "seeds"], layout=LAYOUTS)
 @pytest.mark.usefixtures("chunks")
 def test_loss_of_many_tiles(prediction: str, source: str, layout: torch.memory_format) -> None:
     check(
@@ -101,7 +101,7 @@ NORMS: Mapping[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 
 
-@pairwise(norm=NORMS, layout=LAYOUTS)
+@parametrize(norm=NORMS, layout=LAYOUTS)
 def test_group_norm_in_chunks(
     norm: tuple[tuple[int, ...], dict[str, Any]], layout: torch.memory_format, chunks: MagicMock
 ) -> None:
@@ -109,7 +109,7 @@ def test_group_norm_in_chunks(
     chunks.__getitem__.assert_called()
 
 
-@pairwise(norm=NORMS, layout=LAYOUTS)
+@parametrize(norm=NORMS, layout=LAYOUTS)
 def test_group_norm_in_one_tile(norm: tuple[tuple[int, ...], dict[str, Any]], layout: torch.memory_format) -> None:
     check(Case("group_norm_silu", "one-tile", *norm), layout, has_scratch=True)
 
@@ -121,7 +121,7 @@ MANY = [
 MANY += [Case("group_norm_silu", "many", *NORMS["whole"])]
 
 
-@pairwise(case={str(case): case for case in MANY}, layout=LAYOUTS)
+@parametrize(case={str(case): case for case in MANY}, layout=LAYOUTS)
 def test_more_samples_than_a_grid_has_rows(case: Case, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "MAX_GRID_Y", 2)  # 3 samples: 2 x 2 programs
     check(case, layout)
