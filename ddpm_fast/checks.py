@@ -22,7 +22,7 @@ MAX_TIMESTEPS: Final = 100_000
 """Largest number of timesteps T. The largest in the literature is 4000."""
 
 Ranges = tuple[tuple[float, float], ...]
-"""(low, high) of values: one pair for all channels, or one a channel."""
+"""(low, high) of values: one pair for all channels, or one per channel."""
 
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
@@ -319,7 +319,7 @@ def checked_seeds(op: str, seeds: Tensor, n: int, device: torch.device, name: st
     except RuntimeError:
         check_values(op, name, seeds)
         raise
-    raise InvalidValue(op, name, f"to have shape [{n}], one a sample", list(seeds.shape))
+    raise InvalidValue(op, name, f"to have shape [{n}], one per sample", list(seeds.shape))
 
 
 def check_values(op: str, name: str, x: Tensor) -> None:

@@ -26,7 +26,7 @@ FILES: dict[type, dict[str, Any]] = {
         "objective": Objective(NoiseSchedule.linear(5)).to_config(),
         "dataset": {
             **{"images": 3, "shape": [1, 8, 8], "classes": ["cat", "dog"]},
-            **{"preparation": "as they are", "fingerprint": {"sample": SHA256}},
+            **{"preparation": "not resized", "fingerprint": {"sample": SHA256}},
         },
         "threads": 2,
         "versions": {"torch": "2.13"},

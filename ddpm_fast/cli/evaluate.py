@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..pretrained import Pretrained
     from ..training.data import ItemDataset
 
-_SSIM = 6  # pixels a side that its window needs
+_SSIM = 6  # pixels per side that its window needs
 
 
 @click.command("evaluate", cls=Command)
@@ -45,7 +45,7 @@ _SSIM = 6  # pixels a side that its window needs
 )
 @click.option(
     "--data-range",
-    help="Map these values of arrays to -1 and 1, for models that restore images: one pair, or one a channel.  "
+    help="Map these values of arrays to -1 and 1, for models that restore images: one pair, or one per channel.  "
     "[default: those that the model keeps]",
     **RANGE,
 )
@@ -181,7 +181,7 @@ def _restored(
 
     metrics = import_extra("torchmetrics.functional.image")
     smallest = min(dataset.info.shape[1:])
-    expect(smallest >= _SSIM, "evaluate", "data", f"to have images of at least {_SSIM} pixels a side, for SSIM", smallest)
+    expect(smallest >= _SSIM, "evaluate", "data", f"to have images of at least {_SSIM} pixels per side, for SSIM", smallest)
     items = examples(dataset, range(num), arguments["seed"])
     plan, sampler = loaded.build_plan()
     draw = loaded.sampler(plan, dtype=device_and_dtype(loaded.model)[1])

@@ -59,7 +59,7 @@ _COLUMNS = 8  # at most, of a grid with conditions
 )
 @click.option(
     "--condition-range",
-    help="Map these values of arrays to -1 and 1: one pair, or one a channel.  [default: those that the model keeps]",
+    help="Map these values of arrays to -1 and 1: one pair, or one per channel.  [default: those that the model keeps]",
     **RANGE,
 )
 @click.option(

@@ -269,7 +269,7 @@ def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1),
             raise InvalidValue(
                 "images",
                 name,
-                f"to end in .png, as pictures in {kind} have at most {largest} pixels a side",
+                f"to end in .png, as pictures in {kind} have at most {largest} pixels per side",
                 f"{str(path)!r} for {width}x{height} pixels",
             )
     raise InvalidValue(

@@ -95,7 +95,7 @@ class Adapter:
         t = timesteps.index_select(0, state.step).expand(len(x_in))
         model_output = predict(self.model, x_in, t, None if labels is None else labels.flatten())
         if kept._version != version:
-            raise InvalidValue("sample", "model", "to leave its input as it is", "one that changes x_t in place")
+            raise InvalidValue("sample", "model", "to leave its input unchanged", "one that changes x_t in place")
         reverse_step(
             x_t,
             model_output,

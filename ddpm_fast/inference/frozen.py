@@ -98,7 +98,7 @@ def adapted(caller: str, model: Model, device: torch.device, dtype: torch.dtype 
         if reason is None:
             return FrozenAdapter(_frozen(model, dtype, device, num_timesteps))
         warnings.warn(
-            f"ddpm_fast: this UNet is not frozen, because {reason}. It runs as it is, which is slower.",
+            f"ddpm_fast: this UNet is not frozen, because {reason}. It runs unchanged, which is slower.",
             RuntimeWarning,
             stacklevel=4,  # the caller of `Sampler`, whose arguments a wrapper checks
         )

@@ -88,7 +88,7 @@ def denoising_loss(
         check_float(op, "weight", weight)
         check_device(op, "weight", weight, "x_0", x_0)
         check_storage(op, "weight", weight)
-        expect(weight.shape == x_0.shape[:1], op, "weight", f"to have shape [{len(x_0)}], one a sample", list(weight.shape))
+        expect(weight.shape == x_0.shape[:1], op, "weight", f"to have shape [{len(x_0)}], one per sample", list(weight.shape))
     source = (noise, seeds) if target.reads_epsilon else (None, None)
     x = x_0 if target.reads_x_0 else None
     losses: Tensor = denoising_loss_op(model_output, x, t, target.table, *source, backend=backend)  # [N]

@@ -104,7 +104,7 @@ def _noise(
     check_ints(caller, "shape", shape, 0, "a sequence of ints")
     shape = tuple(shape)
     if not math.prod(shape[1:]) <= 1 << 34:
-        raise InvalidValue(caller, "shape", "to have at most 2^34 elements a sample", math.prod(shape[1:]))
+        raise InvalidValue(caller, "shape", "to have at most 2^34 elements per sample", math.prod(shape[1:]))
     check_dtype(caller, "dtype", dtype)
     check_int(caller, "stream", stream, 0, (1 << 32) - 1)
     channels_last = memory_format is torch.channels_last

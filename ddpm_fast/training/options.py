@@ -55,7 +55,7 @@ class DataOptions(Options):
     data_range: Annotated[
         Ranges | None,
         _data(
-            "Map these values of .npy and .npz files to -1 and 1: one pair, or one a channel. Default: each channel's range."
+            "Map these values of .npy and .npz files to -1 and 1: one pair, or one per channel. Default: each channel's range."
         ),
     ] = None
     condition: Annotated[

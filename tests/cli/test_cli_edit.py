@@ -351,7 +351,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["vary", "digits:0", "digits:1", "--classes=a,b,c"], "expected --classes to be at most 2 classes"),
     (
         ["vary", "digits:0", "--num=200", "--out=new/a.webp"],
-        "expected --out to end in .png, as pictures in WEBP have at most 16383 pixels a side",
+        "expected --out to end in .png, as pictures in WEBP have at most 16383 pixels per side",
     ),
 ]
 

@@ -98,7 +98,7 @@ def test_a_format_is_accepted_exactly_if_pillow_can_write_it(ending: str, channe
 def test_pictures_too_large_for_a_format_are_refused(ending: str, largest: int, tmp_path: Path) -> None:
     assert image_format(f"a.{ending}", (1, largest, 1))
     Image.new("L", (largest, 1)).save(tmp_path / f"a.{ending}")
-    wanted = rf"expected --out to end in \.png, as pictures in \w+ have at most {largest} pixels a side, got 'a\.{ending}'"
+    wanted = rf"expected --out to end in \.png, as pictures in \w+ have at most {largest} pixels per side, got 'a\.{ending}'"
     with pytest.raises(ValueError, match=wanted):
         image_format(f"a.{ending}", (largest + 1, 1, 3), "--out")
     with pytest.raises((OSError, ValueError, OverflowError, struct.error)):  # Pillow's own limit

@@ -116,7 +116,7 @@ def read_scheduler(folder: Path) -> None:
 
 
 def run_config(folder: Path) -> list[Path]:
-    dataset = {"images": 5, "shape": [1, 4, 4], "classes": ["cat", "dog"], "preparation": "as they are"}
+    dataset = {"images": 5, "shape": [1, 4, 4], "classes": ["cat", "dog"], "preparation": "not resized"}
     dataset["fingerprint"] = {"sample": "0" * 64, "exact": "1" * 64}
     write_json(
         folder / CONFIG,

@@ -292,7 +292,7 @@ def test_bad_inputs_are_named() -> None:
     ]:
         with pytest.raises(error[0] if error else ValueError, match=f"UNet: expected {message}"):
             network(*arguments)
-    with refused(InvalidValue("UNet", "dropout_seeds", "to have shape [2], one a sample", "[3]")):
+    with refused(InvalidValue("UNet", "dropout_seeds", "to have shape [2], one per sample", "[3]")):
         plain(x, 0, dropout_seeds=sample_seeds(0, 3))
     with refused(InvalidType("UNet", "dropout_seeds", "to be an int64 tensor (see sample_seeds)", "int")):
         plain(x, 0, dropout_seeds=3)

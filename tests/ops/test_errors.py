@@ -51,7 +51,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: sample_seeds(0, 10, (1 << 63) - 10),
         InvalidValue("sample_seeds", "start + n", "to be below 2^63", "9223372036854775808"),
     ),
-    (lambda: noise((3, 2), SEEDS), InvalidValue("noise", "seeds", "to have shape [3], one a sample", "[2]")),
+    (lambda: noise((3, 2), SEEDS), InvalidValue("noise", "seeds", "to have shape [3], one per sample", "[2]")),
     (
         lambda: noise((2, 2), SEEDS.int()),
         InvalidType("noise", "seeds", "to be an int64 tensor (see sample_seeds)", "torch.int32"),
@@ -302,7 +302,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (
         lambda: denoising_loss(X, X, 3, SCHEDULE, seeds=SEEDS, weight=torch.ones(3)),
-        InvalidValue("denoising_loss", "weight", "to have shape [2], one a sample", "[3]"),
+        InvalidValue("denoising_loss", "weight", "to have shape [2], one per sample", "[3]"),
     ),
     (
         lambda: denoising_loss(X.int(), X, 3, SCHEDULE, seeds=SEEDS),

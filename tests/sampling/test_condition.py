@@ -144,7 +144,7 @@ def test_a_network_without_a_configuration_reads_any_number_of_channels() -> Non
 
 
 def test_a_network_may_not_change_its_input() -> None:
-    with refused(InvalidValue("sample", "model", "to leave its input as it is", "one that changes x_t in place")):
+    with refused(InvalidValue("sample", "model", "to leave its input unchanged", "one that changes x_t in place")):
         sample(lambda x_t, t: x_t.mul_(2)[:, :C], PLAN, N, condition=condition(), shape=(C, *SIDES), progress=False)
 
 

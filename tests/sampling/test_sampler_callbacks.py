@@ -95,7 +95,7 @@ def test_a_network_that_changes_its_input_leaves_the_sampler_usable(change: str)
 
     wrong = True
     sampler = Sampler(network, PLAN, shape=(1, 8, 8))
-    with refused(InvalidValue("sample", "model", "to leave its input as it is", "one that changes x_t in place")):
+    with refused(InvalidValue("sample", "model", "to leave its input unchanged", "one that changes x_t in place")):
         sampler(2, progress=False)
     wrong = False
     assert torch.equal(sampler(2, progress=False), draw(network, shape=(1, 8, 8)))

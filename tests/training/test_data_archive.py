@@ -50,7 +50,7 @@ def test_images_are_those_of_the_files(
     path = str(write(tmp_path / container, files | {"dataset.json": labelled(other=9)}, method))
     dataset = load_dataset(path, memory=memory)
     order = [NAMES.index(name) for name in sorted(NAMES)]
-    assert (dataset.info.shape, dataset.info.preparation) == ((3, 6, 6), "as they are, in RGB")
+    assert (dataset.info.shape, dataset.info.preparation) == ((3, 6, 6), "not resized, in RGB")
     assert dataset.info.classes == ("0", "1", "2", "3", "4")
     assert dataset.in_memory == (memory is None)
     first, second = batches(dataset, [torch.arange(5), torch.tensor([3, 3])], 0)

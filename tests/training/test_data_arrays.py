@@ -19,7 +19,7 @@ from ddpm_fast.training.data import load_dataset
 
 N, H, W, C = 7, 4, 6, 5
 VALUES = np.random.default_rng(0).normal(3, 2, (N, H, W, C)).astype(np.float32)
-LOW, HIGH = VALUES.min(axis=(0, 1, 2)).astype(np.float64), VALUES.max(axis=(0, 1, 2)).astype(np.float64)  # one a channel
+LOW, HIGH = VALUES.min(axis=(0, 1, 2)).astype(np.float64), VALUES.max(axis=(0, 1, 2)).astype(np.float64)  # one per channel
 SCALED = torch.from_numpy((VALUES.astype(np.float64) - LOW) * (2 / (HIGH - LOW)) - 1)
 RANGES = tuple(zip(LOW.tolist(), HIGH.tolist(), strict=True))
 

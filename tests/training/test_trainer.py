@@ -499,7 +499,7 @@ WRONG_ITEMS: list[tuple[Callable[[int, Tensor, int], Any], str]] = [
     (lambda i, image, label: (image / 0.0, label), r"to be in \[-1, 1\], got values from nan"),
     (lambda i, image, label: (image.numpy(), label), "to be uint8 .*, got ndarray"),
     (lambda i, image, label: {"pixels": image}, "to have image, label and condition, got pixels"),
-    (lambda i, image, label: (Image.new("F", (8, 8)), label), "to be an image, got: expected 8 or 16 bits a channel"),
+    (lambda i, image, label: (Image.new("F", (8, 8)), label), "to be an image, got: expected 8 or 16 bits per channel"),
     (lambda i, image, label: image, r"to have a label in 0\.\.9, got no label"),
     (lambda i, image, label: (image, 10), r"to have a label in 0\.\.9, got 10"),
     (lambda i, image, label: (image, -1), r"to have a label in 0\.\.9, got -1"),

@@ -527,7 +527,7 @@ def test_a_run_opens_with_a_summary(tmp_path: Path, caplog: pytest.LogCaptureFix
     for part in (
         f"Training {tmp_path / 'run'}",
         "data     digits: 1500 images, 10 classes",
-        "images   8x8 pixels, 1 channel, as they are",
+        "images   8x8 pixels, 1 channel, not resized",
         "million parameters, class-conditional",
         "float32 on cpu, 1 thread",
         "2 of 6 images: 0.008 epochs",

@@ -68,7 +68,7 @@ class DatasetInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.uint8
     classes: tuple[str, ...] = ("",)
-    preparation: str = "as they are"
+    preparation: str = "not resized"
     data_range: Ranges | None = None
     condition: Degradation | Literal["images"] | None = None
     condition_channels: int = 0
@@ -174,7 +174,7 @@ class Resized(Wrapper):
 
     def __init__(self, dataset: ItemDataset, sides: tuple[int, int]) -> None:
         info = dataset.info
-        others = [part for part in info.preparation.split(", ") if part != "as they are"]
+        others = [part for part in info.preparation.split(", ") if part != "not resized"]
         preparation = ", ".join([f"resized from {info.shape[2]}x{info.shape[1]}", *others])
         super().__init__(dataset, replace(info, shape=(info.shape[0], *sides), preparation=preparation))
         self._sides, self.in_memory = sides, False

@@ -58,7 +58,7 @@ def pictures(
     if sides is None and broken:
         check_whole(source, _damaged(source))  # also those whose pixels alone are damaged
     found = channels or (1 if all(is_grey for *_, is_grey in headers) else 3)
-    preparation = "as they are" if sides is None else "cropped and resized"
+    preparation = "not resized" if sides is None else "cropped and resized"
     preparation += f", in {_NAMES[found]}" + (" as all files are" if found == 1 and channels is None else "")
     shape = (found, *(sides or _common_size(source.root, headers)))
     info = DatasetInfo(name, shape, classes=source.classes, preparation=preparation)
@@ -179,7 +179,7 @@ def converted(image: Image.Image, kind: str | None, channels: int) -> Image.Imag
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow itself cuts off at 255
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     known = image.mode not in ("I", "F")
-    expect(known, "", "", "8 or 16 bits a channel", f"pixels of mode {image.mode}, whose range is unknown")
+    expect(known, "", "", "8 or 16 bits per channel", f"pixels of mode {image.mode}, whose range is unknown")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = image if channels == 4 else Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -57,7 +57,7 @@ class Source:
     read: Callable[[Any], str | io.BytesIO | NDArray[Any]]
     has_arrays: bool = False
     by_folder: bool = False
-    preparation: str = "as they are"
+    preparation: str = "not resized"
     in_memory: bool = False
 
     @property
