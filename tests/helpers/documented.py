@@ -37,6 +37,6 @@ class GaussianDiffusion:
 
 def create_model_and_diffusion(**flags: Any) -> tuple[nn.Module, GaussianDiffusion]:
     """Return a small class-conditional UNetModel and a process, and write the weights to 64x64_diffusion.pt."""
-    model = UNetModel(64, 3, 32, 6, 1, (1,), num_classes=10, num_heads=4)
+    model = UNetModel(64, 3, 32, 6, 1, (4,), channel_mult=(1, 1, 1), num_classes=10, num_heads=4)
     torch.save(model.state_dict(), "64x64_diffusion.pt")
     return model, GaussianDiffusion()

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import fresh_machine
@@ -82,15 +83,6 @@ def test_this_process(probe: str) -> None:
         load_dataset("fashion-mnist")
 
 
-def test_a_python(probe: str) -> None:
-    script = f"""{probe}
-from ddpm_fast.training.data import FASHION_MNIST_DEBIAN, published
-print(FASHION_MNIST_DEBIAN, published._default_folder())
-"""
-    done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
-    assert done.stdout.split() == [str(fresh_machine.CACHE / name) for name in ("no-data-set", "ddpm_fast")]
-
-
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # it is about fork
 def test_multiprocessing(method: str, probe: str) -> None:
@@ -100,15 +92,6 @@ def test_multiprocessing(method: str, probe: str) -> None:
     process.start()
     process.join()
     assert process.exitcode == 0
-
-
-@pytest.mark.slow
-def test_the_command_line(tmp_path: Path) -> None:
-    """Neither Debian's files nor a download are found, whatever the machine has."""
-    command = [sys.executable, "-W", "ignore", "-m", "ddpm_fast", "edit", "vary", "fashion-mnist:0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert re.search(NOT_FOUND, done.stderr), done.stderr
 
 
 def test_a_test_may_be_given_the_machine() -> None:
@@ -124,11 +107,15 @@ def test_a_test_may_be_given_the_machine() -> None:
 
 
 @pytest.mark.slow
-def test_the_hidden_folder_is_that_of_the_package() -> None:
-    script = "from ddpm_fast.training.data import FASHION_MNIST_DEBIAN\nprint(FASHION_MNIST_DEBIAN)"
-    with fresh_machine.lifted():
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_python_hides_the_folders_that_the_package_reads(hidden: bool) -> None:
+    script = "from ddpm_fast.training.data import FASHION_MNIST_DEBIAN, published\n"
+    script += "print(FASHION_MNIST_DEBIAN, published._default_folder())"
+    with nullcontext() if hidden else fresh_machine.lifted():
         done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
-    assert done.stdout.strip() == fresh_machine.DEBIAN
+    own, cache = done.stdout.split()
+    assert own == (str(fresh_machine.CACHE / "no-data-set") if hidden else fresh_machine.DEBIAN)
+    assert (cache == str(fresh_machine.CACHE / "ddpm_fast")) == hidden
 
 
 @pytest.mark.data_sets
