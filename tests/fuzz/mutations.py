@@ -125,13 +125,15 @@ def _header(random: Random, header: bytes) -> dict[str, Any]:
     """Return the header, often with one tensor that claims something else about itself."""
     entries: dict[str, Any] = json.loads(header)
     entry = entries[random.choice([name for name in entries if name != "__metadata__"])]
-    if random.random() < 0.3:
-        dtypes = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E8M0 F4 F6_E2M3 F6_E3M2 I64 I32 I16 I8 U64 U32 U16 U8 BOOL C64 X"
-        entry["dtype"] = random.choice(dtypes.split())
-    if random.random() < 0.3:
-        entry["shape"] = random.choice(([], [0], [1], [2**62, 2**62], [-1], entry["shape"][::-1], [*entry["shape"], 1]))
-    if random.random() < 0.2:
-        entry["data_offsets"] = random.choice(([0, 0], [4, 0], [0, 2**63], [0], [-4, 0]))
+    shape = entry["shape"]
+    dtypes = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E8M0 F4 F6_E2M3 F6_E3M2 I64 I32 I16 I8 U64 U32 U16 U8 BOOL C64 X"
+    for key, values in (
+        ("dtype", dtypes.split()),
+        ("shape", ([], [0], [1], [2**62, 2**62], [-1], shape[::-1], [*shape, 1])),
+        ("data_offsets", ([0, 0], [4, 0], [0, 2**63], [0], [-4, 0])),
+    ):
+        if random.random() < 0.3:
+            entry[key] = random.choice(values)
     return entries
 
 

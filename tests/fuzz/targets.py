@@ -1,6 +1,6 @@
-"""Readers of files beside the mutations of their files: python tests/fuzz/targets.py [COUNT [TARGET ...]].
+"""Readers of files beside the mutations of their files.
 
-A reader passes if it returns, or raises a ValueError, TypeError or OSError that names the file. It has a minute.
+A reader passes if it returns, or raises a ValueError, TypeError or OSError that names the file. It has ten minutes.
 """
 
 from __future__ import annotations
@@ -9,11 +9,8 @@ import ctypes
 import faulthandler
 import gzip
 import hashlib
-import io
 import json
 import sys
-import tempfile
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -26,11 +23,10 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from items import encoded, write
 from mutations import bytes_of, json_of, safetensors_of, torch_of
-from PIL import Image
 
 from ddpm_fast import NoiseSchedule, Objective
-from ddpm_fast.files.writing import write_json
 from ddpm_fast.nn import UNet, UNetConfig
 from ddpm_fast.pretrained import _read_scheduler
 from ddpm_fast.training.checkpoint import Checkpoints, read_state, why_damaged
@@ -53,133 +49,78 @@ TINY: dict[str, Any] = {
     "num_class_embeds": 3,
     "class_names": ["cat", "dog"],
 }
-WEIGHTS, CONFIG, STATE = "diffusion_pytorch_model.safetensors", "config.json", "state.json"
+WEIGHTS, LEGACY, CONFIG = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "config.json"
+SCHEDULERS = ("ours", "theirs", "columns")
+CHECKPOINT = "checkpoints/step-00000007"
 MEMORY = 2 << 30  # bytes by which a target's process may grow
+# A scheduler_config.json of diffusers.
+THEIRS = {
+    **{"num_train_timesteps": 5, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2"},
+    **{"trained_betas": None, "variance_type": None, "lambda_min_clipped": -float("inf"), "rescale_betas_zero_snr": True},
+}
+RUN = {
+    "format": FORMAT,
+    "options": {name: value for struct in STRUCTS for name, value in struct().recorded().items()},
+    "unet": UNetConfig.from_dict(TINY).to_dict(),
+    "objective": Objective(NoiseSchedule.cosine(5)).to_config(),
+    "dataset": {
+        **{"images": 5, "shape": [1, 4, 4], "classes": ["cat", "dog"], "preparation": "not resized"},
+        "fingerprint": {"sample": "0" * 64, "exact": "1" * 64},
+    },
+    "threads": 1,
+    "versions": {"torch": "2.13.0"},
+}
+IDX = b"\0\0\x08\x02" + (3).to_bytes(4, "big") + (5).to_bytes(4, "big") + bytes(range(15))
+IMAGES = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+ARCHIVE = dict.fromkeys(("a.png", "b/c.png"), encoded(IMAGES[0])) | {
+    "dataset.json": json.dumps({"labels": [["a.png", 1], ["b/c.png", 0]]})
+}
 
 Mutate = Callable[[Random, bytes], bytes]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A reader of a file.
+    """A reader of files.
 
     Attributes:
-        write: A function that writes valid files into a folder, and returns those to mutate.
+        write: A function that writes valid files into a folder.
+        files: The files to mutate.
         mutate: A function that returns mutated content.
         read: A function that reads from the folder.
     """
 
-    write: Callable[[Path], list[Path]]
+    write: Callable[[Path], object]
+    files: tuple[str, ...]
     mutate: Mutate
     read: Callable[[Path], object]
 
 
-def network(folder: Path) -> list[Path]:
+def network(folder: Path) -> None:
     torch.manual_seed(0)
     UNet(**TINY).save_pretrained(folder)
-    return [folder / CONFIG]
 
 
-def weights(folder: Path) -> list[Path]:
+def legacy_network(folder: Path) -> None:
     network(folder)
-    return [folder / WEIGHTS]
-
-
-def legacy_weights(folder: Path) -> list[Path]:
-    network(folder)
-    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    torch.save(safetensors.torch.load_file(folder / WEIGHTS), folder / LEGACY)
     (folder / WEIGHTS).unlink()
-    torch.save(tensors, folder / "diffusion_pytorch_model.bin")
-    return [folder / "diffusion_pytorch_model.bin"]
 
 
-def scheduler(folder: Path) -> list[Path]:
-    (folder / "theirs").mkdir()
+def schedulers(folder: Path) -> None:
     write_scheduler(folder / "ours", Objective(NoiseSchedule.sigmoid(5), "v_prediction"))
     write_scheduler(folder / "columns", Objective(NoiseSchedule.cosine(3), torch.tensor([[0.5, 1.0]] * 3)))
-    config = {"num_train_timesteps": 5, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2"}
-    config |= {
-        "trained_betas": None,
-        "variance_type": None,
-        "lambda_min_clipped": -float("inf"),
-        "rescale_betas_zero_snr": True,
-    }
-    files = [folder / name / "scheduler_config.json" for name in ("ours", "theirs", "columns")]
-    files[1].write_text(json.dumps(config))
-    return files
+    write(folder / "theirs" / "scheduler_config.json", json.dumps(THEIRS).encode())
 
 
-def read_scheduler(folder: Path) -> None:
-    _read_scheduler(folder / "ours")
-    _read_scheduler(folder / "theirs")
-    _read_scheduler(folder / "columns")
-
-
-def run_config(folder: Path) -> list[Path]:
-    dataset = {"images": 5, "shape": [1, 4, 4], "classes": ["cat", "dog"], "preparation": "not resized"}
-    dataset["fingerprint"] = {"sample": "0" * 64, "exact": "1" * 64}
-    write_json(
-        folder / CONFIG,
-        {
-            "format": FORMAT,
-            "options": {name: value for struct in STRUCTS for name, value in struct().recorded().items()},
-            "unet": UNetConfig.from_dict(TINY).to_dict(),
-            "objective": Objective(NoiseSchedule.cosine(5)).to_config(),
-            "dataset": dataset,
-            "threads": 1,
-            "versions": {"torch": "2.13.0"},
-        },
-    )
-    return [folder / CONFIG]
-
-
-def state(folder: Path) -> list[Path]:
-    def write(checkpoint: Path) -> None:
-        (checkpoint / "unet").mkdir()
-        (checkpoint / "unet" / "a").write_bytes(b"a" * 10)
-        (checkpoint / "b").write_bytes(b"b" * 20)
-
-    checkpoint = Checkpoints(folder).add(7, {"seconds": 1.5, "losses": [0.5, 0.25]}, write, keep=1)
-    return [checkpoint / STATE]
+def checkpoint(folder: Path) -> None:
+    files = {"unet/a": b"a" * 10, "b": b"b" * 20}
+    Checkpoints(folder).add(7, {"seconds": 1.5, "losses": [0.5, 0.25]}, lambda folder: write(folder, files), keep=1)
 
 
 def read_checkpoint(folder: Path) -> None:
-    checkpoint = folder / "checkpoints" / "step-00000007"
-    why_damaged(checkpoint)  # says it without an error
-    read_state("train", checkpoint)
-
-
-def idx(folder: Path) -> list[Path]:
-    content = b"\0\0\x08\x02" + (3).to_bytes(4, "big") + (5).to_bytes(4, "big") + bytes(range(15))
-    (folder / "a-idx").write_bytes(content)
-    (folder / "b-idx.gz").write_bytes(gzip.compress(content, mtime=0))
-    return [folder / "a-idx", folder / "b-idx.gz"]
-
-
-def read_idx(folder: Path) -> None:
-    published.read_idx(folder / "a-idx", (5,))
-    published.read_idx(folder / "b-idx.gz", (5,))
-
-
-def npy(folder: Path) -> list[Path]:
-    np.save(folder / "a.npy", np.arange(96, dtype=np.float32).reshape(2, 4, 4, 3))
-    return [folder / "a.npy"]
-
-
-def npz(folder: Path) -> list[Path]:
-    values = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
-    np.savez_compressed(folder / "a.npz", arr_0=values, arr_1=np.array([1, 0]))
-    return [folder / "a.npz"]
-
-
-def image_archive(folder: Path) -> list[Path]:
-    file, image = folder / "a.zip", io.BytesIO()
-    Image.new("RGB", (4, 4), "red").save(image, format="PNG")
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in ("a.png", "b/c.png"):
-            archive.writestr(name, image.getvalue())
-        archive.writestr("dataset.json", json.dumps({"labels": [["a.png", 1], ["b/c.png", 0]]}))
-    return [file]
+    why_damaged(folder / CHECKPOINT)  # says it without an error
+    read_state("train", folder / CHECKPOINT)
 
 
 def mutate_json(random: Random, content: bytes) -> bytes:
@@ -208,16 +149,41 @@ def mutate_idx(random: Random, content: bytes) -> bytes:
 
 
 TARGETS: dict[str, Target] = {
-    "network-config": Target(network, mutate_json, UNet.from_pretrained),
-    "safetensors": Target(weights, safetensors_of, UNet.from_pretrained),
-    "torch-bin": Target(legacy_weights, torch_of, UNet.from_pretrained),
-    "scheduler-config": Target(scheduler, mutate_json, read_scheduler),
-    "run-config": Target(run_config, mutate_json, lambda folder: RunFolder(folder).read_config()),
-    "state": Target(state, mutate_state, read_checkpoint),
-    "idx": Target(idx, mutate_idx, read_idx),
-    "npy": Target(npy, bytes_of, lambda folder: load_dataset(str(folder / "a.npy"))),
-    "npz": Target(npz, bytes_of, lambda folder: load_dataset(str(folder / "a.npz"))),
-    "image-archive": Target(image_archive, bytes_of, lambda folder: load_dataset(str(folder / "a.zip"))),
+    "network-config": Target(network, (CONFIG,), mutate_json, UNet.from_pretrained),
+    "safetensors": Target(network, (WEIGHTS,), safetensors_of, UNet.from_pretrained),
+    "torch-bin": Target(legacy_network, (LEGACY,), torch_of, UNet.from_pretrained),
+    "scheduler-config": Target(
+        schedulers,
+        tuple(f"{name}/scheduler_config.json" for name in SCHEDULERS),
+        mutate_json,
+        lambda folder: [_read_scheduler(folder / name) for name in SCHEDULERS],
+    ),
+    "run-config": Target(
+        lambda folder: write(folder / CONFIG, json.dumps(RUN).encode()),
+        (CONFIG,),
+        mutate_json,
+        lambda folder: RunFolder(folder).read_config(),
+    ),
+    "state": Target(checkpoint, (f"{CHECKPOINT}/state.json",), mutate_state, read_checkpoint),
+    "idx": Target(
+        lambda folder: write(folder, {"a": IDX, "b.gz": gzip.compress(IDX, mtime=0)}),
+        ("a", "b.gz"),
+        mutate_idx,
+        lambda folder: [published.read_idx(folder / name, (5,)) for name in ("a", "b.gz")],
+    ),
+    **{
+        file: Target(
+            lambda folder, file=file, content=content: write(folder / file, content, zipfile.ZIP_DEFLATED),
+            (file,),
+            bytes_of,
+            lambda folder, file=file: load_dataset(str(folder / file)),
+        )
+        for file, content in {
+            "a.npy": IMAGES.astype(np.float32),
+            "a.npz": {"arr_0": IMAGES, "arr_1": np.array([1, 0])},
+            "a.zip": ARCHIVE,
+        }.items()
+    },
 }
 
 
@@ -242,7 +208,8 @@ def peak() -> int:
 def fuzz(name: str, count: int, folder: Path) -> int:
     """Read `count` mutated files. Return how many were refused; raise an AssertionError for one that fails otherwise."""
     target = TARGETS[name]
-    files = target.write(folder)
+    target.write(folder)
+    files = [folder / file for file in target.files]
     contents = [file.read_bytes() for file in files]
     target.read(folder)  # valid
     before = reset_peak()
@@ -264,16 +231,3 @@ def fuzz(name: str, count: int, folder: Path) -> int:
     grown = peak() - before
     assert grown < MEMORY, f"{name}: the process grew by {grown >> 20} MiB"
     return refused
-
-
-def main() -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    count, names = int((sys.argv[1:] or ["1000"])[0]), sys.argv[2:] or list(TARGETS)
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            print(f"{name}: {count} files, {fuzz(name, count, Path(folder))} refused, the others read", flush=True)
-
-
-if __name__ == "__main__":
-    main()
