@@ -22,14 +22,7 @@ from ddpm_fast import (
     ddpm_plan,
     dpm_solver_plan,
     heun_plan,
-    image_grid,
-    initial_noise,
-    noise,
-    sample,
-    sample_seeds,
-    to_uint8,
 )
-from ddpm_fast.files.images import grid_shape
 from ddpm_fast.nn import UNetConfig
 from ddpm_fast.ops import why_not
 from ddpm_fast.predictions import TARGETS
@@ -38,7 +31,7 @@ from ddpm_fast.schedule.noise_schedule import BUILDERS
 hypothesis = pytest.importorskip("hypothesis")
 providers = pytest.importorskip("hypothesis.internal.conjecture.providers")
 
-from hypothesis import assume, example, given, settings  # noqa: E402
+from hypothesis import assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 # The same examples in every run, without a time limit or a folder of earlier failures.
@@ -56,7 +49,6 @@ providers.is_local_module_file = lambda _: False
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # float64 has no wider truth to compare with
 SIZES = st.integers(1, 9)
-SEEDS = st.integers(-(1 << 63), (1 << 64) - 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------- ops
@@ -100,42 +92,6 @@ def test_kernels_agree_with_the_reference_on_any_shape(case: Case, dtype: torch.
         # Gradients of the others are sums that may cancel. Few values then make a lucky reference. test_parity has them.
         expected.truth, got = replace(expected.truth, grads={}), replace(got, grads={})
     expected.check(got)
-
-
-# ------------------------------------------------------------------------------------------------------------------- noise
-
-
-@given(seed=SEEDS, n=st.integers(0, 60), start=st.integers(0, (1 << 32) - 60), data=st.data())
-def test_seeds_of_a_part_are_a_part_of_the_seeds(seed: int, n: int, start: int, data: st.DataObject) -> None:
-    first = data.draw(st.integers(0, n))
-    last = data.draw(st.integers(first, n))
-    seeds = sample_seeds(seed, n, start)
-    assert torch.equal(seeds[first:last], sample_seeds(seed, last - first, start=start + first))
-    assert len(set(seeds.tolist())) == n
-
-
-@given(seed=SEEDS, sizes=st.lists(SIZES, max_size=3), stream=st.integers(0, (1 << 32) - 1), data=st.data())
-def test_noise_of_a_part_is_a_part_of_the_noise(seed: int, sizes: list[int], stream: int, data: st.DataObject) -> None:
-    cuts = sorted(data.draw(st.lists(st.integers(0, 6), max_size=3)))
-    seeds = sample_seeds(seed, 6)
-    parts = [noise((len(part), *sizes), part, stream=stream) for part in seeds.tensor_split(cuts)]
-    assert torch.equal(torch.cat(parts), noise((6, *sizes), seeds, stream=stream))
-
-
-@settings(max_examples=30)
-@given(seed=SEEDS, n=st.integers(1, 7), batch_size=st.integers(1, 9), num_steps=st.integers(1, 4), eta=st.floats(0, 1))
-def test_images_do_not_depend_on_the_batch(seed: int, n: int, batch_size: int, num_steps: int, eta: float) -> None:
-    def network(x_t: Tensor, t: Tensor) -> Tensor:
-        return x_t * 0.5 + t[:, None, None, None] / 1000
-
-    def drawn(**options: Any) -> Tensor:
-        plan = ddim_plan(SCHEDULE, num_steps, eta=eta)
-        return sample(network, plan, n, shape=(2, 3, 3), progress=False, **options)
-
-    images = drawn(seed=seed)
-    assert torch.equal(drawn(seed=seed, batch_size=batch_size), images)
-    assert torch.equal(drawn(seed=sample_seeds(seed, n)), images)
-    assert torch.equal(drawn(x_T=initial_noise((n, 2, 3, 3), sample_seeds(seed, n)), seed=seed), images)
 
 
 # ----------------------------------------------------------------------------------------------------- schedules and plans
@@ -234,37 +190,6 @@ def test_solvers_keep_the_signal_and_the_noise_of_each_level(plan: SamplingPlan)
     assert_close((k1 * (1 - abar).sqrt()).square() + sigma.square(), 1 - after)
     assert bool((plan.timesteps.diff() <= 0).all())
     assert k3[0] == k4[0] == 0
-
-
-# ------------------------------------------------------------------------------------------------------------------ images
-
-
-@given(
-    shape=st.tuples(st.integers(1, 12), st.sampled_from([1, 3, 4]), st.integers(1, 5), st.integers(1, 5)),
-    columns=st.none() | st.integers(1, 15),
-    padding=st.integers(0, 3),
-    scale=st.integers(1, 3),
-    background=st.integers(0, 255),
-)
-@example(shape=(7, 1, 2, 2), columns=None, padding=2, scale=1, background=0)  # a prime: no grid is full
-def test_grids_hold_every_image_once_in_order(
-    shape: tuple[int, ...], columns: int | None, padding: int, scale: int, background: int
-) -> None:
-    n, channels, height, width = shape
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    grid = image_grid(images, columns=columns, padding=padding, scale=scale, background=background)
-    assert tuple(grid.shape) == grid_shape(shape, columns=columns, padding=padding, scale=scale)
-    step_y, step_x = height * scale + padding, width * scale + padding
-    across = (grid.shape[1] - padding) // step_x
-    for i, image in enumerate(to_uint8(images)):
-        y, x = padding + i // across * step_y, padding + i % across * step_x
-        cell = grid[y : y + height * scale, x : x + width * scale]
-        assert torch.equal(cell[::scale, ::scale].permute(2, 0, 1), image)
-        assert torch.equal(cell[scale - 1 :: scale, scale - 1 :: scale], cell[::scale, ::scale])
-    assert bool((grid[:padding] == background).all())
-    assert across == min(n, columns or across)
-    assert (grid.shape[0] - padding) // step_y == math.ceil(n / across)
-    assert grid.shape[2] == channels
 
 
 # ---------------------------------------------------------------------------------------------------------- configurations
