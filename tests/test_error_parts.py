@@ -34,12 +34,6 @@ def test_parts_make_the_text(error: ArgumentError, text: str) -> None:
         assert vars(other) == vars(error)
 
 
-def test_kinds_are_those_of_python() -> None:
-    for kind, base in ((InvalidValue, ValueError), (InvalidType, TypeError), (UnusablePath, OSError)):
-        assert issubclass(kind, base)
-        assert issubclass(kind, ArgumentError)
-
-
 def test_a_renamed_error_leaves_the_first_as_it_is() -> None:
     error = InvalidValue("f", "x", "to be 1", 2)
     assert str(error.renamed(caller="g", name="--x")) == "g: expected --x to be 1, got 2"

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import run
 from kernel_calls import MATRIX_OPS, pretend
 
-from ddpm_fast import cli, info
+from ddpm_fast import info
 from ddpm_fast.ops import OPS, backend
 from ddpm_fast.ops.backend import why_not_matrix_kernels
 from ddpm_fast.ops.fused_op import FusedOp
@@ -62,21 +62,27 @@ def test_how_bfloat16_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"bfloat16 convolutions of a frozen network: {words}" in info.info()
 
 
-def test_a_native_module_that_is_absent_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info, "native_error", lambda: "no such file")
-    assert "Native module\n  not loaded: no such file" in info.info()
-
-
-def _a_mig_instance(*arguments: object) -> SimpleNamespace:
-    return SimpleNamespace(name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", major=9, minor=0, total_memory=10 * 2**30)
+@pytest.mark.parametrize(
+    ("function", "reason", "text"),
+    [
+        ("native_error", "no such file", "Native module\n  not loaded: no such file"),
+        ("why_not_best_isa", "they were compiled for another", "\n  they were compiled for another\n"),
+    ],
+)
+def test_modules_that_are_absent_or_slow_are_explained(
+    function: str, reason: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(info, function, lambda: reason)
+    assert text in info.info()
 
 
 def test_gpus_without_compiled_kernels_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs of two generations, of which the build serves one, as MIG instances."""
     capabilities = {0: (9, 0), 1: (12, 0)}
+    mig = SimpleNamespace(name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", major=9, minor=0, total_memory=10 * 2**30)
     reasons = {torch.device("cuda", 0): None, torch.device("cuda", 1): "no kernel image is available"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", _a_mig_instance)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: mig)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
     monkeypatch.setattr(backend, "_CUDA_REASONS", reasons)
     monkeypatch.setitem(backend.KERNELS, "cuda", SimpleNamespace(versions=lambda: [13000, 13000]))
@@ -88,12 +94,5 @@ def test_gpus_without_compiled_kernels_are_explained(monkeypatch: pytest.MonkeyP
     assert "Compiled kernels on this GPU: To compile them for all visible GPUs, with nvcc 12 or later on PATH: pip" in second
 
 
-def test_kernels_for_another_processor_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info, "why_not_best_isa", lambda: "the CPU kernels were compiled for another")
-    assert "\n  the CPU kernels were compiled for another\n" in info.info()
-
-
 def test_command() -> None:
-    result = CliRunner().invoke(cli.main, ["info"])
-    assert result.exit_code == 0
-    assert result.output == info.info() + "\n"
+    assert run("info") == info.info() + "\n"

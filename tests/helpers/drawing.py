@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
+from op_cases import multistep
 from torch import Tensor, nn
 
 from ddpm_fast import FrozenUNet, NoiseSchedule, SamplingPlan, UNet, ddim_plan, ddpm_plan, dpm_solver_plan, sample
-from ddpm_fast.plan import COLUMNS
 
 SCHEDULE = NoiseSchedule.linear(20, beta_start=5e-3, beta_end=0.3)
 PLAN = ddpm_plan(SCHEDULE, 3)
@@ -66,19 +65,12 @@ def tiny_unet(classes: int | None = None, learned_variance: bool = False, **chan
     return model
 
 
-def multistep_plan() -> SamplingPlan:
-    plan = ddim_plan(SCHEDULE, 4)
-    coefficients = plan.coefficients.clone()
-    coefficients[:, COLUMNS.index("k3")] = 0.25  # x_0^ is 0 before the first step
-    return dataclasses.replace(plan, coefficients=coefficients)
-
-
 CASES: dict[str, tuple[dict[str, Any], SamplingPlan, dict[str, Any]]] = {
     "ddpm": ({}, ddpm_plan(SCHEDULE, 6), {}),
     "classes": ({"classes": 3}, ddpm_plan(SCHEDULE, 6), {"class_labels": [0, 1, 2, 0, 1]}),
     "guidance": ({"classes": 3}, ddim_plan(SCHEDULE, 4), {"class_labels": 1, "guidance_scale": 2.0}),
     "learned variance": ({"learned_variance": True}, ddpm_plan(SCHEDULE, 5, variance="learned_range"), {}),
-    "multistep": ({}, multistep_plan(), {}),
+    "multistep": ({}, multistep(ddim_plan(SCHEDULE, 4)), {}),
     "order 3": ({}, dpm_solver_plan(SCHEDULE, 6, order=3, eta=1.0), {}),
     "one step": ({}, ddpm_plan(SCHEDULE, 1), {}),
 }

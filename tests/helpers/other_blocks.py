@@ -183,20 +183,16 @@ class GuidedUNet(nn.Module):
 
     def __init__(self, **block: Any) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            [
-                TimestepEmbedSequential(nn.Conv2d(3, 16, 3, padding=1)),
-                TimestepEmbedSequential(ResBlock(16, 12, out_channels=32, **block)),
-                TimestepEmbedSequential(ResBlock(32, 12, out_channels=32, resample="down", **block)),
-                TimestepEmbedSequential(ResBlock(32, 12, out_channels=32, resample="up", **block)),
-            ]
+        self.blocks = TimestepEmbedSequential(
+            TimestepEmbedSequential(nn.Conv2d(3, 16, 3, padding=1)),
+            TimestepEmbedSequential(ResBlock(16, 12, out_channels=32, **block)),
+            TimestepEmbedSequential(ResBlock(32, 12, out_channels=32, resample="down", **block)),
+            TimestepEmbedSequential(ResBlock(32, 12, out_channels=32, resample="up", **block)),
         )
         self.out = nn.Sequential(GroupNorm32(8, 32), block.get("silu", nn.SiLU)(), nn.Conv2d(32, 3, 3, padding=1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, emb)
-        return self.out(x)
+        return self.out(self.blocks(x, emb))
 
 
 class EDMUNet(nn.Module):

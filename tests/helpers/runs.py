@@ -7,15 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import safetensors.torch
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
 import ddpm_fast
 from ddpm_fast import DataOptions, ModelOptions, TrainOptions, TrainResult
-from ddpm_fast.cli import main
 from ddpm_fast.training.checkpoint import Checkpoints
 from ddpm_fast.training.options import STRUCTS, options_of
 
@@ -38,6 +37,7 @@ QUIET: dict[str, Any] = {**TINY, "progress": False}
 # The program of a process that trains in the folder that its first argument names, with the options in its second.
 TRAIN = "import json, sys; from runs import train; train(sys.argv[1], **json.loads(sys.argv[2]))"
 NAMES = {struct: {each.name for each in options_of(struct)} for struct in STRUCTS}
+run_command = commands.run
 SHARED = {name: value for name, value in QUIET.items() if name in NAMES[TrainOptions]}
 
 
@@ -47,13 +47,6 @@ def train(run_dir: str | Path, **options: Any) -> TrainResult:
     assert not unknown, unknown
     structs = (kind.from_values(options) for kind in (TrainOptions, DataOptions, ModelOptions))
     return ddpm_fast.train(run_dir, *structs)  # type: ignore[arg-type]
-
-
-def run_command(*arguments: object, code: int = 0) -> str:
-    """Run the command line, expect its exit status, and return what it prints."""
-    result = CliRunner().invoke(main, [str(each) for each in arguments])
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 def newest_checkpoint(run_dir: Path) -> Path:

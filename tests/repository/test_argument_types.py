@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
 
@@ -118,20 +118,17 @@ SAMPLE = {"seed": 0, "x_T": torch.zeros(2, 3, 4, 4)}
 SAMPLE_ACCEPTS = {"seed": "negative zero", "batch_size": "huge", "guidance_scale": "None"}
 EDIT_ACCEPTS = SAMPLE_ACCEPTS | {"strength": "zero"}
 PLAN_ACCEPTS = {"eta": "zero"}
-DDIM = schedulers.DDIMScheduler(num_train_timesteps=10)
-DDIM.set_timesteps(5)
-DDPM = schedulers.DDPMScheduler(num_train_timesteps=10)
-SOLVER = schedulers.DPMSolverMultistepScheduler(num_train_timesteps=10, algorithm_type="sde-dpmsolver++")
-SOLVER.set_timesteps(5)
-INVERSE = schedulers.DDIMInverseScheduler(num_train_timesteps=10)
-INVERSE.set_timesteps(5)
+SCHEDULERS = {
+    **{"DDPMScheduler": {}, "DDIMScheduler": {}, "DDIMInverseScheduler": {}},
+    "DPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++"},
+}
 
 
-@wraps(SOLVER.step)
-def first_step(**arguments: Any) -> Any:
-    """Take the first step of a chain, which alone reads the timestep."""
-    SOLVER.set_timesteps(5)
-    return SOLVER.step(**arguments)
+def scheduler(name: str) -> Any:
+    """Return a scheduler for diffusers before the first of five steps."""
+    made = getattr(schedulers, name)(num_train_timesteps=10, **SCHEDULERS[name])
+    made.set_timesteps(5)
+    return made
 
 
 @cache
@@ -346,26 +343,25 @@ CALLS: dict[str, Callable[[], Entry]] = {
         {"out": "no such folder", "sampler": sampler(), "num_samples": 2},
         {"seed": "negative zero", "guidance_scale": "None"},
     ),
-    "DDPMScheduler.set_timesteps": lambda: Entry(DDPM.set_timesteps, {"num_inference_steps": 5}),
-    "DDPMScheduler.step": lambda: Entry(
-        schedulers.DDPMScheduler(num_train_timesteps=10).step, {"model_output": X, "timestep": 3, "sample": X}, **DROP_IN
-    ),
-    "DDPMScheduler.add_noise": lambda: Entry(
-        DDPM.add_noise,
-        {"original_samples": X, "noise": X, "timesteps": STEP},
-        {"original_samples": "shape", "noise": "shape", "timesteps": "zero shape"},  # they are broadcast
-        "DDPMScheduler.add_noise|q_sample",
-    ),
-    "DDIMScheduler.set_timesteps": lambda: Entry(DDIM.set_timesteps, {"num_inference_steps": 5}),
-    "DPMSolverMultistepScheduler.set_timesteps": lambda: Entry(SOLVER.set_timesteps, {"num_inference_steps": 5}),
-    "DPMSolverMultistepScheduler.step": lambda: Entry(first_step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN),
-    "DPMSolverMultistepScheduler.add_noise": lambda: Entry(
-        SOLVER.add_noise,
-        {"original_samples": X, "noise": X, "timesteps": STEP},
-        {"original_samples": "shape", "noise": "shape", "timesteps": "zero shape"},
-    ),
-    "DDIMInverseScheduler.set_timesteps": lambda: Entry(INVERSE.set_timesteps, {"num_inference_steps": 5}),
-    "DDIMInverseScheduler.step": lambda: Entry(INVERSE.step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN),
+    **{
+        f"{name}.set_timesteps": lambda name=name: Entry(scheduler(name).set_timesteps, {"num_inference_steps": 5})
+        for name in SCHEDULERS
+    },
+    **{
+        f"{name}.step": lambda name=name: Entry(
+            scheduler(name).step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN
+        )
+        for name in SCHEDULERS
+    },
+    **{
+        f"{name}.add_noise": lambda name=name: Entry(
+            scheduler(name).add_noise,
+            {"original_samples": X, "noise": X, "timesteps": STEP},
+            {"original_samples": "shape", "noise": "shape", "timesteps": "zero shape"},  # they are broadcast
+            f"{name}.add_noise|q_sample",
+        )
+        for name in SCHEDULERS
+    },
     "load_checkpoint": lambda: Entry(
         denoising_diffusion_pytorch.load_checkpoint, {"path": "no such", "process": their_process()}
     ),
@@ -374,7 +370,6 @@ CALLS: dict[str, Callable[[], Entry]] = {
         {"path_or_state_dict": "no such"},
         {"path_or_state_dict": "text", "dropout": "zero", "num_head_channels": "negative"},
     ),
-    "DDIMScheduler.step": lambda: Entry(DDIM.step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN),
 }
 
 
