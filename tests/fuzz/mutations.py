@@ -53,19 +53,12 @@ def bytes_of(random: Random, content: bytes) -> bytes:
     changed = bytearray(content)
     for _ in range(random.choice((1, 1, 2, 4, 16))):
         at = random.randrange(len(changed) + 1)
-        end = min(len(changed), at + random.choice((1, 1, 2, 8, 64)))
-        kind = random.randrange(6)
-        if kind == 0 and at < len(changed):
-            changed[at] ^= 1 << random.randrange(8)
-        elif kind == 1 and at < len(changed):
-            changed[at] = random.choice((0, 1, 0x7F, 0x80, 0xFF, ord('"'), ord("{"), ord("["), ord("9"), ord("-")))
-        elif kind == 2:
-            del changed[at:end]
-        elif kind == 3:
-            changed[at:at] = changed[at:end] * random.choice((1, 2, 50))
-        elif kind == 4:
-            changed[at:at] = random.randbytes(end - at)
-        elif random.random() < 0.2:
+        piece = changed[at : at + random.choice((1, 1, 2, 8, 64))]
+        flipped = bytes(byte ^ 1 << random.randrange(8) for byte in piece[:1]) + piece[1:]
+        special = random.choice((b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b'"', b"{", b"[", b"9", b"-")) + piece[1:]
+        repeated, inserted = piece * random.choice((2, 3, 51)), random.randbytes(len(piece)) + piece
+        changed[at : at + len(piece)] = random.choice((flipped, special, b"", repeated, inserted))
+        if random.random() < 0.03:
             del changed[at:]
     return bytes(changed)
 
@@ -79,13 +72,11 @@ def json_of(random: Random, value: Any) -> str:
             break
         holder, key = random.choice(places)
         kind = random.randrange(6)
-        if kind <= 2:
-            holder[key] = copy.deepcopy(random.choice(VALUES))
-        elif kind == 3:
-            del holder[key]
-        elif kind == 4:
+        if kind <= 3:
             other, from_key = random.choice(places)
-            holder[key] = copy.deepcopy(other[from_key])
+            holder[key] = copy.deepcopy(other[from_key] if kind == 3 else random.choice(VALUES))
+        elif kind == 4:
+            del holder[key]
         elif isinstance(holder, list):
             holder[key:key] = [copy.deepcopy(holder[key])] * random.choice((1, 2, 20))
         else:

@@ -24,7 +24,10 @@ PAGES = [ROOT / "README.md", *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "d
 
 # A comment above a Python block says how it is run here: `<!-- test: 1000 -> 2 -->` replaces text, `<!-- test: skip: why -->`
 # leaves the block out. `<!-- test: run`, lines of Python and `-->` run what a reader need not see.
-_BLOCK = re.compile(r"^<!-- test: (?P<marker>.*?)\s*-->$|^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"(?P<markers>(?:^<!-- test: .*? -->\n)*)^```python\n(?P<code>.*?)^```$|^<!-- test: run\n(?P<run>.*?)^-->$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def links(text: str) -> list[str]:
@@ -37,44 +40,24 @@ def links(text: str) -> list[str]:
 def python_blocks(text: str) -> list[tuple[int, str]]:
     """Return the Python to run, in order, and the line on which each block starts."""
     blocks = []
-    replacements: list[tuple[str, str]] = []
-    skip = False
     for match in _BLOCK.finditer(text):
-        marker = match["marker"]
-        if marker is None:
-            code = match["code"]
-            for old, new in replacements:
-                assert old in code, f"expected {old!r} in the block below its marker, got\n{code}"
-                code = code.replace(old, new)
-            if not skip:
-                blocks.append((text.count("\n", 0, match.start("code")) + 1, code))
-            replacements, skip = [], False
-        elif marker.startswith("run\n"):
-            blocks.append((text.count("\n", 0, match.start("marker")) + 2, marker.removeprefix("run\n")))
-        elif marker.startswith("skip"):
-            assert re.fullmatch(r"skip: .+", marker), f"expected a reason after skip:, got {marker!r}"
-            skip = True
-        else:
+        kind = "code" if match["run"] is None else "run"
+        code = match[kind]
+        for marker in re.findall(r"<!-- test: (.*?) -->", match["markers"] or ""):
             old, arrow, new = marker.partition(" -> ")
-            assert arrow, f"expected run, skip: or a replacement, got {marker!r}"
-            replacements.append((old, new))
-    assert not replacements, "expected a Python block below every marker"
-    assert not skip, "expected a Python block below every marker"
+            assert (arrow and old in code) or re.fullmatch(r"skip: .+", marker), f"expected another marker than {marker!r}"
+            code = code.replace(old, new) if arrow else ""
+        blocks.append((text.count("\n", 0, match.start(kind)) + 1, code))
+    assert "<!-- test:" not in _BLOCK.sub("", text), "expected a Python block right below every marker"
     return blocks
 
 
 def commands(text: str) -> list[list[str]]:
     """Return the words of every command in the shell blocks, without comments and variables in front."""
-    found = []
-    for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            for part in re.split(r"&&|;|\|", line):
-                words = shlex.split(part, comments=True)
-                while words and re.match(r"\w+=", words[0]):
-                    words = words[1:]
-                if words:
-                    found.append(words)
-    return found
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    parts = [re.sub(r"^\s*(\w+=\S*\s+)*", "", part) for line in lines for part in re.split(r"&&|;|\|", line)]
+    return [words for part in parts if (words := shlex.split(part, comments=True))]
 
 
 @pytest.fixture
@@ -97,8 +80,8 @@ def test_links_are_found() -> None:
 
 def test_python_blocks_are_found() -> None:
     text = "a\n```python\nb\n```\n<!-- test: c -> d -->\n```python\nc\n```\n<!-- test: skip: e -->\n```python\nf\n```\n"
-    assert python_blocks(text) == [(3, "b\n"), (7, "d\n")]
-    assert python_blocks("<!-- test: run\na\nb\n-->\n") == [(2, "a\nb")]
+    assert python_blocks(text) == [(3, "b\n"), (7, "d\n"), (11, "")]
+    assert python_blocks("<!-- test: run\na\nb\n-->\n") == [(2, "a\nb\n")]
 
 
 @pytest.mark.parametrize("marker", ["skip", "skip:", "faster", "a -> b"])
