@@ -228,7 +228,7 @@ def test_options_of_the_environment(environment: dict[str, str], expected: bool)
 def test_the_environment_s_options_stay(libc: FakeLibc, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "12345678")
     with kept_memory():
-        assert not libc.told
+        pass
     assert not libc.told
 
 

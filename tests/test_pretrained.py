@@ -132,8 +132,6 @@ VALID = r"'.*scheduler_config\.json' to have valid fields, got: "
 def test_a_wrong_value_of_a_scheduler_is_named_with_the_file(tmp_path: Path, change: dict[str, Any], wanted: str) -> None:
     tiny_unet().save_pretrained(tmp_path)
     config = {"num_train_timesteps": 7, "ddpm_fast": NoiseSchedule.linear(7).to_config()}
-    write_scheduler(tmp_path, **config)
-    assert load_folder(tmp_path).objective.schedule.num_timesteps == 7
     write_scheduler(tmp_path, **config | change)
     where = "" if wanted.startswith(VALID) else r", in '.*scheduler_config\.json'"
     with pytest.raises(ValueError, match=f"^load_folder: expected {wanted}{where}$"):
@@ -319,7 +317,6 @@ def test_a_plan_is_built_for_what_the_model_was_trained_for(builder: str, argume
     trained: dict[str, Any] = {"prediction": "v_prediction", "clip": None}
     trained |= {"variance": "fixed_large"} if builder == "ddpm_plan" else {}
     wanted = getattr(ddpm_fast, builder)(loaded.objective.schedule, **trained, **arguments)
-    assert loaded.plan is not None
     assert torch.equal(loaded.plan.coefficients, wanted.coefficients)
     assert torch.equal(loaded.plan.timesteps, wanted.timesteps)
 

@@ -110,7 +110,6 @@ def test_gradients_reach_the_variance_and_with_a_wish_the_mean() -> None:
     for detach in (True, False):
         leaf = output.clone().requires_grad_()
         variational_loss(leaf, x_0, t, objective, seeds=seeds, detach_mean=detach).backward()
-        assert leaf.grad is not None
         gradients.append(leaf.grad.chunk(2, dim=1))
     (mean, variance), (other_mean, other_variance) = gradients
     assert not mean.any()
@@ -132,9 +131,7 @@ def test_extreme_variances_leave_gradients() -> None:
     output = output[:2].float()
     output[:, 2:] = -95.0
     output.requires_grad_()
-    loss = variational_loss(output, x_0[:2].float(), 0, LINEAR, variance="learned", seeds=seeds[:2])
-    loss.backward()
-    assert output.grad is not None
+    variational_loss(output, x_0[:2].float(), 0, LINEAR, variance="learned", seeds=seeds[:2]).backward()
     assert output.grad.isfinite().all()
 
 

@@ -132,14 +132,14 @@ def mutate_json(random: Random, content: bytes) -> bytes:
 def mutate_state(random: Random, content: bytes) -> bytes:
     """Mutate it, and often sign the result, so that the checksum does not hide what comes after it."""
     mutated = mutate_json(random, content)
-    try:
+    if random.random() < 0.3:
+        return mutated
+    with suppress(ValueError, RecursionError, AttributeError, KeyError, TypeError):
         values = json.loads(mutated)
         values.pop("sha256")
         text = json.dumps(values, sort_keys=True).encode()
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
-        return mutated
-    signed = json.dumps({**values, "sha256": hashlib.sha256(text).hexdigest()}).encode()
-    return signed if random.random() < 0.7 else mutated
+        return json.dumps({**values, "sha256": hashlib.sha256(text).hexdigest()}).encode()
+    return mutated
 
 
 def mutate_idx(random: Random, content: bytes) -> bytes:

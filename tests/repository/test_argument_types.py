@@ -157,8 +157,7 @@ def trainer_arguments() -> dict[str, Any]:
 
 
 def their_process() -> Any:
-    network = d.UNet(**(dict(unet().config) | {"out_channels": 2}))
-    return theirs.GaussianDiffusion(network, image_size=16, timesteps=10)
+    return theirs.GaussianDiffusion(make_unet(out_channels=2)[0], image_size=16, timesteps=10)
 
 
 def pipeline() -> Any:

@@ -64,12 +64,6 @@ for folder in ("/usr/share/datasets/fashion-mnist", os.path.join(CACHE_BEFORE, "
 """
 
 
-NOT_FOUND = (
-    rf"load_dataset: expected FashionMNIST in '{re.escape(str(fresh_machine.CACHE))}/ddpm_fast' or from .*"
-    "because tests run without a network"
-)
-
-
 @pytest.fixture
 def probe() -> str:
     return f"CACHE_BEFORE = {os.path.dirname(os.environ[fresh_machine.HIDDEN].split(os.pathsep)[1])!r}\n{PROBE}"
@@ -79,7 +73,8 @@ def test_this_process(probe: str) -> None:
     exec(probe, {})
     assert not published.FASHION_MNIST_DEBIAN.exists()
     assert not (published._default_folder() / "cifar-10-binary.tar.gz").exists()
-    with pytest.raises(OSError, match=NOT_FOUND):
+    wanted = rf"load_dataset: expected FashionMNIST in '{re.escape(str(fresh_machine.CACHE))}/ddpm_fast' or from .*"
+    with pytest.raises(OSError, match=wanted + "because tests run without a network"):
         load_dataset("fashion-mnist")
 
 

@@ -109,20 +109,17 @@ def test_every_form_of_import_is_seen(source: str, found: set[str]) -> None:
     assert _imports(source, ("folder", "inner")) == found
 
 
-def _module(file: Path) -> str:
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
 def test_imports_point_one_way() -> None:
-    files = sorted(PACKAGE.rglob("*.py"))
-    assert {_module(file) for file in files} == set(ALLOWED)
+    paths = [file.relative_to(PACKAGE) for file in sorted(PACKAGE.rglob("*.py"))]
+    modules = {path: path.parts[0].removesuffix(".py") for path in paths}
+    assert set(modules.values()) == set(ALLOWED)
     listed: set[str] = set()
     for name, allowed in ALLOWED.items():
         listed.add("ddpm_fast" if name == "__init__" else name)
         assert allowed <= listed, f"{name} may import what comes after it: {allowed - listed}"
-    for file in files:
-        extra = _imports(file.read_text(), file.relative_to(PACKAGE).parts[:-1]) - ALLOWED[_module(file)] - {"errors"}
-        assert not extra, f"{file.relative_to(PACKAGE)} imports {extra}"
+    for path, module in modules.items():
+        extra = _imports((PACKAGE / path).read_text(), path.parts[:-1]) - ALLOWED[module] - {"errors"}
+        assert not extra, f"{path} imports {extra}"
 
 
 def _names_imported_by(folder: str) -> Iterator[tuple[Path, str, str]]:
