@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "d
 # A comment above a Python block says how it is run here: `<!-- test: 1000 -> 2 -->` replaces text, `<!-- test: skip: why -->`
 # leaves the block out. `<!-- test: run`, lines of Python and `-->` run what a reader need not see.
 _BLOCK = re.compile(
-    r"(?P<markers>(?:^<!-- test: .*? -->\n)*)^```python\n(?P<code>.*?)^```$|^<!-- test: run\n(?P<run>.*?)^-->$",
+    r"(?P<markers>(?:^<!-- test: [^\n]* -->\n)*)^```python\n(?P<code>.*?)^```$|^<!-- test: run\n(?P<run>.*?)^-->$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -81,7 +81,7 @@ def test_links_are_found() -> None:
 def test_python_blocks_are_found() -> None:
     text = "a\n```python\nb\n```\n<!-- test: c -> d -->\n```python\nc\n```\n<!-- test: skip: e -->\n```python\nf\n```\n"
     assert python_blocks(text) == [(3, "b\n"), (7, "d\n"), (11, "")]
-    assert python_blocks("<!-- test: run\na\nb\n-->\n") == [(2, "a\nb\n")]
+    assert python_blocks("<!-- test: run\na\nb\n-->\n```python\nc\n```\n") == [(2, "a\nb\n"), (6, "c\n")]
 
 
 @pytest.mark.parametrize("marker", ["skip", "skip:", "faster", "a -> b"])
@@ -123,6 +123,7 @@ def test_links_lead_to_files(document: Path) -> None:
     assert not missing
 
 
+@pytest.mark.every("page")
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=[pytest.mark.slow] if page.name == "sampling.md" else []) for page in PAGES],
