@@ -182,7 +182,7 @@ def test_files_are_read(tmp_path: Path) -> None:
     again = UNet.from_pretrained(tmp_path / "folder")
     assert again.config == model.config
     with torch.no_grad():
-        torch.testing.assert_close(model(x, t), recorded()["unet half-width"], rtol=1e-2, atol=1e-2)  # of float16
+        torch.testing.assert_close(model(x, t), recorded()["unet half-width"], rtol=1e-2, atol=1e-2)  # its rounding in float16
         assert torch.equal(again(x, t), model(x, t))
 
 
