@@ -91,9 +91,9 @@ int main(int count, char** arguments) {
   const bool with_race = count > 1 && std::strcmp(arguments[1], "race") == 0;
   bool same = true;
   for (const int items : {1, 40, 1000}) {
-    const std::int64_t expected = run_loops(1, 150, items, 8, false);
+    const std::int64_t expected = run_loops(1, 50, items, 8, false);
     for (const int threads : {2, 3, 5}) {
-      same = same && run_loops(threads, 150, items, 8, with_race) == expected;
+      same = same && run_loops(threads, 50, items, 8, with_race) == expected;
       same = same && passes_errors_on(threads);
     }
   }

@@ -38,6 +38,13 @@ def library(name: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def replace(file: str, old: str, new: str) -> None:
+    """Edit a file of the copy."""
+    text = (TREE / file).read_text(encoding="utf-8")
+    assert old in text
+    (TREE / file).write_text(text.replace(old, new), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """Environment of processes that run the kernels with AddressSanitizer and UndefinedBehaviorSanitizer, in TREE."""
@@ -47,13 +54,15 @@ def environment() -> dict[str, str]:
         shutil.copytree(ROOT / name, TREE / name, dirs_exist_ok=True, ignore=ignored)
     for name in ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy2(ROOT / name, TREE / name)
-    # The tests run the best instruction set, so the baseline compiles in the quickest way.
+    # The tests run the best instruction set, so the baseline is left out. -O0 compiles in a third of the time of -O1.
     if backend.BUILD["isa"] != "baseline":
-        with (TREE / "CMakeLists.txt").open("a") as file:
-            file.write("\ntarget_compile_options(cpu_baseline PRIVATE -O0 -g0 -fno-sanitize=all)\n")
+        replace("csrc/cpu/dispatch.cpp", "\nKERNELS(baseline)", "\nNO_KERNELS(baseline)")
+        replace("CMakeLists.txt", 'set(OBJECTS "")', 'set(OBJECTS "")\nlist(REMOVE_ITEM ISAS baseline)')
+    with (TREE / "CMakeLists.txt").open("a") as file:  # pybind11's templates access no tensors
+        file.write("\nset_source_files_properties(csrc/bindings.cpp PROPERTIES COMPILE_OPTIONS -fno-sanitize=all)\n")
     flags = {
         "CMAKE_BUILD_TYPE": "None",  # the flags below are all
-        "CXXFLAGS": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "CXXFLAGS": "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
         "DDPM_FAST_CUDA_ARCHS": "none",
         "DDPM_FAST_COMPILED_ISAS": "native",
     }
@@ -85,6 +94,7 @@ def test_teams_have_no_data_races(tmp_path: Path) -> None:
     subprocess.run(["g++", *flags, str(TESTS / "native/team_races.cpp"), str(team), "-o", str(program)], check=True)
     clean = subprocess.run([program], capture_output=True, text=True)
     assert (clean.returncode, clean.stdout, clean.stderr) == (0, "same\n", "")
-    planted = subprocess.run([program, "race"], capture_output=True, text=True)
+    first = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    planted = subprocess.run([program, "race"], env=first, capture_output=True, text=True)
     assert planted.returncode != 0
     assert "ThreadSanitizer: data race" in planted.stderr
