@@ -89,7 +89,8 @@ ssize_t write(int descriptor, const void* bytes, size_t count) {
 
 #define ON_DESCRIPTOR(name, parameters, arguments) \
   int name parameters { return is_next(is_open_below(descriptor), 1, 0) ? -1 : NEXT(name) arguments; }
-ON_DESCRIPTOR(fsync, (int descriptor), (descriptor))
+// The machine stays on, so no data has to reach the disk, which would take most of the time.
+int fsync(int descriptor) { return is_next(is_open_below(descriptor), 1, 0) ? -1 : 0; }
 ON_DESCRIPTOR(ftruncate, (int descriptor, off_t length), (descriptor, length))
 ON_DESCRIPTOR(ftruncate64, (int descriptor, off64_t length), (descriptor, length))
 
