@@ -38,7 +38,8 @@ SANITIZERS = {
         "-fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero",
     ],
     # Local arrays too, but nothing else; its own library has to be loaded first.
-    "address": ["-fsanitize=address", "--param=asan-globals=0"],
+    # Calls compile in half the time of inline checks.
+    "address": ["-fsanitize=address", "--param=asan-globals=0", "--param=asan-instrumentation-with-call-threshold=0"],
 }
 KERNEL_FLAGS = [
     *FLAGS,
