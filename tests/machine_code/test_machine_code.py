@@ -76,35 +76,27 @@ def complaints(figures: Figures = FIGURES, kernel: str = "k", **options: bool) -
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "same_compiler", "complaint"),
     [
-        ({}, None),
-        ({"registers": 38, "instructions": 19.5, "mufu": 1.46, "wide": 92}, None),
-        ({"instructions": 20.1}, "worse than the budget of 20.0"),
-        ({"wide": 89}, "wide: 89, worse than the budget of 90"),
-        ({"merges": 101}, "merges: 101, worse than the budget of 100"),
-        ({"registers": 37}, "registers: 37, better than the budget of 40: tighten it"),
-        ({"instructions": 19.0}, "tighten it"),
-        ({"wide": 93}, "tighten it"),
+        ({}, True, None),
+        ({"registers": 38, "instructions": 19.5, "mufu": 1.46, "wide": 92}, True, None),
+        ({"instructions": 20.1}, True, "worse than the budget of 20.0"),
+        ({"wide": 89}, True, "wide: 89, worse than the budget of 90"),
+        ({"merges": 101}, True, "merges: 101, worse than the budget of 100"),
+        ({"registers": 37}, True, "registers: 37, better than the budget of 40: tighten it"),
+        ({"instructions": 19.0}, True, "tighten it"),
+        ({"wide": 93}, True, "tighten it"),
+        # Another compiler may be somewhat worse.
+        ({"registers": 44, "instructions": 24.0}, False, None),
+        ({"instructions": 15.0}, False, None),
+        ({"instructions": 26.0}, False, "worse than the budget of 20.0"),
+        ({"spills": 1}, False, "1 accesses to local memory"),
     ],
 )
-def test_what_differs_from_the_budget_is_said(change: dict[str, Any], complaint: str | None) -> None:
-    said = complaints(replace(FIGURES, **change))
+def test_what_differs_from_the_budget_is_said(change: dict[str, Any], same_compiler: bool, complaint: str | None) -> None:
+    said = complaints(replace(FIGURES, **change), same_compiler=same_compiler)
     assert len(said) == (complaint is not None)
     assert complaint is None or complaint in said[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "number"),
-    [
-        ({"registers": 44, "instructions": 24.0}, 0),
-        ({"instructions": 15.0}, 0),
-        ({"instructions": 26.0}, 1),
-        ({"spills": 1}, 1),
-    ],
-)
-def test_another_compiler_may_be_somewhat_worse(change: dict[str, Any], number: int) -> None:
-    assert len(complaints(replace(FIGURES, **change), same_compiler=False)) == number
 
 
 def test_kernels_and_budgets_come_in_pairs() -> None:
