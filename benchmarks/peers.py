@@ -3,7 +3,6 @@
     OPS        one op:            build(call, case) -> a function of the case's floating tensors
     NETWORKS   one evaluation:    build(job) -> a call, which returns its output, in a process of its own
     TRAINING   one training step: build(job) -> a call, in a process of its own
-    SAMPLING   images:            build(loaded, evaluations, dtype, device) -> a function of seeds and labels
 
 ddpm_fast stands in each table itself. Nothing here imports torch at the top: processes.py says why.
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from op_calls import Call
     from op_cases import Case
     from torch import Tensor
-
-    from ddpm_fast.pretrained import Pretrained
 
 OURS, TRAINER, PLAIN, DIFFUSERS = "ddpm_fast", "ddpm_fast Trainer", "plain PyTorch", "diffusers"
 
@@ -421,61 +418,6 @@ TRAINING = {
     f"{PLAIN} + torch.compile": Peer(_trainer(PLAIN, compile=True)),
     TRAINER: Peer(_trainer(TRAINER)),
     OURS: Peer(_trainer(OURS)),
-}
-
-# ---------------------------------------------------------------------------------------------------------- sampling
-
-
-def _diffusers_sampler(scheduler: str, **options: Any) -> Callable[[Pretrained, int, Any, str], Function]:
-    """Return how to build diffusers' UNet2DModel with one of its schedulers, in the memory format that is faster.
-
-    The loop is that of its pipelines, which take no class labels.
-    """
-
-    def build(loaded: Pretrained, evaluations: int, dtype: Any, device: str) -> Function:
-        import common
-        import idioms
-        import torch
-
-        network = idioms.diffusers_unet(loaded.model).to(device, dtype).eval()
-        config = loaded.model.config
-        shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-        labels = torch.zeros(16, dtype=torch.int64, device=device)
-        x = torch.zeros(16, *shape, dtype=dtype, device=device)
-        memory_format = common.FORMATS[common.use_faster_format(network, x, 0, labels)]
-        settings = {
-            "num_train_timesteps": loaded.objective.schedule.num_timesteps,
-            "trained_betas": loaded.objective.schedule.betas.tolist(),
-            "prediction_type": loaded.objective.prediction,
-        }
-        if scheduler == "DDPMScheduler":
-            settings["variance_type"] = loaded.objective.variance
-        if scheduler in ("DDPMScheduler", "DDIMScheduler"):  # DPMSolverMultistepScheduler cannot clip x_0
-            settings |= {"clip_sample": loaded.clip is not None, "clip_sample_range": loaded.clip or 1.0}
-        stepper = getattr(idioms.diffusers(), scheduler)(**settings, **options)
-
-        @torch.inference_mode()
-        def draw(seeds: Tensor, labels: Tensor) -> Tensor:
-            generator = torch.Generator(device).manual_seed(int(seeds[0]))
-            x = torch.randn(len(seeds), *shape, generator=generator, dtype=dtype, device=device)
-            x = x.to(memory_format=memory_format) * stepper.init_noise_sigma
-            labels = labels.to(device)
-            stepper.set_timesteps(evaluations)
-            for t in stepper.timesteps:
-                output = network(stepper.scale_model_input(x, t), t, class_labels=labels).sample
-                x = stepper.step(output, t, x, generator=generator).prev_sample
-            return x.float()
-
-        return draw
-
-    return build
-
-
-SAMPLING = {
-    "diffusers-ddpm": Peer(_diffusers_sampler("DDPMScheduler"), _EXPORTERS),
-    "diffusers-ddim": Peer(_diffusers_sampler("DDIMScheduler"), _EXPORTERS),
-    "diffusers-2m": Peer(_diffusers_sampler("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++"), _EXPORTERS),
-    "diffusers-sde": Peer(_diffusers_sampler("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"), _EXPORTERS),
 }
 
 
