@@ -1,7 +1,7 @@
 """Predict the time of every op of the native backend on four GPUs. Nothing is measured.
 
     python benchmarks/predict.py
-    python benchmarks/predict.py --network cifar10-32   # a step of sampling and of training by kind, on an H100
+    python benchmarks/predict.py --network cifar10-32   # a step of sampling by kind, on an H100
 
 A kernel takes as long as the slowest of three: its bytes at the card's bandwidth, its instructions at the issue rate, and its
 special-function instructions (reciprocals, roots, exponentials) at an eighth of the full rate. A launch is added.
@@ -21,7 +21,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import common
 import idioms
@@ -46,7 +46,6 @@ class Card:
     bandwidth: float
     multiprocessors: int
     clock: float
-    l2: int
     architecture: str
     cluster: int
     device: str = ""
@@ -59,14 +58,14 @@ class Card:
 
 
 CARDS = (
-    # A100 80GB SXM data sheet: 2039 GB/s, 312 Tflop/s dense bf16 = 108 x 2048 x 1.41 GHz; GA100 whitepaper: 108 SMs, 40 MB L2.
-    Card("A100", 2.039e12, 108, 1.41e9, 40 * 2**20, "sm_80", 1, "NVIDIA A100-SXM4-80GB", 2048),
-    # H100 SXM data sheet: 3.35 TB/s, 989 Tflop/s dense bf16 = 132 x 4096 x 1.83 GHz; GH100 whitepaper: 132 SMs, 50 MB L2.
-    Card("H100", 3.35e12, 132, 1.83e9, 50 * 2**20, "sm_90a", 16, "NVIDIA H100 80GB HBM3"),
-    # H200 SXM data sheet: 4.8 TB/s, the H100's multiprocessors, clocks and L2.
-    Card("H200", 4.8e12, 132, 1.83e9, 50 * 2**20, "sm_90a", 16, "NVIDIA H200"),
-    # B200 (HGX data sheet): 8 TB/s, 2.25 Pflop/s dense bf16 = 148 x 8192 x 1.86 GHz; 148 SMs and 126 MB L2 as the driver says.
-    Card("B200", 8.0e12, 148, 1.86e9, 126 * 2**20, "sm_100", 16, "NVIDIA B200", 8192),
+    # A100 80GB SXM data sheet: 2039 GB/s, 312 Tflop/s dense bf16 = 108 x 2048 x 1.41 GHz; GA100 whitepaper: 108 SMs.
+    Card("A100", 2.039e12, 108, 1.41e9, "sm_80", 1, "NVIDIA A100-SXM4-80GB", 2048),
+    # H100 SXM data sheet: 3.35 TB/s, 989 Tflop/s dense bf16 = 132 x 4096 x 1.83 GHz; GH100 whitepaper: 132 SMs.
+    Card("H100", 3.35e12, 132, 1.83e9, "sm_90a", 16, "NVIDIA H100 80GB HBM3"),
+    # H200 SXM data sheet: 4.8 TB/s, the H100's multiprocessors and clocks.
+    Card("H200", 4.8e12, 132, 1.83e9, "sm_90a", 16, "NVIDIA H200"),
+    # B200 (HGX data sheet): 8 TB/s, 2.25 Pflop/s dense bf16 = 148 x 8192 x 1.86 GHz; 148 SMs as the driver says.
+    Card("B200", 8.0e12, 148, 1.86e9, "sm_100", 16, "NVIDIA B200", 8192),
 )
 # The share of the bandwidth that the best kernels reach: 3.0 of 3.35 TB/s on an H100 (softmax, RMSNorm of Dao-AILab/quack).
 ATTAINABLE = 0.90
@@ -198,21 +197,15 @@ def _parts(launch: Pass, card: Card, budgets: Budgets, issue_efficiency: float) 
     }
 
 
-def predict(work: Work, card: Card, budgets: Budgets, issue_efficiency: float = ISSUE_EFFICIENCY) -> dict[str, Any]:
-    """Return the microseconds, what binds most of them (memory, issue, MUFU, launch), and the passes over the input."""
+def predict(work: Work, card: Card, budgets: Budgets) -> tuple[float, str]:
+    """Return the microseconds, and what binds most of them: memory, issue, MUFU or launch."""
     seconds = {"memory": 0.0, "issue": 0.0, "MUFU": 0.0, "launch": 0.0}
-    passes = launches(work, card)
-    for each in passes:
-        parts = _parts(each, card, budgets, issue_efficiency)
+    for each in launches(work, card):
+        parts = _parts(each, card, budgets, ISSUE_EFFICIENCY)
         slowest = max(parts, key=lambda name: parts[name])
         seconds[slowest] += parts[slowest]
         seconds["launch"] += LAUNCH
-    return {
-        "us": float(f"{1e6 * sum(seconds.values()):.3g}"),
-        "bound": max(seconds, key=lambda name: seconds[name]),
-        "passes": sum(1 for each in passes if each.kernel),
-        "fits in L2": work.moved <= card.l2,
-    }
+    return 1e6 * sum(seconds.values()), max(seconds, key=lambda name: seconds[name])
 
 
 def allowed_share(work: Work, card: Card, budgets: Budgets) -> float:
@@ -243,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for work in deciding():
         found = {card.name: predict(work, card, data["kernels"]) for card in CARDS}
-        rows.append(work.columns() | {name: f"{each['us']:g} {each['bound']}" for name, each in found.items()})
+        rows.append(work.columns() | {name: f"{us:.3g} {bound}" for name, (us, bound) in found.items()})
     common.print_table(f"microseconds predicted from the instructions of {data['compiler']}", rows)
 
 

@@ -1,7 +1,7 @@
-"""The calls of a network's step, traced on a CPU as a GPU would get them, and the time that they should take there.
+"""The calls of a step of sampling, traced on a CPU as a GPU would get them, and the time that they should take there.
 
-A step of sampling is one evaluation of the frozen network in half precision. A step of training is the trainer's, with bf16
-autocast. Bytes and operations are counted. How fast a card works them off is assumed: no card has confirmed it.
+A step is one evaluation of the frozen network in half precision. Bytes and operations are counted. How fast a card works them
+off is assumed: no card has confirmed it. `trainer_step` is the step of training that other benchmarks time.
 """
 
 from __future__ import annotations
@@ -33,22 +33,17 @@ from ddpm_fast.training.task import Task
 
 BATCHES = (1, 16, 128)
 KINDS = {  # the op's name decides; what is not here is "rest"
-    **{"convolution": "convolutions", "convolution_backward": "convolutions", "cat": "cat", "add": "adds", "add_": "adds"},
-    **{"group_norm_silu": "norms", "group_norm_silu_backward": "norms", "_to_copy": "casts"},
-    **{"mm": "products", "addmm": "products", "addmm_": "products", "_fused_adamw_": "optimizer"},
-    **dict.fromkeys(("_foreach_norm", "_foreach_mul_", "_foreach_add_", "_foreach_lerp_"), "optimizer"),
+    **{"convolution": "convolutions", "cat": "cat", "add": "adds", "add_": "adds", "group_norm_silu": "norms"},
+    **dict.fromkeys(("addmm", "addmm_"), "products"),
     "_scaled_dot_product_flash_attention_for_cpu": "attention",
-    "_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
 }
 # Assumed. The best convolutions, products and attention reach the first on maps that fill a card, with a tile of 64x64 results
-# on each multiprocessor at least. Any of them takes the second at least. An eager op keeps the host busy for the third.
+# on each multiprocessor at least. Any of them takes the second at least.
 DENSE_SHARE = 0.6
 SHORTEST = 5e-6
-HOST = 9e-6
 TILE = 64 * 64
 ASSUMED = f"""{DENSE_SHARE:.0%} of the dense bf16 rate for convolutions, products and attention, and at least
-{1e6 * SHORTEST:g} us for each; {1e6 * HOST:g} us of the host for an eager op; with torch.compile, biases join other kernels,
-and norms read their input twice"""
+{1e6 * SHORTEST:g} us for each; with torch.compile, biases join other kernels, and norms read their input twice"""
 TRACED = 7  # images of the traced call: no weight has as many rows
 
 
@@ -75,7 +70,7 @@ class Call(NamedTuple):
         flops: Operations of tensor cores for an image.
         results: Results of a product for an image.
         norm: The norm of one image.
-        geometry: That of a convolution's forward pass.
+        geometry: That of a convolution.
     """
 
     kind: str
@@ -127,7 +122,7 @@ def _unwritten(value: Any) -> Any:
 
 
 def _calls(name: str, given: Sequence[Tensor], outs: Sequence[Tensor], args: Sequence[Any]) -> list[Call]:
-    """Return a call, or several if a GPU gets them: two products of a convolution's gradients, and what belongs to a bias."""
+    """Return a call, or two if a convolution has a bias, which a GPU adds in a kernel of its own."""
     kind = KINDS.get(name, "rest")
     every = [each for each in (*given, *outs) if each.is_floating_point()]
     maps = [each.nbytes for each in every if each.dim() > 1 and len(each) % TRACED == 0]  # [N, ...] or [N HW, C]
@@ -136,55 +131,33 @@ def _calls(name: str, given: Sequence[Tensor], outs: Sequence[Tensor], args: Seq
     if kind == "norms":
         shape, groups = outs[0].shape, next(each for each in args if isinstance(each, int))
         case = Case("group_norm_silu", "traced", (1, *shape[1:]), {"groups": groups})
-        return [call._replace(norm=Work(case, "bf16", "channels_last", "backward" if "backward" in name else "forward"))]
+        return [call._replace(norm=Work(case, "bf16", "channels_last"))]
     if kind == "products":
         return [call._replace(flops=2 * per_image * given[-2].shape[-1], results=per_image)]
     if kind == "attention":
-        passes, length = (2.5 if "backward" in name else 1), given[0].shape[2]
-        return [call._replace(flops=4 * per_image * length * passes, results=passes * per_image)]
+        return [call._replace(flops=4 * per_image * given[0].shape[2], results=per_image)]
     if kind != "convolutions":
         return [call]
-    if name == "convolution_backward":
-        y, x, weight = given[:3]
-        *of_products, of_bias = args[-1]  # which gradients are wanted
-        count = sum(of_products)
-        one = Call(kind, moved / count, fixed / count, 2 * y.numel() / TRACED * weight[0].numel(), x.numel() / TRACED)
-        return [one] * count + [Call("bias", y.nbytes / TRACED)] * of_bias
     x, weight = given[:2]
     geometry = Geometry(tuple(x.shape[1:]), tuple(weight.shape), args[3][0], args[4][0])
     one = call._replace(flops=2 * per_image * weight[0].numel(), results=per_image, geometry=geometry)
     return [one, *([Call("bias", 2 * outs[0].nbytes / TRACED)] if len(given) > 2 else [])]
 
 
-def check_native() -> None:
-    """Raise a RuntimeError without the native module: the reference's many calls would be traced in place of its kernels."""
-    error = native_error()
-    if error is not None:
-        raise RuntimeError(
-            f"a step can be traced with the native module alone, and there is none: {error}. Build it: make build"
-        )
-
-
 def sampling_step(config: dict[str, Any]) -> list[Call]:
-    """Trace an evaluation of the frozen network. float16 runs on a CPU as bfloat16 does on a GPU."""
-    check_native()
+    """Trace an evaluation of the frozen network. float16 runs on a CPU as bfloat16 does on a GPU.
+
+    Raises:
+        RuntimeError: There is no native module. The reference's many calls would be traced in place of its kernels.
+    """
+    if native_error() is not None:
+        raise RuntimeError(f"a step is traced with the native module: {native_error()}. Build it: make build")
     network = ddpm_fast.freeze(idioms.random_unet(config), torch.float16)
     x = torch.zeros(TRACED, 3, config["sample_size"], config["sample_size"], dtype=torch.float16)
     with torch.no_grad(), Tracer() as tracer:
         network(x, torch.zeros(TRACED, dtype=torch.int64))
     # Under a tracer the network is planned again, with conversions of its weights that a call does not have.
     return [call for call in tracer.calls if call.moved]
-
-
-def training_step(config: dict[str, Any]) -> list[Call]:
-    """Trace a step of the trainer."""
-    check_native()
-    step = trainer_step(config, TRACED, "cpu")
-    with Tracer():
-        step()  # makes the optimizer's state
-    with Tracer() as tracer:
-        step()
-    return tracer.calls
 
 
 class Images(list[Item]):
@@ -242,18 +215,12 @@ def expected(network: str, card: Card, batches: Iterable[int], budgets: Budgets)
 
 
 def table(network: str, card: Card, budgets: Budgets) -> list[dict[str, object]]:
-    """Return milliseconds of a step by kind, for sampling and training, at each of `BATCHES`."""
-    rows: list[dict[str, object]] = []
-    for name, trace in {"sampling": sampling_step, "training": training_step}.items():
-        calls = trace(idioms.NETWORKS[network])
-        found = [predicted(calls, card, batch, budgets) for batch in BATCHES]
-        for times, batch in zip(found, BATCHES, strict=True):
-            if name == "sampling":
-                times["sum, torch.compile"] = predicted_compiled(calls, card, batch, budgets)
-            else:
-                times["host, eager"] = times["launches"] / LAUNCH * HOST
-        rows += [
-            {"step": name, "kind": kind} | {f"batch {n}": 1e3 * times[kind] for n, times in zip(BATCHES, found, strict=True)}
-            for kind in found[0]
-        ]
-    return rows
+    """Return milliseconds of a step of sampling by kind, at each of `BATCHES`."""
+    calls = sampling_step(idioms.NETWORKS[network])
+    found = [
+        predicted(calls, card, n, budgets) | {"sum, torch.compile": predicted_compiled(calls, card, n, budgets)}
+        for n in BATCHES
+    ]
+    return [
+        {"kind": kind} | {f"batch {n}": 1e3 * times[kind] for n, times in zip(BATCHES, found, strict=True)} for kind in found[0]
+    ]

@@ -13,7 +13,7 @@ from benchmark_ops import Work, deciding, product
 from op_cases import Case
 from predict import CARDS, Card
 
-CARD = Card("a card", bandwidth=1e12, multiprocessors=100, clock=1e9, l2=2**20, architecture="sm_90a", cluster=16)
+CARD = Card("a card", bandwidth=1e12, multiprocessors=100, clock=1e9, architecture="sm_90a", cluster=16)
 N = 10**8
 
 
@@ -25,22 +25,14 @@ def budgets(instructions: float, mufu: float) -> Any:
     ("elements", "instructions", "mufu", "bound", "microseconds"),
     [
         (N, 1, 0.1, "memory", 4e8 / 0.9e12 * 1e6),
-        (N, 100, 0.1, "issue", N * 100 / (128 * 100e9) * 1e6),
+        (N, 100, 0.1, "issue", N * 100 / (0.85 * 128 * 100e9) * 1e6),  # slots that stay empty take time
         (N, 10, 50, "MUFU", N * 50 / (16 * 100e9) * 1e6),
         (1000, 40, 0.5, "launch", 0),
     ],
 )
 def test_the_slowest_part_binds(elements: int, instructions: float, mufu: float, bound: str, microseconds: float) -> None:
-    found = predict.predict(Work(Case("noise", "", (1, elements))), CARD, budgets(instructions, mufu), issue_efficiency=1)
-    assert (found["bound"], found["passes"]) == (bound, 1)
-    assert found["us"] == pytest.approx(microseconds + 1e6 * predict.LAUNCH, rel=0.01)
-
-
-def test_issue_slots_that_stay_empty_take_time() -> None:
-    work = Work(Case("noise", "", (1, N)))
-    full, half = (predict.predict(work, CARD, budgets(100, 0.1), issue_efficiency=share)["us"] for share in (1, 0.5))
-    assert half == pytest.approx(2 * full, rel=0.01)
-    assert predict.predict(work, CARD, budgets(1, 0.1), issue_efficiency=0.5)["bound"] == "memory"
+    found = predict.predict(Work(Case("noise", "", (1, elements))), CARD, budgets(instructions, mufu))
+    assert found == (pytest.approx(microseconds + 1e6 * predict.LAUNCH, rel=0.01), bound)
 
 
 def test_a_thread_runs_the_merges_once_for_its_elements() -> None:
