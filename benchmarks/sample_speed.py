@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
 from math import ceil
 from typing import Any
 from unittest.mock import patch
@@ -37,7 +36,7 @@ from ddpm_fast import NoiseSchedule, ddpm_plan, noise, sample_seeds
 from ddpm_fast.nn import UNet
 from ddpm_fast.reference import STREAM_X_T
 
-PIPELINE, FROZEN = f"{DIFFUSERS} DDPMPipeline", "DDPMPipeline, frozen"
+PIPELINE = f"{DIFFUSERS} DDPMPipeline"
 PARITY_STEPS = 4
 # Fewest values of the images that are compared. In 4 steps only the few pixels that the first prediction leaves within [-1, 1]
 # carry most of the rounding: 2 images of 8x8 have 20 such, by which equal arithmetic differs by a factor of 2.
@@ -49,11 +48,8 @@ WIDE = 0.15  # a distance of the quartiles, as a share of the median, that a qui
 def load_model(name: str) -> tuple[UNet, NoiseSchedule]:
     if name in idioms.NETWORKS:
         return idioms.random_unet(idioms.NETWORKS[name]), idioms.SCHEDULE
-    loaded = ddpm_fast.load_builtin() if name == "builtin" else ddpm_fast.load_folder(name)
-    objective = loaded.objective
-    if objective.name != "epsilon" or objective.variance not in ("fixed_small", "fixed_small_log") or loaded.clip != 1:
-        raise SystemExit(f"{name}: only models that predict epsilon, with fixed small variance and clipping to 1, are compared")
-    return loaded.model, objective.schedule
+    loaded = ddpm_fast.load_builtin()
+    return loaded.model, loaded.objective.schedule
 
 
 class Samplers:
@@ -65,47 +61,45 @@ class Samplers:
         steps: Steps of the plan, evenly spaced ("leading") in the schedule.
         dtype: Dtype of the networks.
         device: Device of the networks.
-
-    Attributes:
-        mode: Mode of torch.compile to compare with, in place of eager PyTorch.
-        compiles_ours: Compile our frozen network in this mode, and not the peer's.
     """
 
     def __init__(self, model: UNet, schedule: NoiseSchedule, steps: int, dtype: torch.dtype, device: str) -> None:
         self.plan = ddpm_plan(schedule, steps)
-        self.model, self.dtype, self.device = model, dtype, device
+        self.dtype, self.device = dtype, device
         size = model.config["sample_size"]
         self.shape = (model.config["in_channels"], size, size)
         self.classes: int | None = model.config["num_class_embeds"]
         self.ours = ddpm_fast.Sampler(model, self.plan, dtype=dtype, device=device)
         self.networks: dict[str, nn.Module] = {PLAIN: idioms.plain(copy.deepcopy(model))}
-        self.pipelines: dict[str, Any] = {}
+        self.pipeline: Any = None
         if installed("diffusers"):
             network = self.networks[PIPELINE] = idioms.diffusers_unet(model)
-            pipeline = idioms.diffusers().DDPMPipeline(unet=network, scheduler=idioms.diffusers_scheduler(schedule))
-            pipeline.set_progress_bar_config(disable=True)
-            self.pipelines[PIPELINE] = pipeline
+            self.pipeline = idioms.diffusers().DDPMPipeline(unet=network, scheduler=idioms.diffusers_scheduler(schedule))
+            self.pipeline.set_progress_bar_config(disable=True)
             if self.classes is not None:  # DDPMPipeline knows no classes
-                network.register_forward_pre_hook(self.add_labels, with_kwargs=True)
-            elif dtype != torch.float64:
-                self.pipelines[FROZEN] = ddpm_fast.freeze(pipeline, dtype, device=device)  # its images are float32 in any dtype
+                # A copy of the network shares a function, but would copy the Samplers of a method.
+                network.register_forward_pre_hook(
+                    lambda _, args, kwargs: (args, {**kwargs, "class_labels": self.no_label(len(args[0]))}), with_kwargs=True
+                )
         for network in self.networks.values():
             network.to(device, dtype).eval()
-        self.formats = {OURS: "channels_last", FROZEN: "channels_last"}
-        self.mode = ""
-        self.compiles_ours = False
+        self.formats = {OURS: "channels_last"}
 
     def no_label(self, n: int) -> Tensor | None:
         return None if self.classes is None else torch.full((n,), self.classes - 1, device=self.device)
 
-    def add_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "class_labels": self.no_label(len(args[0]))}
+    def by_name(
+        self, draw: Callable[[int | None, Tensor], Tensor] | None = None, mode: str = ""
+    ) -> dict[str, Callable[[int], Tensor]]:
+        """Return calls from a batch size to images in [-1, 1].
 
-    def by_name(self, draw: Callable[[int | None, Tensor], Tensor] | None = None) -> dict[str, Callable[[int], Tensor]]:
-        """Return calls from a batch size to images in [-1, 1]. `draw` gives plain PyTorch its noise."""
+        Args:
+            draw: Noise of plain PyTorch.
+            mode: Mode of torch.compile to compare with, in place of eager PyTorch.
+        """
 
-        def with_pipeline(pipeline: Any, n: int, generator: torch.Generator | None = None) -> Tensor:
-            images = pipeline(n, generator, num_inference_steps=self.plan.num_steps, output_type="pt").images
+        def with_pipeline(n: int) -> Tensor:
+            images = self.pipeline(n, num_inference_steps=self.plan.num_steps, output_type="pt").images
             return images * 2 - 1  # type: ignore[no-any-return]
 
         def with_loop(network: Callable[..., Any], n: int) -> Tensor:
@@ -113,22 +107,20 @@ class Samplers:
             return idioms.sample(network, self.plan, like, self.no_label(n), draw=draw)
 
         samplers: dict[str, Callable[[int], Tensor]] = {}
-        if self.mode:  # the same loop, in which no step waits for the host
-            name = OURS if self.compiles_ours else PIPELINE if self.pipelines and self.classes is None else PLAIN
-            # Ours is compiled with its own kernels inside.
-            eager = ddpm_fast.freeze(self.model, self.dtype, device=self.device) if name == OURS else self.networks[name]
-            network = compiled(eager, self.mode)
+        if mode:  # the same loop, in which no step waits for the host
+            name = PIPELINE if self.pipeline is not None and self.classes is None else PLAIN
+            network = compiled(self.networks[name], mode)
 
             def step(*inputs: Any) -> Any:
                 torch.compiler.cudagraph_mark_step_begin()  # the graph may overwrite the output of the last step
                 return network(*inputs)
 
-            key = f"{name.split()[0]} + torch.compile {self.mode}"
+            key = f"{name.split()[0]} + torch.compile {mode}"
             samplers[key] = partial(with_loop, step)
-            self.formats[key] = self.formats.get(name, "contiguous")
+            self.formats[key] = self.formats[name]
         else:
             samplers[PLAIN] = partial(with_loop, self.networks[PLAIN])
-            samplers |= {name: partial(with_pipeline, pipeline) for name, pipeline in self.pipelines.items()}
+            samplers |= {PIPELINE: with_pipeline} if self.pipeline is not None else {}
         return samplers | {OURS: lambda n: self.ours(n, class_labels="none", progress=False)}
 
     def choose_formats(self, batch: int) -> None:
@@ -183,9 +175,6 @@ def check(model: UNet, schedule: NoiseSchedule, dtype: torch.dtype, device: str)
                 images = calls[PIPELINE](n)
             # Its coefficients come from a float32 product over the schedule.
             common.require_parity("DDPMPipeline in float32", images, baseline, truth, factor=10)
-            if FROZEN in calls:
-                in_0_to_1 = [calls[name](n, generator=torch.Generator().manual_seed(0)) / 2 for name in (PIPELINE, FROZEN)]
-                common.require_same_images("DDPMPipeline, frozen in float32", *in_0_to_1)
     print(f"parity: the same images for the same noise ({PARITY_STEPS} steps, against float64)")
 
 
@@ -214,18 +203,16 @@ def seconds_of(sampler: Callable[[int], Tensor], batch: int, device: str) -> flo
     return time.perf_counter() - began
 
 
-def measure(name: str, samplers: Samplers, batch: int, args: argparse.Namespace, run: common.Run) -> None:
+def measure(name: str, samplers: Samplers, batch: int, mode: str, args: argparse.Namespace, run: common.Run) -> None:
     """Time the samplers of a model and batch size. On a GPU each has captured, tuned and compiled before."""
-    words = [samplers.mode] if samplers.mode else []
-    words += ["of ours"] if samplers.compiles_ours else []
-    section = " ".join(["sample_speed", name, args.dtype, f"batch {batch}", *words])
+    section = " ".join(filter(None, ["sample_speed", name, args.dtype, f"batch {batch}", mode]))
     if args.go_on and run.has(section, rounds=args.rounds, steps=args.steps):
         return
     timers: dict[str, Callable[[], float]] = {}
-    for peer, sampler in samplers.by_name().items():
+    for peer, sampler in samplers.by_name(mode=mode).items():
         with run.going_on(f"{name}, batch {batch}, {peer}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's own
-            if samplers.mode or args.device != "cpu":
+            if mode or args.device != "cpu":
                 sampler(batch)
             timers[peer] = partial(seconds_of, sampler, batch, args.device)
     for done, times in enumerate(common.turns(timers, args.rounds), 1):
@@ -262,8 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options: dict[str, dict[str, Any]] = {
         "--model": {
             "nargs": "+",
+            "choices": ["builtin", *idioms.NETWORKS],
             "default": ["builtin"],
-            "help": "take builtin (default), a model's folder, or random weights: cifar10-32, 256x256, small, tiny",
+            "help": "sample from the built-in model (default), or with random weights of another network",
         },
         "--batch": {"type": int, "nargs": "+", "default": [16], "help": "sample this many images at once (16)"},
         "--steps": {"type": int, "default": 20, "help": "take this many steps of the schedule's 1000 (20)"},
@@ -291,14 +279,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not args.trusted:
                 check(model, schedule, dtype, args.device)
             samplers = Samplers(model, schedule, args.steps, dtype, args.device)
-            whose = (False, True) if args.compile else (False,)  # ours comes last: the peer's decides
-            for samplers.compiles_ours, batch in product(whose, args.batch):
+            for batch in args.batch:
                 if time.monotonic() > deadline:
                     print(f"left out: {name}, batch {batch}: no time was left")
                     continue
                 samplers.choose_formats(batch)
-                for samplers.mode in args.compile or [""]:
-                    measure(name, samplers, batch, args, run)
+                for mode in args.compile or [""]:
+                    measure(name, samplers, batch, mode, args, run)
     run.finish()
 
 

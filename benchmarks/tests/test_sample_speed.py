@@ -54,3 +54,12 @@ def test_rows_are_saved_after_each_round_and_what_is_done_is_not_done_again(
     done = len(calls)
     sample_speed.main(words)
     assert len(calls) == done
+
+
+def test_the_built_in_model_is_compared_with_a_pipeline_of_diffusers(tmp_path: Path) -> None:
+    """DDPMPipeline passes no class labels."""
+    pytest.importorskip("diffusers")
+    out = tmp_path / "out.json"
+    sample_speed.main(["--batch", "1", "--steps", "2", "--rounds", "1", "--out", str(out)])
+    (section,) = json.loads(out.read_text()).values()
+    assert [row["sampler"] for row in section["rows"]] == ["plain PyTorch", "diffusers DDPMPipeline", "ddpm_fast"]
