@@ -81,13 +81,11 @@ def compare(names: Sequence[str], job: Job, args: argparse.Namespace, missing: d
     with ExitStack() as stack:
         processes = start(names, job, args.formats, kept, stack, missing)
         taken = common.take_turns({each: partial(process.seconds, 1) for each, process in processes.items()}, args.rounds)
-        used = {each: process.used[-args.rounds :] for each, process in processes.items()}
     return [
         {"training step": name, "memory kept": "yes" if kept else "no", "batch": job.batch}
         | {"precision": "bf16 autocast" if job.dtype == "bf16" else job.dtype}
         | {"memory format": processes[name, kept].job.memory_format, "seconds": mine.spread}
-        | {"CPU seconds": common.Spread.of([cpu for cpu, _ in used[name, kept]])}
-        | {"page faults": round(common.Spread.of([faults for _, faults in used[name, kept]]).median)}
+        | {"CPU seconds": common.Spread.of(processes[name, kept].used[-args.rounds :])}
         | {"images/s": mine.per_second(job.batch).median}
         | {"peak memory, MB": common.megabytes(processes[name, kept].peak)}
         | {

@@ -3,11 +3,10 @@
     python benchmarks/benchmark_unet.py
     python benchmarks/benchmark_unet.py --batches 1 16 --dtypes float32 --peers ddpm_fast OpenVINO
     python benchmarks/benchmark_unet.py --batches 1 4 --network guided-64
-    python benchmarks/benchmark_unet.py --batches 1 --starts 5                                # seconds to the first image
     python benchmarks/benchmark_unet.py --batches 1 --sizes 32 64 128 256 --threads 1 2 --peers ddpm_fast      # growth
 
 Peers have the same weights, inputs and threads, each in a process of its own, and take turns. The first image takes the time
-from the start of the process to the end of its first evaluation. From the second start torch.compile finds its cache.
+from the start of the process to the end of its first evaluation.
 """
 
 from __future__ import annotations
@@ -35,21 +34,17 @@ CHECKED = 4  # images whose output is compared with float64: enough, and float64
 ALLOWED = 10  # times the error of plain PyTorch in the dtype: convolutions by Winograd's algorithm round a few times more
 
 
-def start(names: Sequence[str], job: Job, starts: int, missing: dict[str, str]) -> dict[str, list[Process]]:
-    """Return the processes of peers that can run, of which the last is open. `missing` gets why others cannot."""
+def start(names: Sequence[str], job: Job, missing: dict[str, str]) -> dict[str, Process]:
+    """Return the processes of peers that can run. `missing` gets why others cannot."""
     able, reasons = split(NETWORKS, names, job.dtype)
     missing |= reasons
-    processes: dict[str, list[Process]] = {}
+    processes: dict[str, Process] = {}
     for name in able:
         try:
             export(name, job)
-            for _ in range(starts):
-                for before in processes.setdefault(name, []):
-                    before.close()
-                processes[name].append(Process(name, job))
+            processes[name] = Process(name, job)
         except PeerFailed as error:
             missing[name] = str(error)
-            processes.pop(name, None)
     return processes
 
 
@@ -80,11 +75,10 @@ def check(processes: dict[str, Process], job: Job, missing: dict[str, str]) -> d
     return errors
 
 
-def compare(names: Sequence[str], job: Job, rounds: int, starts: int, missing: dict[str, str]) -> list[dict[str, Any]]:
+def compare(names: Sequence[str], job: Job, rounds: int, missing: dict[str, str]) -> list[dict[str, Any]]:
     """Return the rows of one batch size and dtype. `missing` is filled."""
     with ExitStack() as stack:
-        started = start(names, job, starts, missing)
-        processes = {name: stack.enter_context(closing(each[-1])) for name, each in started.items()}
+        processes = {name: stack.enter_context(closing(each)) for name, each in start(names, job, missing).items()}
         errors = check(processes, job, missing)
         timers = {name: partial(process.seconds, process.calls_per_turn()) for name, process in processes.items()}
         times = common.take_turns(timers, rounds)
@@ -94,7 +88,7 @@ def compare(names: Sequence[str], job: Job, rounds: int, starts: int, missing: d
         | {"threads": job.threads, "dtype": job.dtype, "ms": taken.ms, "images/s": taken.per_second(job.batch)}
         | {"32x32 pixels/s": taken.per_second(job.batch * job.size**2 / 1024).median}
         | {f"{OURS} is faster by": times[OURS].speedup_over(taken) if OURS in times else "", "relative error": errors[name]}
-        | {"first image, s": common.Spread.of([process.first_image for process in started[name]])}
+        | {"first image, s": processes[name].first_image}
         | {f"{part}, s": processes[name].about[part] for part in ("import and load", "first call")}
         | {"peak memory, MB": common.megabytes(processes[name].peak), "versions": processes[name].about["versions"]}
         for name, taken in times.items()
@@ -137,7 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--sizes": {"type": int, "nargs": "+", "help": "use images of these pixels a side (the network's)"},
         "--threads": {"type": int, "nargs": "+", "default": threads, "help": "use these numbers of threads (PyTorch's)"},
         "--rounds": {"type": int, "help": "take this many turns of each (15)"},
-        "--starts": {"type": int, "default": 1, "help": "start each peer this many times (1)"},
         "--quick": {"action": "store_true", "help": "use batches 1 and 4, 5 rounds and no torch.compile"},
         "--plot": {"action": "store_true", "help": "draw the picture that docs/benchmarks.md shows"},
     }
@@ -157,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             words = f"{dtype} batch {batch}" + ("" if size == usual else f" size {size}")
             words += "" if len(args.threads) == 1 else f" threads {threads}"
             with run.going_on(words):
-                rows = compare(names, Job(folder, batch, size, dtype, threads), rounds, args.starts, missing)
+                rows = compare(names, Job(folder, batch, size, dtype, threads), rounds, missing)
                 versions = {row["contestant"]: row.pop("versions") for row in rows}
                 section = " ".join(filter(None, ["unet_speed", other, words]))
                 record = {"left out": missing, "versions": versions}

@@ -67,15 +67,10 @@ class Peer:
         return None if dtype in self.dtypes else f"has no {dtype}"
 
     def export_once(self, job: Job) -> None:
-        """Write the file that it starts from, unless it exists. A failure leaves no file."""
+        """Write the file that it starts from, unless it exists."""
         path = job.exported(self.suffix)
-        if self.export is None or path.is_file():
-            return
-        try:
+        if self.export is not None and not path.is_file():
             self.export(job, path)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
 
 
 def installed(module: str) -> bool:

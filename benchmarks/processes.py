@@ -10,7 +10,6 @@ import importlib
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -120,7 +119,7 @@ class Process:
         job: What it runs.
         first_image: Seconds from the start of the process until its first call has ended and its output is saved.
         about: Seconds of "import and load" and of the "first call" in it, and the "versions" of its libraries.
-        used: CPU seconds of all threads and page faults per call, of each time that `seconds` was called.
+        used: CPU seconds of all threads per call, of each time that `seconds` was called.
         peak: Peak memory of the process in bytes when `seconds` was called last: the GPU's if it runs on one, or else resident
             memory, which is None on other systems than Linux.
     """
@@ -132,7 +131,7 @@ class Process:
         self._process = _start(name, job, self._said)
         self.about = self._reply()
         self.first_image = time.perf_counter() - began
-        self.used: list[tuple[float, float]] = []
+        self.used: list[float] = []
         self.peak: int | None = None
 
     def output(self) -> Array:
@@ -145,7 +144,7 @@ class Process:
         with suppress(BrokenPipeError):  # then no reply will come
             print(calls, file=self._process.stdin, flush=True)
         reply = self._reply()
-        self.used.append((reply["cpu"], reply["faults"]))
+        self.used.append(reply["cpu"])
         self.peak = reply["peak"]
         return float(reply["seconds"])
 
@@ -228,12 +227,9 @@ def serve(name: str, job: Job, *mode: str) -> None:
         calls = int(line)
         if calls > 1:
             call()
-        before = resource.getrusage(resource.RUSAGE_SELF)
+        before = time.process_time()
         seconds = seconds_of(call, calls)
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        cpu = used.ru_utime - before.ru_utime + used.ru_stime - before.ru_stime
-        faults = (used.ru_minflt - before.ru_minflt) / calls
-        reply(seconds=seconds, cpu=cpu / calls, faults=faults, peak=_peak(job.device))
+        reply(seconds=seconds, cpu=(time.process_time() - before) / calls, peak=_peak(job.device))
 
 
 def _peak(device: str) -> int | None:
