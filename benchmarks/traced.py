@@ -18,7 +18,7 @@ from op_cases import Case
 from predict import ATTAINABLE, ISSUE_EFFICIENCY, LAUNCH, Budgets, Card, busy_seconds, launches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import ddpm_fast
 from ddpm_fast.distributed import Processes
@@ -92,33 +92,21 @@ class Call(NamedTuple):
 
 
 class Tracer(TorchDispatchMode):
-    """Records the calls that move floating numbers. Views are none. Products are not computed: their results are unwritten."""
+    """Records the calls that move floating numbers. Views are none."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        writes, name, kwargs = function._schema.is_mutable, function._schema.name.partition("::")[2], kwargs or {}
-        is_product = KINDS.get(name) in ("convolutions", "products") and not writes
-        result = function(*tree_map(_on_meta, args), **kwargs) if is_product else function(*args, **kwargs)
-        result = tree_map(_unwritten, result) if is_product else result
-        given, got = ([each for each in tree_leaves(of) if isinstance(each, Tensor)] for of in ((args, kwargs), result))
+        result = function(*args, **kwargs or {})
+        given, got = ([each for each in tree_leaves(of) if isinstance(each, Tensor)] for of in (args, result))
         storages = {each.untyped_storage().data_ptr() for each in given}
-        outs = [each for each in (got or (given if writes else [])) if each.is_floating_point() and each.numel()]
+        writes = function._schema.is_mutable
+        outs = [each for each in got if each.is_floating_point() and each.numel()]
         if outs and (writes or not any(each.untyped_storage().data_ptr() in storages for each in outs)):
-            self.calls += _calls(name, given, outs, args)
+            self.calls += _calls(function._schema.name.partition("::")[2], given, outs, args)
         return result
-
-
-def _on_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value
-
-
-def _unwritten(value: Any) -> Any:
-    """Return memory for a result on the meta device, maps in channels_last, as kernels write them."""
-    layout = torch.channels_last if isinstance(value, Tensor) and value.dim() == 4 else torch.preserve_format
-    return torch.empty_like(value, device="cpu", memory_format=layout) if isinstance(value, Tensor) else value
 
 
 def _calls(name: str, given: Sequence[Tensor], outs: Sequence[Tensor], args: Sequence[Any]) -> list[Call]:
