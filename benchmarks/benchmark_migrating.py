@@ -30,21 +30,10 @@ TINY = idioms.NETWORKS["tiny"]
 PARITY_STEPS, PARITY_BATCH = 4, 2
 
 
-class Original(NamedTuple):
-    """A library's sampler: its network, what is frozen, a call from either and a number of images to images, and their size."""
-
-    network: nn.Module
-    sampler: Any
-    draw: Callable[[Any, int], Tensor]
-    size: int
-
-
-class Pair(NamedTuple):
-    """A sampler as it is and frozen: calls from a number of images to images, and the format of the original network."""
-
-    before: Callable[[int], Tensor]
-    after: Callable[[int], Tensor]
-    memory_format: str
+# A library's sampler: its network, what is frozen, a call from either and a number of images to images, and their size.
+Original = tuple[nn.Module, Any, Callable[[Any, int], Tensor], int]
+# A sampler as it is and frozen: calls from a number of images to images, and the format of the original network.
+Pair = tuple[Callable[[int], Tensor], Callable[[int], Tensor], str]
 
 
 class Library(NamedTuple):
@@ -79,7 +68,7 @@ def diffusers_original(steps: int, tiny: bool) -> Original:
     def draw(pipeline: Any, n: int) -> Tensor:
         return pipeline(n, num_inference_steps=steps, output_type="pt").images * 2 - 1  # type: ignore[no-any-return]
 
-    return Original(network, pipe, draw, config["sample_size"])
+    return network, pipe, draw, config["sample_size"]
 
 
 def guided_diffusion_original(steps: int, tiny: bool) -> Original:
@@ -98,7 +87,7 @@ def guided_diffusion_original(steps: int, tiny: bool) -> Original:
         device = next(network.parameters()).device
         return diffusion.p_sample_loop(model, (n, 3, size, size), device=device)  # type: ignore[no-any-return]
 
-    return Original(network, network, draw, size)
+    return network, network, draw, size
 
 
 def denoising_diffusion_pytorch_original(steps: int, tiny: bool) -> Original:
@@ -112,7 +101,7 @@ def denoising_diffusion_pytorch_original(steps: int, tiny: bool) -> Original:
         with patch("denoising_diffusion_pytorch.denoising_diffusion_pytorch.tqdm", lambda steps, **_: steps):
             return process.sample(batch_size=n) * 2 - 1  # type: ignore[no-any-return]
 
-    return Original(network, GaussianDiffusion(network, image_size=size, sampling_timesteps=steps), draw, size)
+    return network, GaussianDiffusion(network, image_size=size, sampling_timesteps=steps), draw, size
 
 
 LIBRARIES = {
@@ -157,28 +146,30 @@ def make_pair(name: str, dtype: torch.dtype, steps: int, batch: int, device: str
             baseline = copy.deepcopy(network).to(dtype)(x.to(dtype), t).sample
         common.require_parity(f"UNet2DModel in {dtype}, frozen", frozen.unet(x.to(dtype), t).sample, baseline, truth)
     network.to(dtype)
-    return Pair(partial(draw, sampler), partial(draw, frozen), common.use_faster_format(network, x.to(dtype), t))
+    return partial(draw, sampler), partial(draw, frozen), common.use_faster_format(network, x.to(dtype), t)
 
 
 def measure(name: str, steps: int, args: argparse.Namespace) -> list[dict[str, object]]:
     """Return the rows of a library: parity first, then times."""
     library = LIBRARIES[name]
-    parity, images = make_pair(name, torch.float32, PARITY_STEPS, PARITY_BATCH, args.device, args.quick), []
-    for draw in (parity.before, parity.after):
+    *samplers, _ = make_pair(name, torch.float32, PARITY_STEPS, PARITY_BATCH, args.device, args.quick)
+    images = []
+    for draw in samplers:
         torch.manual_seed(0)
         images.append(draw(PARITY_BATCH))
     common.require_same_images(f"{name}, {PARITY_STEPS} steps of float32", *images)
     rows = []
     for dtype in library.dtypes:
         for batch in [2] if args.quick else library.batches:
-            pair = make_pair(name, common.DTYPES[dtype], steps, batch, args.device, args.quick)
-            calls = {"before": partial(pair.before, batch), "frozen": partial(pair.after, batch)}
+            before, after, memory_format = make_pair(name, common.DTYPES[dtype], steps, batch, args.device, args.quick)
+            calls = {"before": partial(before, batch), "frozen": partial(after, batch)}
             for call in calls.values():
                 call()
             times = common.compare(calls, args.device, warm=True, min_rounds=2 if args.quick else args.rounds)
             row: dict[str, object] = {"what": "tiny" if args.quick else library.network, "dtype": dtype, "batch": batch}
-            row |= {f"ms a step, {side}": taken.divided(steps).ms for side, taken in times.items()}
-            row |= {"times as fast": times["frozen"].speedup_over(times["before"]), "format before": pair.memory_format}
+            for side, taken in times.items():
+                row[f"ms a step, {side}"] = common.Spread.of([1e3 * seconds / steps for seconds in taken.rounds])
+            row |= {"times as fast": times["frozen"].speedup_over(times["before"]), "format before": memory_format}
             rows.append(row)
     return rows
 

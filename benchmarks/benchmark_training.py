@@ -137,12 +137,7 @@ def curve(name: str, model: nn.Module, data: list[idioms.Batch], autocast: bool)
     """Return the loss of each step."""
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = idioms.train_step(idioms.loss_ours if name == OURS else idioms.loss_peer_of_seeds, model, autocast)
-    losses = []
-    for i, batch in enumerate(data):
-        losses.append(step(batch))
-        if i % 20 == 0:
-            print(f"{name}: step {i}, loss {losses[-1]:.5f}", flush=True)
-    return losses
+    return [step(batch) for batch in data]
 
 
 def plot_loss(losses: dict[str, list[float]], precision: str) -> Any:
@@ -178,7 +173,6 @@ def loss_curve(args: argparse.Namespace, run: common.Run) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    formats = list(common.FORMATS)
     options: dict[str, dict[str, Any]] = {
         "what": {"choices": ("speed", "loss"), "help": "measure this"},
         "--precision": {
@@ -194,7 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "choices": TRAINING,
             "help": "speed: compare these (all that are installed; torch.compile takes minutes to warm up)",
         },
-        "--formats": {"nargs": "+", "choices": formats, "default": formats, "help": "speed: try these memory formats (both)"},
+        "--formats": {
+            "nargs": "+",
+            "choices": common.FORMATS,
+            "default": common.FORMATS,
+            "help": "speed: try these memory formats (both)",
+        },
         "--trusted": {"action": "store_true", "help": "speed: do not compare gradients first: an earlier run has done so"},
         "--steps": {"type": int, "default": 200, "help": "loss: take this many steps (200)"},
     }

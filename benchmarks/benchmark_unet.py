@@ -82,9 +82,8 @@ def compare(names: Sequence[str], job: Job, rounds: int, missing: dict[str, str]
         errors = check(processes, job, missing)
         timers = {name: partial(process.seconds, process.calls_per_turn()) for name, process in processes.items()}
         times = common.take_turns(timers, rounds)
-    best = min((name for name in times if name != OURS), key=lambda name: times[name].ms, default=None)
     return [
-        {"contestant": name, "best peer": "*" if name == best else "", "batch": job.batch, "size": job.size}
+        {"contestant": name, "batch": job.batch, "size": job.size}
         | {"threads": job.threads, "dtype": job.dtype, "ms": taken.ms, "images/s": taken.per_second(job.batch)}
         | {"32x32 pixels/s": taken.per_second(job.batch * job.size**2 / 1024).median}
         | {f"{OURS} is faster by": times[OURS].speedup_over(taken) if OURS in times else "", "relative error": errors[name]}

@@ -98,10 +98,6 @@ class Times:
     def ms(self) -> Spread:
         return Spread.of([1e3 * seconds for seconds in self.rounds])
 
-    def divided(self, parts: int) -> Times:
-        """Return the seconds of one of so many parts of a call."""
-        return Times(tuple(seconds / parts for seconds in self.rounds))
-
     def per_second(self, things: float) -> Spread:
         """Return how many things a second calls make that each make `things`."""
         return Spread.of([things / seconds for seconds in self.rounds])

@@ -138,11 +138,6 @@ def diffusers_unet(model: UNet) -> Any:
         return diffusers().UNet2DModel.from_pretrained(folder)
 
 
-def diffusers_scheduler(schedule: NoiseSchedule) -> Any:
-    """Return diffusers' DDPMScheduler for the same betas."""
-    return diffusers().DDPMScheduler(num_train_timesteps=schedule.num_timesteps, trained_betas=schedule.betas.tolist())
-
-
 # ----------------------------------------------------------------------------------------------- sampling and training
 
 

@@ -74,7 +74,9 @@ class Samplers:
         self.pipeline: Any = None
         if installed("diffusers"):
             network = self.networks[PIPELINE] = idioms.diffusers_unet(model)
-            self.pipeline = idioms.diffusers().DDPMPipeline(unet=network, scheduler=idioms.diffusers_scheduler(schedule))
+            betas = {"num_train_timesteps": schedule.num_timesteps, "trained_betas": schedule.betas.tolist()}
+            scheduler = idioms.diffusers().DDPMScheduler(**betas)
+            self.pipeline = idioms.diffusers().DDPMPipeline(unet=network, scheduler=scheduler)
             self.pipeline.set_progress_bar_config(disable=True)
             if self.classes is not None:  # DDPMPipeline knows no classes
                 # A copy of the network shares a function, but would copy the Samplers of a method.

@@ -54,7 +54,6 @@ def test_peers_that_are_missing_wrong_or_crash_are_left_out(job: Job) -> None:
     missing: dict[str, str] = {}
     rows = benchmark_unet.compare(list(NETWORKS), job, rounds=2, missing=missing)
     assert [row["contestant"] for row in rows] == [OURS, "diffusers"]
-    assert [row["best peer"] for row in rows] == ["", "*"]
     assert rows[1]["ddpm_fast is faster by"].median == 2
     assert rows[1]["first image, s"] == 4
     assert missing["torch.compile"] == "no_such_module not installed"
