@@ -102,9 +102,8 @@ class Tracer(TorchDispatchMode):
         result = function(*args, **kwargs or {})
         given, got = ([each for each in tree_leaves(of) if isinstance(each, Tensor)] for of in (args, result))
         storages = {each.untyped_storage().data_ptr() for each in given}
-        writes = function._schema.is_mutable
         outs = [each for each in got if each.is_floating_point() and each.numel()]
-        if outs and (writes or not any(each.untyped_storage().data_ptr() in storages for each in outs)):
+        if outs and (function._schema.is_mutable or not any(each.untyped_storage().data_ptr() in storages for each in outs)):
             self.calls += _calls(function._schema.name.partition("::")[2], given, outs, args)
         return result
 
