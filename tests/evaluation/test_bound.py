@@ -322,6 +322,8 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
         model, to_unit_range(x_0), SCHEDULE, variance="fixed_large", class_labels=labels, seed=2, batch_size=4, progress=False
     )
     assert per_image == pytest.approx(bound.total.tolist(), rel=1e-6)
+    per_timestep = json.loads(out.read_text())["per_timestep"]["terms"]
+    assert per_timestep == pytest.approx(bound.terms.mean(dim=0).tolist(), rel=1e-6)
 
     for more, message in (
         (("--num", 100000), "expected --num to be at most 297, the test images of digits, got 100000"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -111,6 +112,14 @@ def test_build_info() -> None:
     assert build["isa"] in build["isas"]
     assert build["processor_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
     assert bool(build["cuda_archs"]) != bool(build["cuda_why_not"])
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads what Linux says of x86-64"
+)
+def test_the_processor_is_the_system_s() -> None:
+    known = dict(re.findall(r"^(vendor_id|cpu family)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    assert _native.build_info()["processor"] == f"{known['vendor_id']} {known['cpu family']}"
 
 
 def test_a_module_is_old_by_the_content_of_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
