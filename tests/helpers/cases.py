@@ -22,12 +22,13 @@ def chosen(items: Sequence[pytest.Item]) -> set[str]:
     """Return the names of the cases to run. They are the same in every process.
 
     A marker `every("op")` makes a test of its own of each value of the parameter `op`, `every("case.op")` of each `case.op`.
+    So does each device, so that a GPU leaves no case of the CPU out.
     """
     tests: defaultdict[tuple[object, ...], dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for item in items:
         parameters = getattr(item, "callspec").params if hasattr(item, "callspec") else {}  # noqa: B009 (pytest.Function alone)
         apart = [attrgetter(*marker.args)(SimpleNamespace(**parameters)) for marker in item.iter_markers("every")]
-        tests[item.nodeid.partition("[")[0], repr(apart)][item.nodeid] = parameters
+        tests[item.nodeid.partition("[")[0], repr(apart), parameters.get("device")][item.nodeid] = parameters
     return {name for cases in tests.values() for name in covering(cases)}
 
 
