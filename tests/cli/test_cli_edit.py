@@ -18,7 +18,7 @@ from torch import Tensor
 import ddpm_fast
 from ddpm_fast import pretrained
 from ddpm_fast.files.images import save_grid
-from ddpm_fast.training.data import load_dataset, published, read_batch, to_unit_range
+from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 
 SCHEDULE = ddpm_fast.NoiseSchedule.linear(1000)
 SIZE = 8
@@ -218,28 +218,6 @@ def test_a_colour_model_takes_files_of_either_kind() -> None:
     assert (got[1] == (200, 100, 50)).all()
     edit(colour, "inpaint", "rgb.png", "--box=0,0,4,4", "--steps=2", "--jump-samples=1")
     assert (cells("inpainted.png", 1, 3, channels=3)[0, 2, 4:] == (200, 100, 50)).all()
-
-
-def test_fashion_mnist_is_padded_to_32_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files of Debian's package have few images here."""
-    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
-    debian = Path("debian").resolve()
-    debian.mkdir()
-    (debian / "t10k-images-idx3-ubyte").write_bytes(np.array([0x803, 5, 28, 28], ">u4").tobytes() + images.tobytes())
-    (debian / "t10k-labels-idx1-ubyte").write_bytes(np.array([0x801, 5], ">u4").tobytes() + bytes([3, 0, 9, 1, 1]))
-    monkeypatch.setattr(published, "FASHION_MNIST_DEBIAN", debian)
-    run("edit", "vary", "fashion-mnist:3", "--num=1", "--strength=0", "--quiet")
-    with Image.open("variations.png") as image:
-        assert image.size == (2 * 98 + 2, 100)
-        pixels = np.asarray(image)[2:98:3, 2:98:3]
-    assert np.array_equal(pixels, np.pad(images[3], 2))
-
-
-def test_images_that_are_not_finite_are_drawn_grey(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ddpm_fast, "vary", lambda sampler, images, *_, **__: images * float("nan"))
-    output = edit(folder, "vary", "digits:0", "--num=2", "--steps=2", code=1)
-    assert output.strip() == "Error: 2 of 3 images are not finite and drawn grey, from number 1 (of 0..2)"
-    assert (cells("variations.png", 1, 3)[0, 1:] == 128).all()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

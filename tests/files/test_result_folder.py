@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from runs import train
@@ -50,12 +51,8 @@ def test_a_second_process_is_told_who_writes(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_folder_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name of the process does not matter."""
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     folder = Cakes(tmp_path)
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "write", Mock(side_effect=OSError(28, "No space left on device")))
     with folder.locked(), pytest.raises(BlockingIOError, match="got a process without a name"), folder.locked():
         pass
 
@@ -121,12 +118,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
 def test_a_file_system_without_locks_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import fcntl
-
-    def flock(*_: object) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(38, "Function not implemented")))
     with Cakes(tmp_path / "run").locked(), Cakes(tmp_path / "run").locked():
         assert caplog.text.count("run is not locked, so no other process may write to it meanwhile") == 2
 

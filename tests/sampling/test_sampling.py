@@ -276,7 +276,7 @@ def test_guidance_of_1_costs_no_second_half(scale: float | None) -> None:
     assert rows == [2, 2, 2, 4, 4, 4]
 
 
-# ---------------------------------------------------------------------------------------------------- trajectory, progress
+# -------------------------------------------------------------------------------------------------------------- trajectory
 
 
 def test_the_trajectory_goes_from_x_T_to_x_0() -> None:
@@ -301,14 +301,6 @@ def test_the_model_sees_the_timesteps_of_the_plan() -> None:
     model, plan = Recording(), ddpm_plan(SCHEDULE, 7, spacing="trailing")
     draw(model, 3, plan, shape=(1, 2, 2))
     torch.testing.assert_close(torch.stack([t for _, _, t, _ in model.calls]), plan.timesteps[:, None].expand(7, 3))
-
-
-def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    sampler = Sampler(Recording(), ddpm_plan(SCHEDULE, 5), shape=(1, 2, 2))
-    sampler(4, batch_size=2)
-    assert "10/10" in capsys.readouterr().err
-    sampler(4, progress=False)
-    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------------------------------------ errors

@@ -11,6 +11,7 @@ import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def fashion_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_fashion_mnist_is_padded_with_black(fashion_folder: Path) -> None:
+def test_fashion_mnist_is_padded_with_black(fashion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = load_dataset("fashion-mnist", fashion_folder)
     batch, labels, _ = read_batch(dataset, torch.tensor([4, 0]))
     assert (len(dataset), dataset.info.shape, dataset.info.classes) == (5, (1, 32, 32), FASHION_MNIST_CLASSES)
@@ -51,10 +52,13 @@ def test_fashion_mnist_is_padded_with_black(fashion_folder: Path) -> None:
     assert batch.dtype == torch.uint8
     np.testing.assert_array_equal(batch[:, 0], np.pad(IMAGES[[4, 0]], [(0, 0), (2, 2), (2, 2)]))
     assert to_unit_range(batch)[:, :, :2].eq(-1).all()  # black
-    unpadded = load_dataset("fashion-mnist", fashion_folder, image_size=28)
+    for file in fashion_folder.iterdir():
+        file.rename(file.with_name(file.name.replace("train", "t10k")))
+    monkeypatch.setattr(published, "FASHION_MNIST_DEBIAN", fashion_folder)  # of a package, read without an argument
+    unpadded = load_dataset("fashion-mnist", split="test", image_size=28)
     assert (unpadded.info.shape, unpadded.info.preparation) == ((1, 28, 28), "not resized")
     np.testing.assert_array_equal(whole(unpadded).images[:, 0], IMAGES)
-    enlarged = load_dataset("fashion-mnist", fashion_folder, image_size=64).info
+    enlarged = load_dataset("fashion-mnist", fashion_folder, split="test", image_size=64).info
     assert enlarged.preparation == "resized from 32x32, padded with black from 28x28"
 
 
@@ -249,11 +253,7 @@ def test_a_failed_download_says_where_from_and_what_else_to_do(
     name: str, source: str, download: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torchvision.datasets")
-
-    def fail(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("network is\nunreachable")
-
-    monkeypatch.setattr(download, fail)
+    monkeypatch.setattr(download, Mock(side_effect=urllib.error.URLError("network is\nunreachable")))
     with pytest.raises(OSError, match=rf"load_dataset: expected {source} in '{tmp_path}' or {wanted}--data-dir\)") as info:
         load_dataset(name, tmp_path)
     assert ("Debian's package dataset-fashion-mnist" in str(info.value)) == (name == "fashion-mnist")
@@ -468,11 +468,8 @@ def test_only_the_first_images_are_read_but_all_classes_counted(skip_broken: boo
 
 @pytest.mark.parametrize("memory", [None, 0])
 def test_a_lack_of_memory_is_no_broken_image(memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise MemoryError
-
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    monkeypatch.setattr("ddpm_fast.training.data.pictures.converted", fail)
+    monkeypatch.setattr("ddpm_fast.training.data.pictures.converted", Mock(side_effect=MemoryError))
     for skip_broken in (False, True):
         with pytest.raises(MemoryError):
             load_dataset(str(tmp_path), memory=memory, skip_broken=skip_broken)[0]
