@@ -90,21 +90,6 @@ def test_weights_are_the_same_bits_in_parts_and_in_processes(condition: str, tmp
         for each in run_ranks(2, ["-c", TRAIN, str(tmp_path / "two"), json.dumps(options)], tmp_path):
             assert each.returncode == 0, each.stderr
         assert_same_weights(tmp_path / "whole", tmp_path / "two")
-    config = load_folder(tmp_path / "whole").model.config
-    found = [config[name] for name in ("condition", "in_channels", "out_channels")]
-    assert found == [condition, 3 if condition == "mask" else 2, 1]
-
-
-def test_pairs_train_and_are_part_of_the_fingerprint(tmp_path: Path) -> None:
-    sharp, dim = scenes(tmp_path / "sharp"), scenes(tmp_path / "dim", mode="L", seed=1)
-    info = load_dataset(str(sharp), condition=dim).info
-    assert (info.shape, info.condition, info.condition_channels) == ((3, 8, 12), "images", 1)
-    options = RUN | {"data": str(sharp), "condition": str(dim)}
-    train(tmp_path / "run", **options | {"steps": 2})
-    assert load_folder(tmp_path / "run").model.config["condition"] == "images"
-    Image.new("L", (12, 8)).save(dim / "0.png")
-    with pytest.raises(ValueError, match="the images that the run"):
-        train(tmp_path / "run", **options, resume=True)
 
 
 def test_pairs_of_arrays_have_a_range(tmp_path: Path) -> None:

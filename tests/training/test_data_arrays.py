@@ -55,11 +55,6 @@ def test_bytes_are_pictures(tmp_path: Path) -> None:
     assert np.array_equal(whole(pictures).images[:, 0], pixels)
 
 
-def test_numbers_are_resized(tmp_path: Path) -> None:
-    resized = load_dataset(str(write(tmp_path / "a.npy", VALUES)), image_size=(2, 3), first=2)
-    assert (len(resized), resized.info.shape, resized.info.preparation[:16]) == (2, (C, 2, 3), "resized from 6x4")
-
-
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float64, np.float16])
 def test_numbers_of_each_dtype_are_read(dtype: Any, tmp_path: Path) -> None:
     values = VALUES.clip(0, None) if dtype == np.uint16 else VALUES  # negative ones would wrap
@@ -156,8 +151,6 @@ def test_a_part_of_a_data_set_keeps_its_ranges(tmp_path: Path) -> None:
     options = TrainOptions(steps=1, batch_size=2, sample_every=0, progress=False, tensorboard=False)
     Trainer(model, NoiseSchedule.linear(), part, options, tmp_path / "run").run()
     assert load_folder(tmp_path / "run").model.config["data_range"] == [list(each) for each in RANGES]
-    pictures = Trainer(UNet(**model.config), NoiseSchedule.linear(), [dataset[0].image], options, tmp_path / "other")
-    assert pictures.model.config["data_range"] == [list(each) for each in RANGES]  # the network's own
 
 
 def test_a_network_remembers_the_range(tmp_path: Path) -> None:

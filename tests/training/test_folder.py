@@ -304,11 +304,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
 
 
 @pytest.mark.parametrize("check", ["sample", "exact"])
-def test_other_images_stop_a_resumed_run(check: str, tmp_path: Path) -> None:
-    folder, options = tmp_path / "run", QUIET | {"data": str(pictures(tmp_path / "images")), "batch_size": 2}
+@pytest.mark.parametrize("changed", ["images", "conditions"])
+def test_other_images_or_conditions_stop_a_resumed_run(check: str, changed: str, tmp_path: Path) -> None:
+    pairs = {"data": pictures(tmp_path / "images"), "condition": pictures(tmp_path / "conditions", seed=2)}
+    folder, options = tmp_path / "run", QUIET | pairs | {"batch_size": 2}
     train(folder, **options, steps=1, data_check=check)
     train(folder, **options, steps=2, resume=True, data_check=check)
-    pictures(tmp_path / "images", seed=1)
+    pictures(tmp_path / changed, seed=1)
     with pytest.raises(ValueError, match=r"expected the images .*, got 3 others; .*--data-check off"):
         train(folder, **options, steps=3, resume=True, data_check=check)
     train(folder, **options, steps=3, resume=True, data_check="off")

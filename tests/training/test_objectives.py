@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,44 +32,63 @@ LEARNED = QUIET | {"variance": "learned_range", "num_timesteps": 20, "flip": Tru
 FLOW = QUIET | {"prediction": "flow", "num_timesteps": 20}
 
 
-def run_trainer(folder: Path, model: nn.Module, objective: Any, dataset: Any = None, **options: Any) -> None:
-    """Train a network of four steps on digits, unless the options say otherwise."""
+def run_trainer(folder: Path, model: Callable[[], nn.Module], objective: Any, dataset: Any = None, **options: Any) -> None:
+    """Train a new network for four steps on digits, unless the options say otherwise."""
     dataset = load_dataset("digits") if dataset is None else dataset
-    Trainer(model, objective, dataset, TrainOptions(**SHARED | {"steps": 4} | options), folder).run()
+    torch.manual_seed(0)
+    Trainer(model(), objective, dataset, TrainOptions(**SHARED | {"steps": 4} | options), folder).run()
 
 
 def draw(model: Path, out: Path, *more: object) -> None:
     run_command("sample", "--model", model, "--num", 1, "--steps", 3, "--out", out, *more)
 
 
-# -------------------------------------------------------------------------------------------------------- learned variance
+RANGE_20 = Objective(NoiseSchedule.linear(20), variance="learned_range")
+SOLVERS = ("dpm++2m", "dpm++2m-sde", "ddpm", "ddim", "heun", "ddim --spacing trailing")
 
 
-def test_a_learned_variance_is_resumed_sampled_evaluated_and_exported(tmp_path: Path) -> None:
-    train(tmp_path / "cut", **LEARNED, steps=2)
-    resume_and_compare(train, tmp_path / "cut", **LEARNED, steps=5)
-    export_checkpoint(tmp_path / "cut", tmp_path / "model", torch.float32)
-    loaded = load_folder(tmp_path / "model")
-    expected = Objective(NoiseSchedule.linear(20), variance="learned_range")
-    assert loaded.objective == load_folder(tmp_path / "cut").objective == expected
-    assert (loaded.interface.shape, loaded.interface.condition_channels) == ((1, 8, 8), 0)
-    assert (loaded.model.config["out_channels"], loaded.model.config["variance"]) == (2, "learned_range")
-    for sampler in ("ddpm", "dpm++2m-sde"):
-        draw(tmp_path / "model", tmp_path / "a.png", "--sampler", sampler)
-    assert "learned_range: bits/dim" in run_command("evaluate", "--model", tmp_path / "cut", "--data", "digits", "--num", 2)
+@pytest.mark.parametrize(
+    ("options", "expected", "config", "samplers", "evaluated"),
+    [
+        (LEARNED, RANGE_20, {"out_channels": 2, "variance": "learned_range"}, SOLVERS[1:3], "learned_range: bits/dim"),
+        (FLOW, Objective(NoiseSchedule.flow(20), "flow"), {"out_channels": 1}, SOLVERS, "total"),
+    ],
+    ids=["learned variance", "flow matching"],
+)
+def test_an_objective_is_resumed_exported_sampled_and_evaluated(
+    options: dict[str, Any], expected: Objective, config: dict[str, Any], samplers: Any, evaluated: str, tmp_path: Path
+) -> None:
+    train(tmp_path / "cut", **options, steps=2)
+    resume_and_compare(train, tmp_path / "cut", **options, steps=4)
+    out = export_checkpoint(tmp_path / "cut", tmp_path / "model", torch.float32)
+    for folder in (out, tmp_path / "cut"):
+        loaded = load_folder(folder)
+        assert loaded.objective == expected
+        assert config.items() <= dict(loaded.model.config).items()
+    for sampler in samplers:
+        draw(out, tmp_path / "a.png", "--sampler", *sampler.split())
+    assert evaluated in run_command("evaluate", "--model", out, "--data", "digits", "--num", 2)
 
 
-@pytest.mark.parametrize(("variance", "is_pipeline"), [("learned", False), ("learned_range", True)])
-def test_a_learned_variance_is_a_pipeline_of_diffusers(variance: str, is_pipeline: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "is_pipeline"),
+    [(LEARNED | {"variance": "learned"}, False), (LEARNED, True), (FLOW, False)],
+    ids=["learned", "learned_range", "flow"],
+)
+def test_an_exported_folder_is_a_pipeline_if_diffusers_has_its_objective(
+    options: dict[str, Any], is_pipeline: bool, tmp_path: Path
+) -> None:
     """Diffusers takes the channels of "learned" for variances, not for their logarithms."""
-    train(tmp_path / "run", **LEARNED | {"variance": variance, "conditional": False}, steps=1)
+    train(tmp_path / "run", **options | {"conditional": False}, steps=1)
     out = export_checkpoint(tmp_path / "run", tmp_path / "model", torch.float32)
-    assert load_folder(out).objective.variance == variance
-    assert (out / "model_index.json").exists() == is_pipeline
+    assert load_folder(out).objective == load_folder(tmp_path / "run").objective
+    config = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert config["prediction_type"] == options.get("prediction", "epsilon")
+    assert ((out / "model_index.json").exists(), "_class_name" in config) == (is_pipeline, is_pipeline)
     if is_pipeline:
         pipeline = pytest.importorskip("diffusers").DDPMPipeline.from_pretrained(out)
         pipeline.set_progress_bar_config(disable=True)
-        assert pipeline.scheduler.config.variance_type == variance
+        assert pipeline.scheduler.config.variance_type == "learned_range"
         assert pipeline(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
 
 
@@ -79,7 +99,7 @@ def test_weights_of_guided_diffusion_go_on_training(tmp_path: Path) -> None:
     network = load_guided_diffusion(theirs.state_dict(), num_heads=4, image_size=16)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     images = [torch.full((3, 16, 16), 20 * i, dtype=torch.uint8) for i in range(12)]
-    run_trainer(tmp_path / "run", network, NoiseSchedule.linear(100), images, variance="learned_range")
+    run_trainer(tmp_path / "run", lambda: network, NoiseSchedule.linear(100), images, variance="learned_range")
     assert all(not torch.equal(value, before[name]) for name, value in network.state_dict().items() if "weight" in name)
     loaded = load_folder(tmp_path / "run")
     assert loaded.objective.variance == "learned_range"
@@ -103,34 +123,13 @@ class Network(nn.Module):
 
 
 def test_any_network_learns_its_variance(tmp_path: Path) -> None:
-    digits = load_dataset("digits")
-    images = [digits[i].image for i in range(9)]
-
-    def begin(folder: Path, **options: Any) -> None:
-        torch.manual_seed(0)
-        run_trainer(folder, Network(2), NoiseSchedule.cosine(10), images, variance="learned", **options)
-
-    begin(tmp_path / "cut", steps=2)
-    resume_and_compare(begin, tmp_path / "cut")
+    begin = partial(run_trainer, model=partial(Network, 2), objective=NoiseSchedule.cosine(10), variance="learned")
+    images = [each.image for each in load_dataset("digits", first=9)]
+    begin(tmp_path / "cut", dataset=images, steps=2)
+    resume_and_compare(begin, tmp_path / "cut", dataset=images)
 
 
 # ----------------------------------------------------------------------------------------------------------- flow matching
-
-
-def test_flow_matching_trains_on_its_schedule_and_is_drawn_by_every_sampler(tmp_path: Path) -> None:
-    train(tmp_path / "cut", **FLOW, steps=2)
-    resume_and_compare(train, tmp_path / "cut", **FLOW, steps=4)
-    out = export_checkpoint(tmp_path / "cut", tmp_path / "model", torch.float32)
-    assert not (out / "model_index.json").exists()
-    config = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
-    assert "_class_name" not in config
-    assert config["prediction_type"] == "flow"
-    for folder in (out, tmp_path / "cut"):
-        assert load_folder(folder).objective == Objective(NoiseSchedule.flow(20), "flow")
-    for sampler in ("dpm++2m", "dpm++2m-sde", "ddpm", "ddim", "heun"):
-        draw(out, tmp_path / "a.png", "--sampler", sampler)
-    draw(out, tmp_path / "a.png", "--sampler", "ddim", "--spacing", "trailing")
-    assert "total" in run_command("evaluate", "--model", out, "--data", "digits", "--num", 2)
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), [("cosine", "flow"), ("flow", "epsilon")])
@@ -157,19 +156,14 @@ def test_the_command_gives_flow_its_schedule_with_the_small_network(tmp_path: Pa
 def test_a_trainer_takes_an_objective(tmp_path: Path) -> None:
     schedule = NoiseSchedule.cosine(20)
     half = (Objective(schedule, "v_prediction").target + Objective(schedule, "flow").target) / 2
-    objective = Objective(schedule, half, loss_weight="min_snr", gamma=3.0)
-
-    def begin(folder: Path, **options: Any) -> None:
-        torch.manual_seed(0)
-        run_trainer(folder, tiny_unet(), objective, **options)
-
+    begin = partial(run_trainer, model=tiny_unet, objective=Objective(schedule, half, loss_weight="min_snr", gamma=3.0))
     begin(tmp_path / "cut", steps=2)
     resume_and_compare(begin, tmp_path / "cut")
     loaded = load_folder(export_checkpoint(tmp_path / "cut", tmp_path / "model"))
     assert loaded.objective == Objective(schedule, half)  # weights of the loss do not concern a drawing
     draw(tmp_path / "cut", tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"train: expected prediction to be 'custom', as in .*, got 'v_prediction'"):
-        run_trainer(tmp_path / "cut", tiny_unet(), Objective(schedule, "v_prediction"), resume=True)
+        run_trainer(tmp_path / "cut", tiny_unet, Objective(schedule, "v_prediction"), resume=True)
 
 
 SCHEDULE = NoiseSchedule.cosine(20)
@@ -211,5 +205,5 @@ def test_objectives_that_do_not_fit_are_refused_before_a_folder_is_made(
     model: Any, objective: Any, images: Any, options: dict[str, str], wanted: tuple[str, str, str], tmp_path: Path
 ) -> None:
     with refused(InvalidValue("Trainer", *wanted)):
-        run_trainer(tmp_path / "run", model(), objective, images, **options)
+        run_trainer(tmp_path / "run", model, objective, images, **options)
     assert not (tmp_path / "run").exists()

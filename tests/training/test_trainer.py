@@ -17,6 +17,7 @@ from unittest.mock import DEFAULT, Mock
 import numpy as np
 import pytest
 import torch
+from items import whole
 from launching import run_ranks
 from PIL import Image
 from refusals import refused
@@ -39,7 +40,7 @@ from ddpm_fast import Logger, NoiseSchedule, Trainer, TrainOptions, UNet, load_f
 from ddpm_fast.distributed import ProcessLost
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.training import loop
-from ddpm_fast.training.data import Checked, batches, load_dataset, read_batch, to_unit_range
+from ddpm_fast.training.data import Checked, batches, load_dataset, to_unit_range
 from ddpm_fast.training.rng import TrainingRng
 from ddpm_fast.training.state import State
 from ddpm_fast.training.task import Task
@@ -136,52 +137,36 @@ def test_an_altered_network_resumes_exactly(tmp_path: Path) -> None:
     resume_and_compare(begin, tmp_path / "parts", steps=4)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda index, image, label: (Image.fromarray(np.asarray(image[0])), label),
-        lambda index, image, label: (Image.fromarray(np.asarray(image[0])).convert("RGB"), np.int64(label)),
-        lambda index, image, label: [to_unit_range(image), torch.tensor(label)],
-        lambda index, image, label: (to_unit_range(image).double(), label),
-    ],
-    ids=["pil", "pil-rgb", "float32", "float64"],
-)
-def test_items_of_every_form_train_the_same(change: Callable[[int, Tensor, int], Any], tmp_path: Path) -> None:
-    run(tmp_path / "uint8")
-    run(tmp_path / "other", Digits(change))
-    assert_same_weights(tmp_path / "uint8", tmp_path / "other")
-
-
 def pair(change: Callable[[Tensor, int, Tensor], Any]) -> Digits:
     """Return the digits as a data set with conditions of two channels. `change` is made to image, label and condition."""
     return Digits(lambda index, image, label: change(image, label, torch.cat([image.flip(2), image // 2])))
 
 
-def test_items_may_be_triples_or_mappings(tmp_path: Path) -> None:
-    items = {
-        "triples": pair(lambda image, label, condition: (image, label, condition)),
-        "names": pair(lambda image, label, condition: {"condition": condition, "image": image, "label": label}),
-        "floats": pair(lambda image, label, condition: (image, label, to_unit_range(condition))),
-    }
-    for name, dataset in items.items():
-        run(tmp_path / name, dataset, network(in_channels=3), flip=True)  # both are mirrored
-        assert_same_weights(tmp_path / "triples", tmp_path / name)
-    assert load_folder(tmp_path / "names").model.config["condition"] == "images"
+TRIPLES = partial(pair, lambda image, label, condition: (image, label, condition))
+PAIR, UNLABELLED = {"in_channels": 3}, {"num_class_embeds": None}
+FORMS: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]] = {
+    "pil": (Digits, lambda: Digits(lambda i, image, label: (Image.fromarray(np.asarray(image[0])), label)), {}),
+    "pil-rgb": (
+        Digits,
+        lambda: Digits(lambda i, image, label: (Image.fromarray(np.asarray(image[0])).convert("RGB"), np.int64(label))),
+        {},
+    ),
+    "float32": (Digits, lambda: Digits(lambda i, image, label: [to_unit_range(image), torch.tensor(label)]), {}),
+    "float64": (Digits, lambda: Digits(lambda i, image, label: (to_unit_range(image).double(), label)), {}),
+    "mapping": (TRIPLES, lambda: pair(lambda *item: dict(zip(("image", "label", "condition"), item, strict=True))), PAIR),
+    "float condition": (TRIPLES, lambda: pair(lambda image, label, condition: (image, label, to_unit_range(condition))), PAIR),
+    "tuple of one": (Digits, lambda: TensorDataset(whole(load_dataset("digits")).images), UNLABELLED),
+}
 
 
-def test_workers_read_the_same_and_leave_the_generator(tmp_path: Path) -> None:
-    before = torch.random.get_rng_state()
-    run(tmp_path / "none")
-    run(tmp_path / "two", num_workers=2)
-    assert_same_weights(tmp_path / "none", tmp_path / "two")
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_images_without_labels_train_an_unconditional_network(tmp_path: Path) -> None:
-    images = read_batch(load_dataset("digits"), range(1500)).images
-    for name, dataset in (("tensors", TensorDataset(images)), ("labelled", Digits())):  # items are tuples of one tensor, or two
-        run(tmp_path / name, dataset, network(num_class_embeds=None))
-    assert_same_weights(tmp_path / "tensors", tmp_path / "labelled")
+@pytest.mark.parametrize("form", FORMS)
+def test_items_of_every_form_train_the_same(form: str, tmp_path: Path) -> None:
+    """Conditions are mirrored with their images."""
+    *datasets, changes = FORMS[form]
+    for name, dataset in zip(("usual", "other"), datasets, strict=True):
+        run(tmp_path / name, dataset(), network(**changes), flip=True)
+    assert_same_weights(tmp_path / "usual", tmp_path / "other")
+    assert load_folder(tmp_path / "other").model.config.get("condition") == ("images" if changes is PAIR else None)
 
 
 def test_names_of_classes_come_from_the_network_the_data_set_or_numbers(tmp_path: Path) -> None:
@@ -274,7 +259,6 @@ def test_an_error_of_a_callback_is_raised_as_it_is(callback: str, kind: type[Exc
         run(tmp_path / "run", **options, **{callback: fail})
     assert newest_checkpoint(tmp_path / "run").name == "step-00000002"
     resume_and_compare(run, tmp_path / "run", **options)
-    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------------------------- loggers
