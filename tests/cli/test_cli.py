@@ -25,6 +25,7 @@ import torch
 from click.testing import CliRunner
 from commands import run, save_model
 from drawing import SCHEDULE, tiny_unet
+from items import write
 from launching import run_ranks
 from PIL import Image
 
@@ -228,32 +229,6 @@ def test_names_in_files_are_not_taken_for_options(command: str, tmp_path: Path, 
     assert wanted in run(*command.split(), code=2).splitlines()[-1]
 
 
-SECTIONS = {"options": "options", "objective": "the keys schedule, prediction", "dataset": "dataset"}
-
-
-@pytest.mark.parametrize(
-    ("section", "value", "wanted"),
-    [
-        *((section, None, section) for section in SECTIONS),
-        *((section, {}, wanted) for section, wanted in SECTIONS.items()),
-        ("format", None, "expected format to be 6, got None"),
-        (None, [], "a JSON object, got list"),
-    ],
-)
-def test_a_run_with_another_configuration_is_refused_in_a_line(
-    section: str | None, value: Any, wanted: str, trained: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(trained, tmp_path / "run")
-    config = json.loads((folder / "config.json").read_text())
-    kept = {name: part for name, part in config.items() if name != section}
-    changed = kept if value is None else {**kept, section: value}
-    (folder / "config.json").write_text(json.dumps(changed if section else value))
-    for command in (["train", folder, "--resume"], ["export", folder, tmp_path / "out"]):
-        line = run(*command, code=2).splitlines()[-1]
-        assert re.fullmatch(f"Error: .*{re.escape(wanted)}.*", line)
-        assert "config.json" in line
-
-
 @pytest.mark.parametrize(
     ("folder", "out", "wanted"),
     [
@@ -401,9 +376,7 @@ def test_sample_and_evaluate_refuse_before_work(
     monkeypatch.chdir(tmp_path)
     Path("folder.png").mkdir()
     Path("trained", "unet").mkdir(parents=True)
-    Path("config.json").write_text('{"a": 1}')
-    for name in ("file", "there.png"):
-        Path(name).touch()
+    write(tmp_path, {"config.json": b'{"a": 1}', "file": b"", "there.png": b""})
     Path("link.png").symlink_to("there.png")
     os.link("there.png", "hard.png")
     before = content(tmp_path)

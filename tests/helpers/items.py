@@ -45,6 +45,13 @@ def write(path: Path, content: Any, method: int = zipfile.ZIP_STORED) -> Path:
     return path
 
 
+def flip_bits(file: Path, place: int, bits: int = 1) -> None:
+    """Change bits of the byte at a place of a file."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= bits
+    file.write_bytes(content)
+
+
 def drawn(dataset: ItemDataset) -> list[torch.Tensor]:
     """Return random numbers of items for some batches of different sizes."""
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from unittest.mock import DEFAULT, Mock
 import pytest
 import safetensors.torch
 import torch
+from items import flip_bits
 from runs import QUIET, assert_same_weights, newest_checkpoint, pictures, run_command, train
 from torch import Tensor
 
@@ -101,12 +102,6 @@ def test_bytes_that_are_no_text_in_the_log_are_left_out(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def _flip_a_byte(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def _edit_state(folder: Path, edit: Callable[[dict[str, object]], object]) -> None:
     state = json.loads((folder / "state.json").read_text())
     edit(state)
@@ -114,8 +109,8 @@ def _edit_state(folder: Path, edit: Callable[[dict[str, object]], object]) -> No
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "a byte of the weights": lambda f: _flip_a_byte(f / "unet" / "diffusion_pytorch_model.safetensors"),
-    "a byte of the optimizer": lambda f: _flip_a_byte(f / "optimizer.safetensors"),
+    "a byte of the weights": lambda f: flip_bits(f / "unet" / "diffusion_pytorch_model.safetensors", -99),
+    "a byte of the optimizer": lambda f: flip_bits(f / "optimizer.safetensors", -99),
     "a missing file": lambda f: (f / "optimizer.safetensors").unlink(),
     "a list": lambda f: (f / "state.json").write_text("[]"),
     "a list of files": lambda f: (f / "state.json").write_text('{"files": []}'),
@@ -179,6 +174,9 @@ def test_an_optimizer_that_does_not_fit_is_named(
         train(run.path, **QUIET, steps=6, resume=True)
 
 
+FIELDS = r"'.*config\.json' to have valid fields, got: "
+
+
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
@@ -187,20 +185,25 @@ def test_an_optimizer_that_does_not_fit_is_named(
             Objective(NoiseSchedule.linear(5)).to_config() | {"schedule": {"name": "linear", "num_timesteps": None}},
             r"objective.num_timesteps to be an integer in 1\.\.100000, got None, in '.*config\.json'",
         ),
+        *((name, ..., rf"{FIELDS}Object missing required field `{name}`") for name in ("options", "objective", "dataset")),
+        (None, [], r"'.*config\.json' to hold a JSON object, got list"),
+        ("objective", {}, r"the keys schedule, prediction, .*, got none, in '.*config\.json'"),
+        ("dataset", {}, rf"{FIELDS}Object missing required field `images` - at `\$\.dataset`"),
+        ("options", {}, r"options to have all options of a run, got none named batch_size, .* and 24 more, in '.*json'"),
         ("options", {"lr": 1}, r"options to have all options of a run, got none named batch_size, .* and 23 more, in '.*json'"),
         ("options", TrainOptions().recorded() | {"lr": "x"}, r"options.lr to be a number, got str, in '.*config\.json'"),
-        ("options", [], r"'.*config\.json' to have valid fields, got: Expected `object`, got `array` - at `\$\.options`"),
-        (
-            "dataset",
-            {"classes": ["a"]},
-            r"'.*config\.json' to have valid fields, got: Object missing required field `images` - at `\$\.dataset`",
-        ),
+        ("options", [], rf"{FIELDS}Expected `object`, got `array` - at `\$\.options`"),
+        ("dataset", {"classes": ["a"]}, rf"{FIELDS}Object missing required field `images` - at `\$\.dataset`"),
+        ("format", ..., "format to be 6, got None: another version .*"),
         ("format", 2, r"format to be 6, got 2: another version .* start from its checkpoints \(init\), in '.*config\.json'"),
         ("unet", {"freq_shift": "x"}, r"unet.freq_shift to be an integer of at least 0, got 'x', in '.*config\.json'"),
     ],
 )
-def test_a_wrong_configuration_is_named(field: str, value: object, wanted: str, run: RunFolder, tmp_path: Path) -> None:
-    run.record.write_text(json.dumps(json.loads(run.record.read_text()) | {field: value}))
+def test_a_wrong_configuration_is_named(field: str | None, value: object, wanted: str, run: RunFolder, tmp_path: Path) -> None:
+    """Without a field, the value takes the place of the configuration. An ellipsis removes the field."""
+    changed = json.loads(run.record.read_text()) | {field: value}
+    kept = {name: part for name, part in changed.items() if part is not ...}
+    run.record.write_text(json.dumps(kept if field else value))
     with pytest.raises(ValueError, match=rf"^train: expected {wanted}$"):
         train(run.path, **QUIET, steps=6, resume=True)
     with pytest.raises(ValueError, match=rf"^export_checkpoint: expected {wanted}$"):
