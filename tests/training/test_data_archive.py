@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import encoded, whole, write
+from items import encoded, flip_bits, whole, write
 
 from ddpm_fast.training.data import batches, load_dataset, sources
 
@@ -121,9 +121,8 @@ def test_files_that_are_no_archives_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_image_is_named(memory: int | None, tmp_path: Path) -> None:
     """The archive's checksum also finds what Pillow would not."""
     path = write(tmp_path / "a.zip", FILES)
-    content = bytearray(path.read_bytes())
-    content[content.index(IMAGES["b.png"]) + len(IMAGES["b.png"]) - 1] ^= 1  # the last chunk's checksum, which Pillow skips
-    path.write_bytes(content)
+    end = path.read_bytes().index(IMAGES["b.png"]) + len(IMAGES["b.png"])
+    flip_bits(path, end - 1)  # the last chunk's checksum, which Pillow skips
     with pytest.raises(
         ValueError, match=r"Pillow can read in .*a\.zip, got .*b\.png \(BadZipFile: Bad CRC-32 for file 'b\.png'\)"
     ):
@@ -158,8 +157,6 @@ def test_a_file_that_is_larger_than_its_entry_says_is_cut_off(tmp_path: Path) ->
 
 def test_encrypted_files_cannot_be_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.zip", {"a.png": IMAGES["b.png"]})
-    content = bytearray(path.read_bytes())
-    content[content.rindex(b"PK\1\2") + 8] |= 1
-    path.write_bytes(content)
+    flip_bits(path, path.read_bytes().rindex(b"PK\1\2") + 8)
     with pytest.raises(ValueError, match=r"got 1 of 1 that it cannot: a\.png \(RuntimeError: .*encrypted, password required"):
         load_dataset(str(path))

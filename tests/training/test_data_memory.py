@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import assert_equal, drawn, encoded, write
+from items import assert_equal, drawn, encoded, flip_bits, write
 from runs import QUIET, assert_same_weights, train
 from test_data_hub import write_folder
 
@@ -205,15 +205,10 @@ def test_sizes_are_checked_without_decoding(folder: Path, monkeypatch: pytest.Mo
         load_dataset(str(folder), memory=0, image_size=8)
 
 
-def break_image(file: Path) -> None:
-    """Damage the pixels of a PNG and keep its header."""
-    content = bytearray(file.read_bytes())
-    content[50] ^= 255
-    file.write_bytes(content)
-
-
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-@pytest.mark.parametrize(("damage", "reason"), [(break_image, ""), (Path.unlink, "FileNotFoundError: ")])
+@pytest.mark.parametrize(
+    ("damage", "reason"), [(lambda file: flip_bits(file, 50, 255), ""), (Path.unlink, "FileNotFoundError: ")]
+)
 def test_a_broken_image_is_an_error_of_its_batch(
     damage: Callable[[Path], None], reason: str, num_workers: int, folder: Path
 ) -> None:

@@ -120,10 +120,3 @@ def test_skipped_images_take_their_conditions_with_them(tmp_path: Path) -> None:
     assert len(images) == COUNT - 1
     assert torch.equal(images, 2 * conditions)
     assert 100 not in conditions
-
-
-def test_published_images_are_paired_with_rows(tmp_path: Path) -> None:
-    np.save(tmp_path / "rows.npy", whole(load_dataset("digits")).images[:, 0].numpy() // 2)
-    images, _, conditions = whole(load_dataset("digits", condition=tmp_path / "rows.npy"))
-    assert conditions is not None
-    assert torch.equal(images // 2, conditions)

@@ -347,7 +347,6 @@ def test_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path: Path, 
     with pytest.raises(OSError, match=wanted):
         train(tmp_path / "run", **QUIET | {"steps": 2}, resume=True)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-00000001"]
-    assert newest_checkpoint(tmp_path / "run").name == "step-00000001"
 
 
 @pytest.mark.parametrize("removed", [False, True])
@@ -439,9 +438,7 @@ def test_diffusers_draws_from_an_exported_folder(conditional: bool, tmp_path: Pa
     pipe = diffusers.DiffusionPipeline.from_pretrained(out)
     assert type(pipe) is (diffusers.ConsistencyModelPipeline if conditional else diffusers.DDPMPipeline)
     loaded = load_folder(out)
-    theirs, ours = pipe.unet.state_dict(), loaded.model.state_dict()
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
+    torch.testing.assert_close(pipe.unet.state_dict(), loaded.model.state_dict(), rtol=0, atol=0)
 
     labels = {"class_labels": torch.tensor([3, 10])} if conditional else {}
     pipe.set_progress_bar_config(disable=True)
