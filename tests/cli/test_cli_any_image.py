@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run
+from items import write
 from PIL import Image
+from runs import pictures
 
 from ddpm_fast import load_folder
 
@@ -21,9 +23,8 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_five_channels_of_numbers(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "ddpm_fast")
-    Path("fields").mkdir()
-    for index, values in enumerate(np.random.default_rng(0).uniform(-3, 5, (4, 10, 14, 5))):
-        np.save(f"fields/{index}.npy", values)
+    fields = np.random.default_rng(0).uniform(-3, 5, (4, 10, 14, 5))
+    write(Path("fields"), {f"{index}.npy": values for index, values in enumerate(fields)})
     each = [argument for channel in range(5) for argument in ("--data-range", -4 - channel, 6)]
     run("train", "each", "--data=fields", "--image-size=12x8", *each, *SMALL)
     assert load_folder("each").model.config["data_range"] == [[-4.0 - channel, 6.0] for channel in range(5)]
@@ -38,18 +39,12 @@ def test_five_channels_of_numbers(caplog: pytest.LogCaptureFixture) -> None:
     assert "Shown channels: 3, 2, 1." in run(*sample, "--out=b.png", "--show-channels=3,2,1")
     with Image.open("a.png") as grey, Image.open("b.png") as colours:
         assert (grey.mode, colours.mode, grey.size) == ("L", "RGB", colours.size)
-    run(*sample, "--out=a.npz")
-    with np.load("a.npz") as archive:
-        assert (archive["arr_0"].dtype, archive["arr_0"].shape) == (np.float32, (2, 8, 12, 5))
-        assert -4 <= archive["arr_0"].min() < archive["arr_0"].max() <= 6
     assert "expected shape to be (C, H, W) with C one of 1, 3, 4" in run(*sample, "--out=dir/", code=2)
 
 
 def test_grey_rectangles(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "ddpm_fast")
-    Path("grey").mkdir()
-    for index in range(3):
-        Image.fromarray(np.full((20, 30), 80 * index, dtype=np.uint8)).save(f"grey/{index}.png")
+    pictures(Path("grey"), size=(30, 20), mode="L")
     run("train", "run", "--data=grey", "--image-size=12x8", *SMALL)
     assert "images   12x8 pixels, 1 channel, cropped and resized, in grey as all files are" in caplog.text
     run("train", "run", "--resume", "--steps=3", "--no-progress")
@@ -58,8 +53,9 @@ def test_grey_rectangles(caplog: pytest.LogCaptureFixture) -> None:
     with Image.open("a.png") as grid:
         assert grid.size == (3 * (12 * 8 + 2) + 2, 8 * 8 + 4)
     run("edit", "inpaint", "grey/1.png", "--box=8,0,4,8", "--jump-samples=1", *common)
-    refused = run("edit", "inpaint", "grey/1.png", "--box=0,8,4,4", *common, code=2)
-    assert "expected --box to be X,Y,W,H within 12x8 pixels" in refused
+    assert "expected --box to be X,Y,W,H within 12x8 pixels" in run(
+        "edit", "inpaint", "grey/1.png", "--box=0,8,4,4", *common, code=2
+    )
     run("sample", "--num=1", *common)
     with Image.open("a.png") as one:
         assert (one.mode, one.size) == ("L", (12, 8))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from drawing import Gaussian, tiny_unet
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_fast import (
     NoiseSchedule,
@@ -273,19 +273,9 @@ def test_the_batch_size_does_not_change_what_is_painted() -> None:
     assert torch.equal(expected, sampler(5, **arguments))  # a hole over everything is sampling
 
 
-class Never(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.config = {"in_channels": 3, "sample_size": 4}
-
-    def forward(self, *_: Any) -> Tensor:
-        raise AssertionError("the network was called")
-
-
 MASK = torch.zeros(1, 1, 4, 4)
 HALF = MASK[..., 1:]
-NEVER = drawing(ddpm_plan(SCHEDULE), Never())
+NEVER = drawing(ddpm_plan(SCHEDULE), lambda x_t, t: pytest.fail("the network was called"))
 INVERTING = NEVER.with_plan(ddim_inversion_plan(SCHEDULE, 5))
 REFUSED = [
     (lambda: vary(NEVER, IMAGES, -0.1), r"vary: expected strength to be .* got -0\.1"),
@@ -305,7 +295,7 @@ REFUSED = [
     (lambda: inpaint(NEVER, IMAGES, MASK * math.nan), r"inpaint: expected mask to be in 0\.\.1"),
     (lambda: invert(INVERTING, IMAGES[:, :2]), r"invert: expected images to be \[N, 3, 4, 4\]"),
     (lambda: vary(NETWORK, IMAGES), "vary: expected sampler to be a Sampler, got Gaussian"),  # type: ignore[arg-type]
-    (lambda: vary(NEVER, IMAGES, class_labels=1), "vary: expected class_labels to be None, as the model has no classes, got 1"),
+    (lambda: vary(NEVER, IMAGES, class_labels=1), "vary: expected class_labels to be None, as the model takes x_t and t alone"),
 ]  # fmt: skip
 
 

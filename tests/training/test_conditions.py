@@ -224,8 +224,6 @@ def test_numbers_are_read_by_the_range_that_the_model_keeps(numbers: list[Path],
     assert "expected --condition-range to go with --condition, got ((0.0, 9.0),)" in shown
     shown = run_command(*commands["--condition-range"], "--condition-range", 0, 9, code=2)
     assert "expected --condition-range to be left out, as the model keeps ((" in shown
-    with pytest.raises(ValueError, match="condition_range to go with a condition that is read from files"):
-        load_dataset(str(several), condition="grey", condition_range=(0, 9))
 
 
 def test_a_model_of_pictures_reads_numbers_of_a_given_range(numbers: list[Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from items import assert_equal, encoded, whole, write
+from items import assert_equal, encoded, flip_bits, whole, write
 from PIL import Image
 from refusals import refused
 
@@ -182,6 +182,12 @@ PAIRS = ("data_range", "to be two numbers, or two a channel")
             {"data_range": (0, 1)},
             ("data_range", "to be None for image files, as arrays alone have ranges"),
             "((0.0, 1.0),)",
+        ),
+        (
+            "images",
+            {"condition": "mask", "condition_range": (0, 9)},
+            ("condition_range", "to go with a condition that is read from files"),
+            "(0, 9)",
         ),
         *(("a.npy", {"data_range": wrong}, PAIRS, repr(wrong)) for wrong in ((1,), "01", 5, [(0, 1), (1,)], [])),
         ("a.npy", {"data_range": [(0, 1), (5, 1)]}, ("data_range", "to have the lower number first"), "(5, 1)"),
@@ -378,9 +384,7 @@ def break_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Image.fromarray(noise).save(folder / name)
     for name in ("cut.png", "cut.jpg", "cut.webp"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-150])
-    content = bytearray((folder / "damaged.png").read_bytes())
-    content[50] ^= 255  # within the compressed pixels
-    (folder / "damaged.png").write_bytes(content)
+    flip_bits(folder / "damaged.png", 50, 255)  # within the compressed pixels
     (folder / "empty.png").touch()
     (folder / "text.jpg").write_text("no image")
     (folder / "link.png").symlink_to("nowhere")

@@ -250,10 +250,7 @@ def test_callbacks_see_each_step_and_each_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [ValueError, OSError, KeyError])
 @pytest.mark.parametrize("callback", ["on_step", "on_checkpoint"])
 def test_an_error_of_a_callback_is_raised_as_it_is(callback: str, kind: type[Exception], tmp_path: Path) -> None:
-    def fail(*arguments: object) -> None:
-        if arguments[0] == 2 or callback == "on_checkpoint":
-            raise kind("mine")
-
+    fail = Mock(side_effect=[kind("mine")] if callback == "on_checkpoint" else [None, kind("mine")])
     options = {"steps": 3, "checkpoint_every": 2}
     with pytest.raises(kind, match=r"^'?mine'?$"):
         run(tmp_path / "run", **options, **{callback: fail})
