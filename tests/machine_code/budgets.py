@@ -39,14 +39,13 @@ def load(backend: str) -> tuple[str, Budgets]:
     return data["compiler"], data["kernels"]
 
 
-def complaints(found: Found, budgets: Budgets, *, same_compiler: bool = True, whole: bool = True) -> Iterator[str]:
+def complaints(found: Found, budgets: Budgets, *, same_compiler: bool = True) -> Iterator[str]:
     """Yield what is wrong, a sentence each.
 
     Args:
-        found: Figures of what was compiled.
-        budgets: What is allowed.
+        found: Figures of what was compiled. Architectures may be missing.
+        budgets: What is allowed. A budget without a kernel is wrong too.
         same_compiler: The budgets were written with this compiler.
-        whole: `found` has every kernel, so a budget without one is wrong too. Architectures may be missing.
     """
     every = {(kernel, architecture): figures for kernel, of in found.items() for architecture, figures in of.items()}
     for (kernel, architecture), figures in every.items():
@@ -60,7 +59,7 @@ def complaints(found: Found, budgets: Budgets, *, same_compiler: bool = True, wh
         for name in SLACK if budget is not None else ():
             yield from _compare(f"{where}: {name}", getattr(figures, name), budget.get(name, 0), name, same_compiler)
     architectures = {architecture for _, architecture in every}
-    for kernel, architecture in ((kernel, each) for kernel, of in budgets.items() for each in of) if whole else ():
+    for kernel, architecture in ((kernel, each) for kernel, of in budgets.items() for each in of):
         if architecture in architectures and (kernel, architecture) not in every:
             yield f"{kernel} on {architecture}: a budget without a kernel"
 
@@ -78,10 +77,6 @@ def _compare(what: str, figure: float, budget: float, name: str, same_compiler: 
 # ---------------------------------------------------------------------------------------------------------------- command
 
 
-def _natural(architecture: str) -> int:
-    return int("".join(filter(str.isdigit, architecture)))
-
-
 def update(backends: Mapping[str, tuple[str, Found]]) -> None:
     """Write the figures as the budgets, one line a kernel and architecture.
 
@@ -92,11 +87,10 @@ def update(backends: Mapping[str, tuple[str, Found]]) -> None:
     for backend, (compiler, found) in backends.items():
         before = data.get(backend, {})
         others = before["kernels"] if before.get("compiler") == compiler else {}
-        kernels = {kernel: others.get(kernel, {}) | {a: _budget(each) for a, each in found[kernel].items()} for kernel in found}
-        ordered = {
-            kernel: dict(sorted(kernels[kernel].items(), key=lambda item: _natural(item[0]))) for kernel in sorted(kernels)
+        kernels = {
+            kernel: others.get(kernel, {}) | {each: _budget(of[each]) for each in of} for kernel, of in sorted(found.items())
         }
-        data[backend] = {"compiler": compiler, "kernels": ordered}
+        data[backend] = {"compiler": compiler, "kernels": kernels}
     text = json.dumps(data, indent=2)
     text = re.sub(r"\{\s+(\"registers\"[^{}]*?)\s+\}", lambda found: "{" + re.sub(r"\s+", " ", found.group(1)) + "}", text)
     FILE.write_text(text + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import sass
 from sass import Figures
@@ -66,19 +65,12 @@ COUNTED = {
 def constant(header: str, name: str) -> int:
     """Return a constant of the kernels' sources."""
     text = (Path(__file__).parents[2] / "csrc/cuda" / header).read_text(encoding="utf-8")
-    found = re.search(rf"\b{name} = (\d+)", text)
-    assert found is not None, f"csrc/cuda/{header} has no {name}"
-    return int(found.group(1))
+    (found,) = re.findall(rf"\b{name} = (\d+)", text)
+    return int(found)
 
 
-class Counted(NamedTuple):
-    """The paths that `COUNTED` describes, with a thread's elements on each, and the number of instructions in merges."""
-
-    paths: list[tuple[Sequence[sass.Instruction], float]]
-    merges: int = 0
-
-
-def counted(kernel: sass.Kernel, name: str) -> Counted:
+def counted(kernel: sass.Kernel, name: str) -> tuple[list[tuple[Sequence[sass.Instruction], float]], int]:
+    """Return the paths that `COUNTED` describes, with a thread's elements on each, and the number of instructions in merges."""
     function, _, arguments = name.partition(" ")[2].rstrip(">").partition("<")
     words = arguments.split(", ")
     types = [ITEM_BYTES[word] for word in words if word in ITEM_BYTES]
@@ -91,7 +83,7 @@ def counted(kernel: sass.Kernel, name: str) -> Counted:
         wide = [[types[i] for i in of if types[i] * width >= sass.WIDE] for of in TENSORS[function]]
         accesses = sass.Accesses(*(sum(elements * size // sass.WIDE for size in of) for of in wide))
         path = kernel.hot_path(accesses, staged=loop is not None)
-        return Counted([(path, elements), *([(kernel.drawing_loop(), per_thread)] if loop is not None else [])])
+        return [(path, elements), *([(kernel.drawing_loop(), per_thread)] if loop is not None else [])], 0
     if function in ("contiguous_kernel", "channels_last_kernel"):  # group norm: <type, vectors that a thread holds, pass>
         vectors = int(words[1])
         whole, elements = kernel.tiled_path(vectors), vectors * width
@@ -99,8 +91,8 @@ def counted(kernel: sass.Kernel, name: str) -> Counted:
         sigmoids, expected = sum(i.matches(sass.SIGMOID) for i in path), elements * SIGMOIDS[name.split()[0]][int(words[2])]
         if sigmoids != expected:
             raise ValueError(f"{name}: its path computes {sigmoids} sigmoids for {elements} elements, {expected} expected")
-        return Counted([(path, elements)], merges=len(whole) - len(path))
-    return Counted([(kernel.hot_path(), 1)])
+        return [(path, elements)], len(whole) - len(path)
+    return [(kernel.hot_path(), 1)], 0
 
 
 def figures(module: Path) -> dict[str, dict[str, Figures]]:

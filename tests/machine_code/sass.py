@@ -25,6 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import networkx  # torch needs it
+
 WIDE = 16  # bytes of the widest access that all architectures have
 
 
@@ -98,16 +100,11 @@ _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)
 
 
 def parse(listing: str) -> list[Instruction]:
-    """The instructions of one kernel, without the padding at its end."""
-    found = [
+    """The instructions of one kernel. No way leads to the padding at its end."""
+    return [
         Instruction(int(address, 16), bool(predicate), opcode, operands)
         for address, predicate, opcode, operands in _LINE.findall(listing)
     ]
-    while found and found[-1].opcode == "NOP":
-        found.pop()
-    if found and found[-1].opcode == "BRA" and found[-1].target == found[-1].address:
-        found.pop()
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- basic blocks
@@ -134,10 +131,6 @@ class Block:
     def wide(self) -> Accesses:
         wide = [i for i in self.instructions if i.global_bytes >= WIDE]
         return Accesses(*(sum(i.matches(kind) for i in wide) for kind in ("LD", "ST")))
-
-    @cached_property
-    def sigmoids(self) -> int:
-        return self.count(SIGMOID)
 
     @cached_property
     def products(self) -> int:
@@ -193,42 +186,20 @@ def _returns(code: Sequence[Instruction], target: int | None) -> bool:
 
 def _order(blocks: Mapping[int, Block]) -> list[int]:
     """Reverse postorder from the entry: without the edges back, every block comes before its successors."""
-    entry = next(iter(blocks))
-    done: list[int] = []
-    seen = {entry}
-    stack = [(entry, iter(blocks[entry].successors))]
-    while stack:
-        block, successors = stack[-1]
-        following = next((s for s in successors if s not in seen), None)
-        if following is None:
-            done.append(block)
-            stack.pop()
-        else:
-            seen.add(following)
-            stack.append((following, iter(blocks[following].successors)))
-    return done[::-1]
+    graph = networkx.DiGraph({address: block.successors for address, block in blocks.items()})
+    return list(networkx.dfs_postorder_nodes(graph, next(iter(blocks))))[::-1]
 
 
 def loops(blocks: Mapping[int, Block]) -> dict[int, set[int]]:
     """Header -> the blocks of its loop."""
     order = _order(blocks)
-    place = {block: i for i, block in enumerate(order)}
-    predecessors: dict[int, set[int]] = {block: set() for block in order}
-    for block in order:
-        for successor in blocks[block].successors:
-            predecessors[successor].add(block)
+    edges = [(block, successor) for block in order for successor in blocks[block].successors]
     found: dict[int, set[int]] = {}
-    for source in order:
-        for header in blocks[source].successors:
-            if place[header] > place[source]:
-                continue
-            body = found.setdefault(header, {header})
-            stack = [source]
-            while stack:
-                block = stack.pop()
-                if block not in body:
-                    body.add(block)
-                    stack.extend(predecessors[block])
+    for source, header in edges:
+        if order.index(header) <= order.index(source):
+            # What leads to the edge back, without the header.
+            graph = networkx.DiGraph([edge for edge in edges if edge[1] != header])
+            found.setdefault(header, {header}).update({source}, networkx.ancestors(graph, source) if source in graph else ())
     return found
 
 
@@ -273,7 +244,7 @@ def _hot(
         for does, way in tails:
             loads, stores = does.loads + block.wide.loads, does.stores + block.wide.stores
             drawn = does.draws or (drawing and address == draws)
-            does = _Does(loads, stores, drawn, does.sigmoids + block.sigmoids)
+            does = _Does(loads, stores, drawn, does.sigmoids + block.count(SIGMOID))
             way = _Way(way.other_loads - block.count("LDG"), way.length + len(block.instructions), [address, *way.blocks])
             mine[does] = max(way, mine.get(does, way))
     found = {does: way for does, way in best[start].items() if does.draws == drawing}
@@ -305,19 +276,6 @@ class Kernel:
     stack: int
     local: int
     code: list[Instruction]
-
-    def count(self, pattern: str) -> int:
-        return sum(i.matches(pattern) for i in self.code)
-
-    @property
-    def spills(self) -> int:
-        """Accesses to local memory; or 1 where there is such memory without any."""
-        return self.count(r"(LDL|STL)\b") or int(self.stack + self.local > 0)
-
-    @property
-    def atomics(self) -> int:
-        """Operations on global or shared memory whose order depends on timing."""
-        return self.count(r"(U?ATOM|U?RED|ATOMG|ATOMS|REDG|REDAS|UBLKRED|UTMAREDG)\b")
 
     @cached_property
     def blocks(self) -> dict[int, Block]:
@@ -405,19 +363,13 @@ def element_work(path: Sequence[Instruction]) -> list[Instruction]:
     return kept + (stretch if touches else [])
 
 
-def global_bytes(path: Sequence[Instruction], kind: str = "LD|ST", *, wide: bool) -> int:
-    """Bytes that a thread loads and stores on the way, by accesses of 16 bytes or more or by all."""
-    accesses = [i.global_bytes for i in path if i.matches(kind)]
-    return sum(size for size in accesses if size >= WIDE or not wide)
-
-
 @dataclass(frozen=True)
 class Figures:
     """Figures of a kernel's machine code.
 
     Attributes:
         registers: a thread's.
-        spills: accesses to local memory. Never any.
+        spills: accesses to local memory, or 1 if there is such memory without any. Never any.
         atomics: operations whose order, and so the result's last bits, would depend on timing. Never any.
         instructions: an element, on the hot path (see `sass`).
         mufu: of these, those for the special-function unit, which starts a quarter warp a clock and not a whole one.
@@ -436,24 +388,23 @@ class Figures:
     @classmethod
     def of(cls, kernel: Kernel, paths: Sequence[tuple[Sequence[Instruction], float]], merges: int = 0) -> Figures:
         """Take the figures of hot paths, with the elements that a thread handles on each."""
-        every = [instruction for path, _ in paths for instruction in path]
+        everything = Block(kernel.code, [])
+        sizes = [i.global_bytes for path, _ in paths for i in path]
         return cls(
             registers=kernel.registers,
-            spills=kernel.spills,
-            atomics=kernel.atomics,
+            spills=everything.count(r"(LDL|STL)\b") or int(kernel.stack + kernel.local > 0),
+            atomics=everything.count(r"(U?ATOM|U?RED|ATOMG|ATOMS|REDG|REDAS|UBLKRED|UTMAREDG)\b"),
             instructions=round(sum(len(path) / elements for path, elements in paths), 1),
             mufu=round(sum(sum(i.matches("MUFU") for i in path) / elements for path, elements in paths), 2),
-            wide=round(100 * global_bytes(every, wide=True) / max(global_bytes(every, wide=False), 1)),
+            wide=round(100 * sum(size for size in sizes if size >= WIDE) / max(sum(sizes), 1)),
             merges=merges,
         )
 
 
 def kernels(file: Path) -> Iterator[Kernel]:
     """Every kernel for every architecture in a cubin or a library."""
-    cuobjdump = tool("cuobjdump")
-    if cuobjdump is None:
-        raise FileNotFoundError(f"cuobjdump: neither on the PATH nor in CUDA_HOME ({CUOBJDUMP_IS_IN})")
-    text = subprocess.run([cuobjdump, "-sass", "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    command = [str(tool("cuobjdump")), "-sass", "-res-usage", file]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     # Each architecture has the kernels' resources, the line "code for sm_...", the kernels' listings.
     parts = re.split(r"^[ \t]*code for (sm_\w+)$", text, flags=re.MULTILINE)
     for before, architecture, section in zip(parts[::2], parts[1::2], parts[2::2], strict=False):
@@ -466,10 +417,7 @@ def kernels(file: Path) -> Iterator[Kernel]:
 
 def demangled(names: Sequence[str]) -> list[str]:
     """`q_sample q_sample_kernel<float, 4>` for every mangled name: the source, no return type, namespaces or parameters."""
-    program = tool("c++filt")
-    if program is None:
-        raise FileNotFoundError("c++filt: not on the PATH")
-    done = subprocess.run([program], input="\n".join(names), capture_output=True, text=True, check=True)
+    done = subprocess.run([str(tool("c++filt"))], input="\n".join(names), capture_output=True, text=True, check=True)
     return [f"{_source(name)} {_shortened(plain)}" for name, plain in zip(names, done.stdout.splitlines(), strict=True)]
 
 
