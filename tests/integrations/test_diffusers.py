@@ -54,6 +54,7 @@ GRID: list[tuple[type, dict[str, Any], dict[str, Any]]] = [
     *((DDPMScheduler, {"timestep_spacing": s}, {}) for s in ("linspace", "trailing")),
     *((DDPMScheduler, {"prediction_type": p, "clip_sample": c}, {}) for p in ("sample", "v_prediction") for c in (True, False)),
     *((DDPMScheduler, {"variance_type": v}, {}) for v in ("fixed_small_log", "fixed_large", "learned_range", "other")),
+    *((DDPMScheduler, {"variance_type": v, "clip_sample": False}, {}) for v in ("fixed_large", "learned_range")),
     (DDPMScheduler, {"clip_sample_range": 0.5}, {}),
     (DDPMScheduler, {"clip_sample": False}, {}),
     *((DDPMScheduler, {"thresholding": True, "sample_max_value": v}, {}) for v in (1.0, 1.5)),
@@ -61,7 +62,11 @@ GRID: list[tuple[type, dict[str, Any], dict[str, Any]]] = [
     (DDPMScheduler, ZERO_SNR | {"prediction_type": "v_prediction"}, {}),
     (DDPMScheduler, {"trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2] * 8, "num_train_timesteps": 40}, {}),
     *((DDIMScheduler, {"prediction_type": p}, {"eta": e}) for p in ("epsilon", "sample", "v_prediction") for e in (0.0, 1.0)),
-    (DDIMScheduler, {}, {"eta": 0.5, "use_clipped_model_output": True}),
+    *(
+        (DDIMScheduler, {"prediction_type": p}, {"eta": e, "use_clipped_model_output": True})
+        for p in ("epsilon", "sample", "v_prediction")
+        for e in (0.0, 0.5, 1.0)
+    ),
     (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "beta_schedule": "scaled_linear"}, {}),
     (DDIMScheduler, {"set_alpha_to_one": False}, {"eta": 1.0}),
     (DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample_range": 2.0}, {"eta": 1.0}),
