@@ -6,14 +6,14 @@ import copy
 import io
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from kernel_calls import defaulting_to
+from kernel_calls import defaulting_to, with_threads
 from refusals import refused
 from small_unets import VARIANTS, assert_as_right, make_inputs, make_unet, relative_error
 from torch import Tensor, nn
@@ -36,16 +36,6 @@ def make(variant: str, dtype: torch.dtype, n: int = 2) -> tuple[UNet, FrozenUNet
     return model, freeze(model, dtype), make_inputs(config, n)
 
 
-@contextmanager
-def num_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_are_those_of_the_model(variant: str, device: torch.device) -> None:
     model, config = make_unet(variant, dropout=0.1)
@@ -58,22 +48,24 @@ def test_outputs_are_those_of_the_model(variant: str, device: torch.device) -> N
         assert_as_right(out, model, *inputs)
 
 
-def test_the_model_is_left_as_it_was_and_later_changes_of_it_have_no_effect() -> None:
+@pytest.mark.parametrize(("own", "dtype"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)], ids=str)
+def test_the_model_is_left_as_it_was_and_later_changes_of_it_have_no_effect(own: torch.dtype, dtype: torch.dtype) -> None:
     model, config = make_unet(dropout=0.1)
-    model.train()
+    model.to(own).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    frozen, unused = freeze(model, torch.bfloat16), freeze(model, torch.bfloat16)
+    frozen, unused = freeze(model, dtype), freeze(model, dtype)
     assert all(module.training for module in model.modules())
     assert all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     inputs = make_inputs(config, 2)
-    out = frozen(*inputs)
+    out, between = frozen(*inputs), frozen(inputs[0], 500.5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     model.conv_norm_out.eps = 1.0
     model.config["out_channels"] = 1
     assert torch.equal(frozen(*inputs), out)
+    assert torch.equal(frozen(inputs[0], 500.5), between)
     assert torch.equal(unused(*inputs), out)  # packs its weights only now
     assert unused.config["out_channels"] == 3
 
@@ -283,11 +275,8 @@ def test_the_number_of_threads_changes_no_bit(variant: str, dtype: torch.dtype) 
     model, frozen, inputs = make(variant, dtype, 3)
     if frozen.why_not_packed is not None:
         pytest.skip(frozen.why_not_packed)
-    outs = []
-    for count in (1, 2, 3, 8):
-        with num_threads(count):
-            outs += [frozen(*inputs), freeze(model, dtype)(*inputs)]
-    assert all(torch.equal(out, outs[0]) for out in outs)
+    outs = [with_threads(count, lambda: [frozen(*inputs), freeze(model, dtype)(*inputs)]) for count in (1, 2, 3, 8)]
+    assert all(torch.equal(out, outs[0][0]) for pair in outs for out in pair)
 
 
 @BOTH
@@ -297,15 +286,15 @@ def test_python_threads_may_call_at_once(batches: tuple[int, ...], dtype: torch.
     frozen = freeze(model, dtype)
     jobs = [(x + i, t) for i, (x, t, _) in enumerate(make_inputs(config, n) for n in batches)]
     gate = threading.Barrier(len(jobs))
-    with num_threads(1):  # the sums of PyTorch's convolutions may depend on it
-        expected = [freeze(model, dtype)(*inputs) for inputs in jobs]
+    # The sums of PyTorch's convolutions may depend on the number of threads.
+    expected = with_threads(1, lambda: [freeze(model, dtype)(*inputs) for inputs in jobs])
 
-        def is_right(i: int) -> bool:
-            gate.wait()
-            return all(torch.equal(frozen(*jobs[i]), expected[i]) for _ in range(15))
+    def is_right(i: int) -> bool:
+        gate.wait()
+        return all(torch.equal(frozen(*jobs[i]), expected[i]) for _ in range(15))
 
-        with ThreadPoolExecutor(len(jobs), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            assert all(pool.map(is_right, range(len(jobs))))
+    with ThreadPoolExecutor(len(jobs), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        assert all(with_threads(1, lambda: list(pool.map(is_right, range(len(jobs))))))
 
 
 @BOTH

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from drawing import PLAN, SCHEDULE, tiny_unet
 from refusals import refused
 from small_unets import SMALL
 from torch import nn
 
-from ddpm_fast import Sampler, freeze
+from ddpm_fast import Sampler, ddpm_plan, freeze
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.inference import Interface
 from ddpm_fast.nn import UNet
@@ -104,10 +105,6 @@ def test_images_have_to_fit() -> None:
 
 
 def test_a_sampler_has_the_interface_of_its_plan() -> None:
-    from drawing import PLAN, SCHEDULE, tiny_unet
-
-    from ddpm_fast import ddpm_plan
-
     assert not Sampler(tiny_unet(), PLAN).interface.predicts_variance
     learned = Sampler(tiny_unet(classes=2, learned_variance=True), ddpm_plan(SCHEDULE, 3, variance="learned_range"))
     assert learned.interface.predicts_variance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -121,12 +122,8 @@ def test_weights_of_any_dtype_are_read(dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
-class Adapter(nn.Module):
-    """Replacement of a linear layer by a library for fine-tuning."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+class Adapter(nn.Linear):
+    """Replacement of a linear layer by a library for fine-tuning, with all its attributes."""
 
 
 class OtherUNet(UNet):
@@ -173,11 +170,11 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
         "conv_in is a layer of class Conv2d, by its configuration it is a layer of class Conv3x3",
     ),
     "an adapter": (
-        put(f"{ATTENTION}.to_q", Adapter),
+        put(f"{ATTENTION}.to_q.__class__", lambda _: Adapter),
         f"{ATTENTION}.to_q is a layer of class Adapter, by its configuration it is a layer of class Linear",
     ),
     "an adapter of the time embedding": (
-        put("time_embedding.linear_1", Adapter),
+        put("time_embedding.linear_1.__class__", lambda _: Adapter),
         "time_embedding.linear_1 is a layer of class Adapter, by its configuration it is a layer of class Linear",
     ),
     "another norm": (
@@ -398,11 +395,19 @@ def test_only_this_class_is_frozen() -> None:
     assert why_not_frozen(nn.Identity()) == "the model is a Identity"
 
 
-@pytest.mark.parametrize(("kind", "method"), [(Conv3x3, "forward"), (nn.Linear, "forward"), (nn.Conv2d, "__init__")])
+PATCHES = [
+    (Conv3x3, "forward"),
+    (nn.Linear, "forward"),
+    *((nn.Conv2d, name) for name in ("forward", "_conv_forward", "__init__")),
+]
+
+
+@pytest.mark.parametrize(("kind", "method"), PATCHES)
 def test_a_class_that_is_patched_is_named(kind: type, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new network has the same patch, so a comparison with it would not show that."""
+    """A new network has the same patch, so a comparison with it would not show that. Seamless textures take such patches."""
     original = getattr(kind, method)
-    monkeypatch.setattr(kind, method, lambda *arguments, **options: original(*arguments, **options))
+    patch = functools.wraps(original)(lambda *arguments, **options: original(*arguments, **options))
+    monkeypatch.setattr(kind, method, patch)
     model, _ = make_unet(layers_per_block=1)
     with pytest.raises(TypeError, match=rf"got one where \w+\.{method} is patched by test_network"):
         freeze(model)

@@ -95,21 +95,6 @@ def test_a_network_is_that_of_eager_mode(
                 assert_same(compiled(*inputs), model(*inputs))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("options", "channels_last"), [("fullgraph", True), ("dynamic", False)])
-def test_a_whole_training_step_in_one_graph(options: str, channels_last: bool) -> None:
-    model = make(channels_last=channels_last, train=True)
-
-    def loss(x_0: Tensor, t: Tensor, seeds: Tensor) -> Tensor:
-        return denoising_loss(model(q_sample(x_0, t, SCHEDULE, seeds=seeds), t), x_0, t, SCHEDULE, seeds=seeds)
-
-    compiled = torch.compile(loss, backend=DECOMPOSED, **(OPTIONS[options] | {"fullgraph": True}))
-    for n in (4, 3):
-        (x_0, t), seeds = make_inputs(n, channels_last), sample_seeds(0, n)
-        got, expected = (torch.autograd.grad(f(x_0, t, seeds), list(model.parameters())) for f in (compiled, loss))
-        assert_same(got, expected)
-
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FROZEN = [
     *(("fullgraph", dtype, DECOMPOSED) for dtype in DTYPES),
