@@ -614,8 +614,9 @@ assert emulated.take_launches()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("planted", range(len(ADDRESS) + 1), ids=["none", *map(str, ADDRESS)])
-def test_address_sanitizer(planted: int, modules: dict[str, ModuleType]) -> None:
+@pytest.mark.parametrize("planted", range(1, len(ADDRESS) + 1), ids=map(str, ADDRESS))
+def test_address_sanitizer(planted: int) -> None:
+    """`test_every_case_with_address_sanitizer` shows that nothing is found where nothing is planted."""
     path = build.build("address", edits=_edits(ADDRESS), sources=("noise.cu",))
     script = f"""
 import ctypes, sys
@@ -626,16 +627,11 @@ from emulator import build
 {inspect.getsource(_draw)}
 emulated = build.load(Path({str(path)!r}))
 emulated.set_planted({planted})
-print(_draw(emulated), end="")
+_draw(emulated)
 """
     process = _with_address_sanitizer("-c", script)
-    if planted == 0:
-        assert process.returncode == 0, process.stderr
-        modules["elementwise"].set_planted(0)  # another test may have planted a bug
-        assert process.stdout == _draw(modules["elementwise"])
-    else:
-        assert process.returncode != 0
-        assert f"AddressSanitizer: {ADDRESS[planted - 1].kind}" in process.stderr, process.stderr
+    assert process.returncode != 0
+    assert f"AddressSanitizer: {ADDRESS[planted - 1].kind}" in process.stderr, process.stderr
 
 
 @pytest.mark.slow
@@ -647,7 +643,7 @@ def test_every_case_with_address_sanitizer() -> None:
     assert process.returncode == 0, process.stdout + process.stderr
 
 
-def _draw(emulated: ModuleType) -> str:
+def _draw(emulated: ModuleType) -> None:
     """Draw what STAGED draws, without torch, which takes long to start."""
     from functools import partial  # the source of this function runs by itself, too
     from types import SimpleNamespace
@@ -655,7 +651,6 @@ def _draw(emulated: ModuleType) -> str:
     seeds, out = (ctypes.c_int64 * 2)(1, 2), (ctypes.c_float * 210)()
     tensors = [SimpleNamespace(data_ptr=partial(ctypes.addressof, x), nbytes=ctypes.sizeof(x)) for x in (out, seeds)]
     emulated.noise(0, *tensors, 0, 2, 3, 35, False, 0)
-    return repr(list(out))
 
 
 def _with_address_sanitizer(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -94,6 +94,18 @@ def make_call(
     return Call(getattr(ops, case.op), arguments)
 
 
+def unaligned(x: Tensor) -> Tensor:
+    """Return a copy with x's strides, whose address is aligned to one element only."""
+    return x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
+
+
+def freed(x: Tensor) -> Tensor:
+    """Return a tensor of x's shape whose memory was freed, as sharded training does between layers."""
+    y = x.detach().clone()
+    y.untyped_storage().resize_(0)
+    return y
+
+
 Normal = Callable[..., Tensor]
 
 

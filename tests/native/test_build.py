@@ -139,12 +139,6 @@ def test_a_module_is_old_by_the_content_of_its_sources(tmp_path: Path, monkeypat
 # --------------------------------------------------------------------------------------------------- values of a call
 
 
-def test_nested_structs_are_fields_of_their_kernel() -> None:
-    fields = _native.cpu.fields
-    assert fields["noise"] == ("dtype", "out", "seeds", "stream", "n", "c", "hw", "channels_last", "stream_or_threads")
-    assert fields["group_norm_affine"][4:8] == ("weight", "weight_dtype", "bias", "bias_dtype")
-
-
 NOISE: dict[str, Any] = {"dtype": 0, "out": None, "seeds": None, "stream": 0, "n": 0, "c": 1, "hw": 4, "channels_last": False}
 NOISE |= {"stream_or_threads": 1}
 
@@ -415,6 +409,8 @@ def _configure(tmp_path: Path, gpus: str = "", **variables: str) -> tuple[int, s
 
 
 OLD_GPUS = {"TORCH_CUDA_ARCH_LIST": "6.1;7.0+PTX"}
+KNOWN = " ".join(f"compute_{number}" for number in (50, 60, 70, 75, 80, 86, 87, 89, 90, 100, 101, 120))
+NVCC_12_8 = f'if [ "$1" = --list-gpu-arch ]; then echo {KNOWN}; else exec {shutil.which("nvcc")} "$@"; fi'
 NO_NVCC = "expected nvcc 12.0 or later, but no nvcc was found"
 
 
@@ -484,27 +480,19 @@ def test_cuda_kernels_that_cannot_be_compiled_are_an_error(tmp_path: Path, varia
         ),
         pytest.param("8.6\n", {"TORCH_CUDA_ARCH_LIST": "8.0", "DDPM_FAST_CUDA_ARCHS": "90a"}, "90a", marks=pytest.mark.slow),
         ("9.0\n", {"FORCE_CUDA": "1", "DDPM_FAST_CUDA_ARCHS": "none"}, None),
+        # A driver compiles PTX of 10.0 for a GPU of 10.3, which nvcc does not know, and none of 12.0.
+        pytest.param("10.3\n8.0\n", {"CUDACXX": "{folder}/nvcc-12.8"}, "100-virtual;80-real", marks=pytest.mark.slow),
     ],
 )
 def test_which_architectures_are_compiled(tmp_path: Path, gpus: str, variables: dict[str, str], expected: str | None) -> None:
-    status, said = _configure(tmp_path, gpus=gpus, **{"CUDACXX": str(shutil.which("nvcc"))} | variables)
+    _program(tmp_path / "nvcc-12.8", NVCC_12_8)
+    compiler = variables.get("CUDACXX", str(shutil.which("nvcc"))).format(folder=tmp_path)
+    status, said = _configure(tmp_path, gpus=gpus, **variables | {"CUDACXX": compiler})
     assert status == 0, said
     if expected is None:
         assert "it was built with DDPM_FAST_CUDA_ARCHS=none" in said
     else:
         assert re.search(f"CPU kernels, and CUDA kernels for {expected} ", said), said
-
-
-@pytest.mark.sources
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="asks nvcc which compiler it is")
-def test_a_gpu_that_nvcc_does_not_know_gets_the_newest_ptx_that_it_can_load(tmp_path: Path) -> None:
-    """CUDA 12.8 knows 12.0, and not 10.3. A driver compiles PTX of 10.0 for a GPU of 10.3, and none of 12.0."""
-    known = " ".join(f"compute_{number}" for number in (50, 60, 70, 75, 80, 86, 87, 89, 90, 100, 101, 120))
-    text = f'if [ "$1" = --list-gpu-arch ]; then echo {known}; else exec {shutil.which("nvcc")} "$@"; fi'
-    status, said = _configure(tmp_path, gpus="10.3\n8.0\n", CUDACXX=_program(tmp_path / "nvcc-12.8", text))
-    assert status == 0, said
-    assert "CPU kernels, and CUDA kernels for 100-virtual;80-real " in said
 
 
 def test_a_tensor_s_gpu_is_the_current_one_while_kernels_are_asked_and_launched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,12 @@ from op_calls import make_call
 from op_cases import Case
 from parity import Expected, evaluate
 from refusals import refused
-from small_unets import relative_error
+from small_unets import make_inputs, make_unet, relative_error
 from torch import Tensor, nn
 
 from ddpm_fast import conv3x3
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.nn import CIFAR10_32, UNet
+from ddpm_fast.nn import UNet
 from ddpm_fast.nn import conv as layers
 from ddpm_fast.nn.conv import Conv3x3
 from ddpm_fast.nn.layers import Upsample
@@ -218,16 +218,8 @@ def test_what_is_no_map_is_not_upsampled() -> None:
 
 @serves
 def test_a_networks_gradient_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = UNet(
-        **CIFAR10_32
-        | {"block_out_channels": [32, 64], "norm_num_groups": 8, "sample_size": 16, "dropout": 0.0}
-        | {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
-    )
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    x, t = torch.randn(4, 3, 16, 16), torch.tensor([0, 10, 500, 999])
+    model, config = make_unet("heads", block_out_channels=[32, 64, 64])
+    x, t, _ = make_inputs(config, 4)
 
     def gradient(model: UNet) -> Tensor:
         gradients = torch.autograd.grad(model(x.to(model.conv_in.weight.dtype), t).square().mean(), list(model.parameters()))

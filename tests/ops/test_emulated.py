@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_calls import MATRIX_OPS
-from op_calls import make_call
+from op_calls import make_call, unaligned
 from op_cases import CASES, SCHEDULE, Case
 from parity import Expected, assert_same, check_overwriting, evaluate
 
@@ -77,11 +77,6 @@ _LARGE = (
 )
 
 
-def _unaligned(x: torch.Tensor) -> torch.Tensor:
-    """Return a copy whose address is aligned to one element only."""
-    return x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
-
-
 _UNALIGNED = [
     Case("q_sample", "unaligned-given-noise", (2, 4, 8, 8), {"source": "noise"}),
     Case("reverse_step", "unaligned-learned", (2, 4, 8, 8), {"plan": LEARNED_PLAN}),
@@ -97,7 +92,7 @@ _DEEP = Case("group_norm_silu", "more_samples_than_a_grid_is_deep", (65535 + 2, 
         *_parameters(SMALL),
         *_parameters([case for case in EMULATED if case.benchmark], [torch.bfloat16], ORDERS[:1]),
         *_parameters(_LARGE, (torch.float32, torch.bfloat16), (ORDERS[0], ORDERS[2])),
-        *_parameters(_UNALIGNED, (torch.float32, torch.bfloat16), copy=_unaligned),
+        *_parameters(_UNALIGNED, (torch.float32, torch.bfloat16), copy=unaligned),
         *list(_parameters([_DEEP], [torch.bfloat16], ORDERS[:1]))[1:],  # channels_last
     ],
 )

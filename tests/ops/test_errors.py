@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from op_calls import freed
 from op_cases import SCHEDULE
 from refusals import refused
 
@@ -24,14 +25,6 @@ from ddpm_fast import (
     sample_seeds,
 )
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
-
-
-def freed(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of x's shape whose memory was freed, as sharded training does between layers."""
-    y = x.detach().clone()
-    y.untyped_storage().resize_(0)
-    return y
-
 
 X, WIDE = torch.zeros(2, 4, 3, 3), torch.zeros(2, 8, 3, 3)
 W, QKV = torch.zeros(5, 4, 3, 3), torch.zeros(2, 6, 12)

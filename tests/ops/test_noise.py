@@ -30,12 +30,6 @@ def test_sample_seeds_are_distinct_across_runs_and_pure() -> None:
     assert torch.equal(sample_seeds(-1, 3), sample_seeds(2**64 - 1, 3))
 
 
-def test_another_stream_is_other_noise() -> None:
-    seeds = sample_seeds(0, 1)
-    a, b = (noise((1, 4096), seeds, stream=s) for s in (0, 1))
-    assert abs((a * b).mean().item()) < 5 / math.sqrt(4096)
-
-
 def test_normals_are_normal() -> None:
     """Moments within five standard errors, and the largest gap of the distribution function (Kolmogorov-Smirnov)."""
     z = noise((64, 1 << 15), sample_seeds(11, 64), dtype=torch.float64).flatten()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_calls import MATRIX_OPS
-from op_calls import make_call
+from op_calls import freed, make_call, unaligned
 from op_cases import CASES, SCHEDULE, Case
 from parity import evaluate, skip_unless
 from torch import Tensor
@@ -90,12 +90,7 @@ def permuted(x: Tensor) -> Tensor:
     return x.permute(order).contiguous().permute(order)
 
 
-def offset(x: Tensor) -> Tensor:
-    """Return x from the second element of its memory on."""
-    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
-
-
-KINDS = {"negated": negated, "expanded": expanded, "every-other": every_other, "permuted": permuted, "offset": offset}
+KINDS = {"negated": negated, "expanded": expanded, "every-other": every_other, "permuted": permuted, "offset": unaligned}
 
 
 def assert_close(got: Any, expected: Any) -> None:
@@ -161,13 +156,6 @@ def test_lazily_negated_seeds_and_timesteps() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------- refused
-
-
-def freed(x: Tensor) -> Tensor:
-    """Return a tensor of x's shape whose memory was freed, as sharded training does between layers."""
-    y = x.detach().clone()
-    y.untyped_storage().resize_(0)
-    return y
 
 
 # Kind of tensor -> function that makes one, and what the error says of it.
