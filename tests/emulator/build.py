@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -67,12 +66,7 @@ def why_not() -> str | None:
     return None
 
 
-class Edit(NamedTuple):
-    """A change of a source, for the tests that plant bugs: the text has to be there, and its first occurrence changes."""
-
-    file: str  # relative to csrc/cuda
-    old: str
-    new: str
+Edit = tuple[str, str, str]  # a file of csrc/cuda, a text that has to be there, and what takes the place of the first
 
 
 def build(sanitizer: str = "thread", edits: tuple[Edit, ...] = (), sources: tuple[str, ...] = ()) -> Path:
@@ -80,7 +74,7 @@ def build(sanitizer: str = "thread", edits: tuple[Edit, ...] = (), sources: tupl
 
     Args:
         sanitizer: "thread", the one that finds most, or "address".
-        edits: to a copy of the sources.
+        edits: to a copy of the sources, for the tests that plant bugs.
         sources: the .cu files that the edits concern; the others are as in the ordinary build.
     """
     import pybind11
@@ -96,17 +90,17 @@ def build(sanitizer: str = "thread", edits: tuple[Edit, ...] = (), sources: tupl
     if edits:
         edited = _edited_copy(edits)
         flags = [*KERNEL_FLAGS, *SANITIZERS[sanitizer], own_headers, f"-I{edited}"]
-        kernels += [_Job(edited / "cuda" / name, flags) for name in sources]
+        kernels += [(edited / "cuda" / name, flags) for name in sources]
     flags = [*KERNEL_FLAGS, *SANITIZERS["thread" if edits else sanitizer], own_headers, f"-I{csrc}"]
-    kernels += [_Job(path, flags) for path in sorted((csrc / "cuda").glob("*.cu")) if path.name not in sources]
+    kernels += [(path, flags) for path in sorted((csrc / "cuda").glob("*.cu")) if path.name not in sources]
 
     own_flags = [*FLAGS, "-O2", "-DEMULATOR_RUNTIME", own_headers, f"-I{csrc}", f"-I{HERE}"]
     python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
     poison = SANITIZERS["address"] if sanitizer == "address" else []
-    own = [_Job(HERE / "module.cpp", [*own_flags, *python])]
-    own += [_Job(path, [*own_flags, *poison]) for path in sorted((HERE / "runtime").glob("*.cpp"))]
+    own = [(HERE / "module.cpp", [*own_flags, *python])]
+    own += [(path, [*own_flags, *poison]) for path in sorted((HERE / "runtime").glob("*.cpp"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(partial(_compile, salt), [*kernels, *own]))
+        objects = list(pool.map(partial(_compile, salt), *zip(*kernels, *own, strict=True)))
     return _link(objects[: len(kernels)], objects[len(kernels) :], sanitizer)
 
 
@@ -130,27 +124,20 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-class _Job(NamedTuple):
-    """A source to compile."""
-
-    source: Path
-    flags: list[str]
-
-
-def _compile(salt: str, job: _Job) -> Path:
+def _compile(salt: str, source: Path, flags: list[str]) -> Path:
     """Compile a source. The assembly of a .cu file gets a fence behind every thread-local, that is, __shared__, variable."""
 
     def make(part: Path) -> None:
-        if job.source.suffix != ".cu":
-            _run(["g++", *job.flags, "-c", str(job.source), "-o", str(part)])
+        if source.suffix != ".cu":
+            _run(["g++", *flags, "-c", str(source), "-o", str(part)])
             return
         assembly = part.with_suffix(".s")
-        _run(["g++", *job.flags, "-x", "c++", "-S", str(job.source), "-o", str(assembly)])
+        _run(["g++", *flags, "-x", "c++", "-S", str(source), "-o", str(assembly)])
         assembly.write_text(_with_fences(assembly.read_text()))
         _run(["g++", "-c", str(assembly), "-o", str(part)])
         assembly.unlink()
 
-    return _made(CACHE / f"{job.source.stem}-{_hash(salt, job.flags, job.source.read_text())}.o", make)
+    return _made(CACHE / f"{source.stem}-{_hash(salt, flags, source.read_text())}.o", make)
 
 
 def _with_fences(assembly: str) -> str:
@@ -218,12 +205,12 @@ def _edited_copy(edits: tuple[Edit, ...]) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         for kind in ("common", "cuda"):
             shutil.copytree(ROOT / "csrc" / kind, part / kind)
-        for edit in edits:
-            path = part / "cuda" / edit.file
-            before, old, after = path.read_text().partition(edit.old)
-            if not old:
-                raise ValueError(f"The sources have changed, and a text to edit is not in {edit.file}: {edit.old!r}")
-            path.write_text(before + edit.new + after)
+        for file, old, new in edits:
+            path = part / "cuda" / file
+            before, found, after = path.read_text().partition(old)
+            if not found:
+                raise ValueError(f"The sources have changed, and a text to edit is not in {file}: {old!r}")
+            path.write_text(before + new + after)
 
     return _made(CACHE / f"edited-{_hash(edits, _digest(original))}", make)
 

@@ -564,7 +564,7 @@ ADDRESS = (
 
 def _edits(bugs: tuple[Bug, ...]) -> tuple[build.Edit, ...]:
     return tuple(
-        build.Edit(file, old, new.replace("BUG", f"(emulator::planted == {i + 1})"))
+        (file, old, new.replace("BUG", f"(emulator::planted == {i + 1})"))
         for i, bug in enumerate(bugs)
         for file, old, new in bug.edits
     )

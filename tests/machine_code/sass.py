@@ -216,12 +216,7 @@ class _Does(NamedTuple):
     sigmoids: int
 
 
-class _Way(NamedTuple):
-    """To the end of a region. The best one is the largest."""
-
-    other_loads: int  # negative
-    length: int
-    blocks: list[int]
+_Way = tuple[int, int, list[int]]  # to the end of a region: minus its other loads, its length, its blocks; the largest is best
 
 
 def _hot(
@@ -236,16 +231,16 @@ def _hot(
     for address in reversed(order):
         block = blocks[address]
         ends = back_to in block.successors if back_to is not None else not block.successors
-        tails = [(_Does(0, 0, False, 0), _Way(0, 0, []))] if ends else []
+        tails: list[tuple[_Does, _Way]] = [(_Does(0, 0, False, 0), (0, 0, []))] if ends else []
         for successor in block.successors:
             if successor in best and place[successor] > place[address]:
                 tails += best[successor].items()
         mine = best[address] = {}
-        for does, way in tails:
+        for does, (other_loads, length, passed) in tails:
             loads, stores = does.loads + block.wide.loads, does.stores + block.wide.stores
             drawn = does.draws or (drawing and address == draws)
             does = _Does(loads, stores, drawn, does.sigmoids + block.count(SIGMOID))
-            way = _Way(way.other_loads - block.count("LDG"), way.length + len(block.instructions), [address, *way.blocks])
+            way = (other_loads - block.count("LDG"), length + len(block.instructions), [address, *passed])
             mine[does] = max(way, mine.get(does, way))
     found = {does: way for does, way in best[start].items() if does.draws == drawing}
     if accesses is None:
@@ -255,7 +250,7 @@ def _hot(
         if not enough:
             raise ValueError(f"no way with {accesses}; there are {sorted(found)}")
         chosen = min(enough)
-    return [i for block in found[chosen].blocks for i in blocks[block].instructions]
+    return [i for block in found[chosen][2] for i in blocks[block].instructions]
 
 
 # ---------------------------------------------------------------------------------------------------------- what is read
