@@ -266,7 +266,7 @@ def test_an_export_that_fails_is_one_line(trained: Path, tmp_path: Path, monkeyp
             ddpm_fast.ddim_plan(SCHEDULE, 4, eta=0.5, spacing="trailing"),
             {"num_samples": 5, "seed": 9, "class_labels": [1, 2, 1, 2, 1], "guidance_scale": 2.0, "batch_size": 2},
             "5 images of 2 classes in turn in 4 steps (ddim), ",
-            "12/12",  # of three batches
+            "12/12",  # in three batches
         ),
         (
             "--num 2 --classes none --dtype float64 --sampler ddpm --variance fixed_small",

@@ -197,7 +197,7 @@ def loops(blocks: Mapping[int, Block]) -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
     for source, header in edges:
         if order.index(header) <= order.index(source):
-            # What leads to the edge back, without the header.
+            # The blocks that lead to the edge back, without the header.
             graph = networkx.DiGraph([edge for edge in edges if edge[1] != header])
             found.setdefault(header, {header}).update({source}, networkx.ancestors(graph, source) if source in graph else ())
     return found

@@ -54,7 +54,7 @@ def test_fashion_mnist_is_padded_with_black(fashion_folder: Path, monkeypatch: p
     assert to_unit_range(batch)[:, :, :2].eq(-1).all()  # black
     for file in fashion_folder.iterdir():
         file.rename(file.with_name(file.name.replace("train", "t10k")))
-    monkeypatch.setattr(published, "FASHION_MNIST_DEBIAN", fashion_folder)  # of a package, read without an argument
+    monkeypatch.setattr(published, "FASHION_MNIST_DEBIAN", fashion_folder)  # a package's, read without an argument
     unpadded = load_dataset("fashion-mnist", split="test", image_size=28)
     assert (unpadded.info.shape, unpadded.info.preparation) == ((1, 28, 28), "not resized")
     np.testing.assert_array_equal(whole(unpadded).images[:, 0], IMAGES)
