@@ -126,7 +126,7 @@ def test_links_lead_to_files(document: Path) -> None:
 @pytest.mark.every("page")
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=[pytest.mark.slow] if page.name == "sampling.md" else []) for page in PAGES],
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in ("sampling.md", "training.md") else []) for page in PAGES],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,9 @@ def decoded(file: str | os.PathLike[str] | BytesIO, shape: Sequence[int]) -> Ten
 
 def _opened(file: str | os.PathLike[str] | BytesIO, channels: int) -> Image.Image:
     with Image.open(file) as opened:
-        return converted(ImageOps.exif_transpose(opened), opened.format, channels)
+        # Pillow turns a TIFF when it decodes it. Version 10 keeps the tag, and would turn it a second time.
+        seen = opened if isinstance(opened, TiffImageFile) else ImageOps.exif_transpose(opened)
+        return converted(seen, opened.format, channels)
 
 
 def pixels(image: Image.Image) -> Tensor:
