@@ -33,7 +33,7 @@ picture:  ## make an environment with the package (editable), and draw a first p
 # Each check works in a copy of the tree, in build/. It has its own environment and build, and leaves yours as they are.
 # -j 2: the kernels compile while pip installs.
 
-check:  ## run what a change has to pass, for the CPU alone and without a data set, in 6 to 10 minutes
+check:  ## run what a change has to pass, for the CPU alone and without a data set, in 3 to 6 minutes
 	rm -f build/check/build/passed.txt
 	$(PYTHON) .ci/copy_tree.py build/check
 	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check VENV=.venv -j 2 setup
