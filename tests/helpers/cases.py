@@ -39,8 +39,8 @@ def some(rows: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
     return [numbered[name] for name in taken]
 
 
-def covering(cases: Mapping[str, Mapping[str, Any]], most: int = MOST) -> list[str]:
-    """Return names of cases that hold each value of each parameter, and `most` of them at most.
+def covering(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return names of cases that hold each value of each parameter, and six of them at most.
 
     Greedy: the case with most values that no case before it has comes next.
     """
@@ -49,7 +49,7 @@ def covering(cases: Mapping[str, Mapping[str, Any]], most: int = MOST) -> list[s
     # Cases with equally many new values are taken in a shuffled order. In order, the first values would always repeat.
     order = sorted(cases, key=lambda name: zlib.crc32(name.encode()))
     taken = order[:1] if not left else []
-    while left and len(taken) < most:
+    while left and len(taken) < MOST:
         best = max(order, key=lambda name: len(values[name] & left))
         left -= values[best]
         taken.append(best)

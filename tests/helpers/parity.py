@@ -99,12 +99,12 @@ class Expected:
             elif output.dim() == 4:
                 assert _formats(output) & _formats(self.main), "the output keeps the memory format"
 
-    def check_norms(self, got: Results, margin: float = 2) -> None:
-        """Raise AssertionError if the norm of an error is more than `margin` times the reference's, and than 4 roundings."""
+    def check_norms(self, got: Results) -> None:
+        """Raise AssertionError if the norm of an error is more than twice the reference's, and more than 4 roundings."""
         for name, value in got.named.items():
             baseline, truth = self.baseline.named[name], self.truth.named[name]
             assert (value.shape, value.dtype) == (truth.shape, baseline.dtype), name
-            allowed = max(margin * relative_error(baseline, truth), 2 * torch.finfo(value.dtype).eps)
+            allowed = max(2 * relative_error(baseline, truth), 2 * torch.finfo(value.dtype).eps)
             assert relative_error(value, truth) <= allowed, name
 
     def _check_close(self, name: str, got: torch.Tensor, baseline: torch.Tensor, truth: torch.Tensor) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import commands
 import numpy as np
 import safetensors.torch
 import torch
@@ -37,7 +36,6 @@ QUIET: dict[str, Any] = {**TINY, "progress": False}
 # The program of a process that trains in the folder that its first argument names, with the options in its second.
 TRAIN = "import json, sys; from runs import train; train(sys.argv[1], **json.loads(sys.argv[2]))"
 NAMES = {struct: {each.name for each in options_of(struct)} for struct in STRUCTS}
-run_command = commands.run
 SHARED = {name: value for name, value in QUIET.items() if name in NAMES[TrainOptions]}
 
 

@@ -4,7 +4,7 @@
     python tests/mutations/run.py 3 17 --update         runs two of them, and writes what catches them
     python tests/mutations/run.py --generate --update   fills the quota of each area, and runs what is new
 
-The mutations of one seed chose which cases `make check` runs. Those of the other, which nobody had seen, judged the choice.
+The mutations of the first seed are for choosing which cases `make check` runs, and those of the second for judging the choice.
 A mutation names no line. Its place is the `nth` statement or condition of `function` that reads `before`, as ast.unparse
 writes it. In C++ it is the `nth` line that reads `before`. `skipped` lists mutations that change no result, and why. The
 generator takes the next ones of the seed. Tests run in copies of the tree, in build/mutations/: `caught_by` first, then

@@ -28,11 +28,9 @@ bool four(int a) {
 """
 
 
-@pytest.fixture(autouse=True)
-def _small_package(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a small package in place of this one, for every test but that of mutations.json."""
-    if request.node.get_closest_marker("again"):
-        return
+@pytest.fixture
+def _small_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a small package in place of this one."""
     for file in ("area/one.py", "area/inner/two.py", "area/inner/most/three.py", "area/inner/cuda_four.py", "other/five.py"):
         path = tmp_path / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +40,9 @@ def _small_package(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(mutate, "QUOTAS", {"area/**/*.py": 3, "other/five.py": 1})
 
 
-@pytest.mark.again
+in_a_small_package = pytest.mark.usefixtures("_small_package")
+
+
 def test_every_mutation_finds_its_place() -> None:
     listed = json.loads(run.FILE.read_text())
     for each in listed["mutations"] + listed["skipped"]:
@@ -50,12 +50,14 @@ def test_every_mutation_finds_its_place() -> None:
         mutate.mutated((mutate.ROOT / mutation.file).read_text(), mutation)  # or it exits, and says which to port
 
 
+@in_a_small_package
 def test_an_area_has_its_sub_folders() -> None:
     files = [each.file for each in mutate.generate(0, [], [])]
     assert sorted(files[:3]) == [f"area/{name}.py" for name in ("inner/most/three", "inner/two", "one")]
     assert files[3:] == ["other/five.py"]
 
 
+@in_a_small_package
 def test_the_quota_is_filled_up_by_the_seed() -> None:
     kept = mutate.generate(0, [], [])[1]
     again = mutate.generate(0, [kept], [])
@@ -66,18 +68,21 @@ def test_the_quota_is_filled_up_by_the_seed() -> None:
     assert any(each != seeds[0] for each in seeds)
 
 
+@in_a_small_package
 def test_what_is_skipped_is_left_out() -> None:
     (five,) = [each for each in mutate.generate(0, [], []) if each.function == "five"]
     (other,) = [each for each in mutate.generate(0, [five], [five]) if each.function == "five"]
     assert other != five
 
 
+@in_a_small_package
 def test_each_mutation_has_its_place() -> None:
     for each in mutate.generate(0, [], []):
         source = (mutate.ROOT / each.file).read_text()
         assert mutate.mutated(source, each) == source.replace(each.before, each.after, 1) != source
 
 
+@in_a_small_package
 def test_lines_of_cpp_change_in_their_operators_and_numbers() -> None:
     changed = [each for _, each in mutate.candidates("six.cpp")]
     assert {each.before for each in changed} == {"int total = a * 2;", "total += a;", "return a < 3 && total > 0;"}

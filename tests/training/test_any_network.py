@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run as run_command
 from launching import run_ranks
 from refusals import refused
-from runs import SHARED, assert_same_weights, newest_checkpoint, run_command
+from runs import SHARED, assert_same_weights, newest_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

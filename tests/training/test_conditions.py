@@ -11,11 +11,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from commands import run as run_command
 from items import whole
 from launching import run_ranks
 from PIL import Image
 from refusals import refused
-from runs import QUIET, TRAIN, assert_same_weights, pictures, resume_and_compare, run_command, train
+from runs import QUIET, TRAIN, assert_same_weights, pictures, resume_and_compare, train
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, Sampler, Trainer, TrainOptions, load_folder, sample_seeds

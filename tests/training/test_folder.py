@@ -13,8 +13,9 @@ from unittest.mock import DEFAULT, Mock
 import pytest
 import safetensors.torch
 import torch
+from commands import run as run_command
 from items import flip_bits
-from runs import QUIET, assert_same_weights, newest_checkpoint, pictures, run_command, train
+from runs import QUIET, assert_same_weights, newest_checkpoint, pictures, train
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, Objective, TrainOptions, UNet, export_checkpoint, load_folder

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run as run_command
 from drawing import tiny_unet
 from other_blocks import UNetModel
 from refusals import refused
-from runs import QUIET, SHARED, resume_and_compare, run_command, train
+from runs import QUIET, SHARED, resume_and_compare, train
 from torch import Tensor, nn
 
 from ddpm_fast import (

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run as run_command
 from launching import run_ranks
 from refusals import refused
-from runs import QUIET, TRAIN, assert_same_runs, assert_same_weights, log_rows, newest_checkpoint, run_command, train
+from runs import QUIET, TRAIN, assert_same_runs, assert_same_weights, log_rows, newest_checkpoint, train
 
 from ddpm_fast import NoiseSchedule, Objective, TrainOptions
 from ddpm_fast.distributed import Processes

@@ -17,6 +17,7 @@ from unittest.mock import DEFAULT, Mock
 import numpy as np
 import pytest
 import torch
+from commands import run as run_command
 from items import whole
 from launching import run_ranks
 from PIL import Image
@@ -29,7 +30,6 @@ from runs import (
     log_rows,
     newest_checkpoint,
     resume_and_compare,
-    run_command,
     train,
 )
 from torch import Tensor
