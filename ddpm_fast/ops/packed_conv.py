@@ -29,13 +29,10 @@ _CHANNELS_LAST: Final = torch.channels_last
 # G of F(4x4, 3x3), as csrc/cpu/winograd_transforms.h evaluates polynomials: a row has the powers of a point, divided by its
 # distances from the other points.
 _POINTS: Final = (0.0, 0.625, -0.625, 1.5, -1.5)
-_LARGE: Final = torch.tensor(
-    [[p**k / math.prod(p - q for q in _POINTS if q != p) for k in range(3)] for p in _POINTS] + [[0.0, 0.0, 1.0]],
-    dtype=torch.float64,
-    device="cpu",
-)
+# Lists: torch.compile would take a tensor's sizes for symbols, and one of 2 for the size of a batch of 2.
+_LARGE: Final = [[p**k / math.prod(p - q for q in _POINTS if q != p) for k in range(3)] for p in _POINTS] + [[0.0, 0.0, 1.0]]
 # The input row, of two, that each of three taps reads after upsampling by 2: for even and for odd output rows.
-_UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device="cpu")
+_UPSAMPLED: Final = [[[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]
 
 
 def suits_winograd(n: int, height: int, width: int) -> bool:
@@ -91,9 +88,11 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
         return packed
     wide = weight.detach().double()
     if method == "winograd_large":
-        taps = torch.einsum("pk,ql,oikl->pqio", _LARGE, _LARGE, wide).flatten(0, 1)
+        rows = wide.new_tensor(_LARGE)
+        taps = torch.einsum("pk,ql,oikl->pqio", rows, rows, wide).flatten(0, 1)
     elif upsample:
-        taps = torch.einsum("pak,qbl,oikl->pqabio", _UPSAMPLED, _UPSAMPLED, wide).flatten(0, 3)
+        rows = wide.new_tensor(_UPSAMPLED)
+        taps = torch.einsum("pak,qbl,oikl->pqabio", rows, rows, wide).flatten(0, 3)
     else:
         taps = wide.permute(2, 3, 1, 0).flatten(0, 1)
     panel, step = native().cpu.panel, step_of(dtype)
