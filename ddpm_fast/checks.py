@@ -272,7 +272,7 @@ def checked_device(op: str, device: Any) -> torch.device:
 
 
 def computing_device(op: str, device: Any) -> torch.device:
-    """Return the device, or if it is None a GPU if there is one, else the CPU. Raise if nothing can run there."""
+    """Return the device. None means the GPU if there is one, or the CPU. Raise if nothing can run there."""
     found = checked_device(op, ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if found.type == "meta":
         raise InvalidValue(op, "device", "to be one that computes", "meta")

@@ -86,13 +86,13 @@ def within(
 
 
 class Declared(NamedTuple):
-    """An option of a struct.
+    """A field of a struct of options, or a key of a `TypedDict`.
 
     Attributes:
         name: Its name.
         kind: Its type.
         default: Its default.
-        option: Its declaration.
+        option: The `Option` in its annotation.
     """
 
     name: str
@@ -187,7 +187,7 @@ def described(struct: type[AnyOptions]) -> type[AnyOptions]:
 
 
 def taking(struct: type) -> Callable[[Function], Function]:
-    """Return a decorator for a function with `**options: Unpack[struct]`. Its signature then shows each of them."""
+    """Return a decorator for a function with `**options: Unpack[struct]`, whose signature then shows each option by name."""
 
     def decorate(function: Function) -> Function:
         own = inspect.signature(function)

@@ -31,7 +31,7 @@ class ResultFolder:
 
     Args:
         path: The folder. It need not exist.
-        result: What the caller's argument names, if it is not the folder itself.
+        result: The path that the user gave, if the folder only serves to make a file there.
 
     Attributes:
         path: As given. So is `result`.

@@ -82,7 +82,7 @@ class Adapter:
     def _step(
         self, plan: SamplingPlan, timesteps: Tensor, state: StepState, guidance_scale: float | None, joint: Tensor | None
     ) -> None:
-        """Evaluate the network once and apply one `reverse_step`. `joint` is its input with a condition, of both halves."""
+        """Evaluate the network once and apply one `reverse_step`. With a condition, `joint` is its input."""
         x_t, x_0, labels = state.x_t, state.x_0, state.class_labels
         history: Any = dict(zip(("x_0_prev", "x_0_prev2"), state.history, strict=False))
         if joint is not None:
@@ -114,7 +114,7 @@ class Adapter:
 
 
 def weights_digest(model: Model) -> str | None:
-    """Return the SHA-256 of a network's configuration, weights and buffers, or None if it shows none.
+    """Return the SHA-256 of a network's configuration, weights and buffers, or None for a function without them.
 
     A `FrozenUNet` has the digest of the weights from which it was made.
     """

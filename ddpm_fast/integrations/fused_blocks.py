@@ -124,7 +124,7 @@ class FusedSequential(Swapped):
 
 
 class HeadPart(Swapped):
-    """The norm of a diffusers head, which also computes SiLU, or the activation, which returns its input."""
+    """One of two layers of a diffusers head. The norm also computes SiLU, so the activation after it returns its input."""
 
     def forward(self, input: Tensor) -> Any:
         """Return SiLU(norm(input)) for the norm, and the input for the activation."""

@@ -248,7 +248,7 @@ def unet_on_weights(
 class WithoutDraws(TorchFunctionMode):
     """A context in which new layers do not initialize their weights.
 
-    A draw on the meta device imports PyTorch's compiler, which takes seconds.
+    Initializing weights on the meta device imports PyTorch's compiler, which takes seconds.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -340,7 +340,7 @@ def _fix_size(x: Tensor) -> None:
 class DownBlock(nn.Module):
     """One resolution on the way down.
 
-    Residual blocks, each followed by attention in an AttnDownBlock2D. With `downsample`, a convolution or
+    Residual blocks, each followed by attention if the type is AttnDownBlock2D. With `downsample`, a convolution or
     residual block then halves height and width.
     """
 
@@ -413,7 +413,7 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """One resolution on the way up.
 
-    Residual blocks on input and skip connection, each followed by attention in an AttnUpBlock2D. With
+    Residual blocks on input and skip connection, each followed by attention if the type is AttnUpBlock2D. With
     `upsample`, a convolution or residual block then doubles height and width.
     """
 

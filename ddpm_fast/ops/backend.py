@@ -144,7 +144,7 @@ def why_not_matrix_kernels(device: torch.device, dtype: torch.dtype, arguments: 
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which convolutions multiply maps of a dtype fastest on this CPU."""
+    """Return the dtype in which this CPU computes convolutions of maps in `dtype` fastest."""
     return torch.float32 if dtype == torch.bfloat16 and BFLOAT16 is not Bfloat16.FULL_RATE else dtype
 
 

@@ -118,7 +118,7 @@ class CompiledKernel:
 
 
 def dtype_code(dtype: torch.dtype) -> int | None:
-    """Return the native module's code of a dtype, or None, which kernels refuse, if it has none."""
+    """Return the native module's code of a dtype, or None if it has none. Kernels refuse None."""
     return _DTYPE_CODES.get(dtype)
 
 

@@ -52,8 +52,8 @@ def conv3x3(
         weight: [out, C + S, 3, 3], in x's dtype or float32.
         bias: [out], in x's dtype or float32, or None.
         skip: Further input channels [N, S, H, W], in x's dtype, or None.
-        affine: float32 [N, 3, C + S]: center, slope and intercept of each channel, as `group_norm_affine`
-            returns them for a preceding group norm. None: no affine map. float64 for a float64 x.
+        affine: float32 [N, 3, C + S], or float64 for a float64 x: center, slope and intercept of each channel, as
+            `group_norm_affine` returns them for a preceding group norm. None: no affine map.
         activation: "silu" or None, applied before the convolution.
         residual: Added to the output, shaped like it, in x's dtype, or None.
         divisor: Divides the sum. Not 0.

@@ -24,7 +24,7 @@ class Derivative(torch.autograd.Function):
         backend: str | None,
         *arguments: Any,
     ) -> tuple[Tensor | None, ...]:
-        """Return the results of `compute`, those of `saved` only on request.
+        """Return the results of `compute`. Those for the backward pass alone are left out unless `returns_saved`.
 
         `backend` is the caller's. The backward pass chooses again, because a transform may be active then.
         """

@@ -76,7 +76,7 @@ class SampleFormat(ResultFolder, ABC):
             remove_leftovers(folder, 0)
 
     def remove_lock(self) -> None:
-        """Remove the lock's file. All is written, so two calls that hold a lock each would have nothing to write."""
+        """Remove the lock's file once all is written. A call that then locks a new file finds nothing left to write."""
         with suppress(OSError):
             (self.path / LOCK).unlink()
 

@@ -151,7 +151,7 @@ class Sampler:
         return other
 
     def digest(self) -> str | None:
-        """Return the SHA-256 of the network's configuration and weights, or None if it shows none."""
+        """Return the SHA-256 of the network's configuration and weights, or None for a function without them."""
         return weights_digest(self.network)
 
     @taking(DrawOptions)

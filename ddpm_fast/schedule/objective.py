@@ -165,7 +165,7 @@ class Objective:
         Args:
             alpha: The weight of x_0, float64 [S].
             sigma: The weight of epsilon, float64 [S].
-            timesteps: The timesteps that the network is given, int64 [S]. A tensor `prediction` depends on them alone.
+            timesteps: The timesteps that the network is given, int64 [S]. They alone decide if `prediction` is a tensor.
         """
         if isinstance(self.prediction, Tensor):
             a, b = self.prediction[timesteps].unbind(1)
@@ -196,9 +196,10 @@ class Objective:
 
     @cached_property
     def bound_columns(self) -> Tensor:
-        """Columns of the terms of the variational bound, float64 [7, T] on the CPU. A ValueError if D is 0 at a timestep.
+        """The coefficients of the variational bound, float64 [7, T] on the CPU. A ValueError if D is 0 at a timestep.
 
-        They are a, b, sigma / D, the weight of x_0 in mu~ (eq. 7), and the three of `NoiseSchedule.reverse_log_variances`:
+        They are a, b, sigma / D, the weight of x_0 in mu~ (eq. 7), and the three of `NoiseSchedule.reverse_log_variances`.
+        The first three give the error of x_0:
 
             x_0 - x_0^ = sigma / D (m - a x_0 - b epsilon)
         """
@@ -271,6 +272,6 @@ def objective_of(
 
 
 def _determinant(a: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return D. That of "v_prediction" is alpha^2 + sigma^2, which is 1 but for its rounding."""
+    """Return D = alpha b - sigma a. For "v_prediction" it is alpha^2 + sigma^2, so 1 up to rounding."""
     determinant = alpha * b - sigma * a
     return torch.where((determinant - 1).abs() < 1e-15, 1.0, determinant)

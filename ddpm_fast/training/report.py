@@ -28,7 +28,7 @@ _log = logging.getLogger("ddpm_fast")
 
 
 class CallbackError(Exception):
-    """Wraps an exception raised by a callback or a logger, which is its argument."""
+    """An exception that a callback or a logger raised, in `args[0]`."""
 
 
 def call_back(callback: Callable[..., object] | None, *arguments: object) -> None:

@@ -247,7 +247,7 @@ class PlanScheduler:
         return Steps(chain, _with_given_x_0(plan) if self._thresholds else plan, rows.tolist(), index)
 
     def _has_step(self) -> Tensor:
-        """Return which timesteps have a step, bool [T]. With abar = 0, predicted noise does not determine x_0."""
+        """Return which timesteps have a step, bool [T]. With abar = 0, x_t is noise alone, so predicted noise gives no x_0."""
         return cast(Tensor, (self.schedule.alpha_bars > 0) | (self.config.prediction_type != "epsilon"))
 
     # -------------------------------------------------------------------------------------------------------------- step

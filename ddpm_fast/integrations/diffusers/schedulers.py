@@ -505,7 +505,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         return Steps(chain, plan, rows.tolist(), {}, orders)
 
     def _plan(self, timesteps: Sequence[int], previous: Sequence[int] | None = None, **options: Any) -> SamplingPlan:
-        """Return the plan of steps from timesteps. Options stand in for the arguments of `dpm_solver_plan`."""
+        """Return the plan whose steps start at `timesteps`. `options` replace arguments of `dpm_solver_plan`."""
         defaults = {
             "num_steps": None,
             "order": self.config.solver_order,

@@ -16,7 +16,7 @@ _LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601), 
 
 @dataclass(frozen=True)
 class Degradation:
-    """A function of images whose results a network restores. It is written `low-resolution:4`, `grey` or `mask`.
+    """A degradation of images, which a network learns to undo. It is written `low-resolution:4`, `grey` or `mask`.
 
     Attributes:
         name: "low-resolution": reduced and enlarged again, both bicubically. "grey": the brightness (luma). "mask": a box of

@@ -71,7 +71,7 @@ def batches(
 
 
 class _Batches(Dataset[Any]):
-    """The batches of a data set for a DataLoader. If an item is wrong, its batch is the error.
+    """The batches of a data set for a DataLoader. If an item is wrong, the error takes the batch's place.
 
     The error is not raised, because PyTorch would replace its text by the worker's traceback and keep the workers alive.
     """
