@@ -245,6 +245,7 @@ def inject(library: ctypes.CDLL, base: Path, name: str, kind_name: str, every: i
 def main() -> None:
     library, base = ctypes.CDLL(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
+    Image.init()  # its modules, once instead of in each child
     if any(not argument.startswith("picture") for argument in sys.argv[3:]):
         import sklearn.datasets
 
