@@ -28,6 +28,7 @@ _NAMES_BY_MODULE = {
     ),
     "reference": ("STREAM_DROPOUT", "STREAM_KNOWN", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
     "samplers": ("SAMPLERS", "PlanOptions"),
+    "sampling.fitting": ("fit_plan",),
     "sampling.options": ("BatchOptions", "DrawOptions", "EditOptions"),
     "sampling.sample_files": ("write_samples",),
     "sampling.sampler": ("Sampler", "sample"),

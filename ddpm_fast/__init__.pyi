@@ -49,6 +49,7 @@ from .sampling.editing import inpaint as inpaint
 from .sampling.editing import interpolate as interpolate
 from .sampling.editing import invert as invert
 from .sampling.editing import vary as vary
+from .sampling.fitting import fit_plan as fit_plan
 from .sampling.options import BatchOptions as BatchOptions
 from .sampling.options import DrawOptions as DrawOptions
 from .sampling.options import EditOptions as EditOptions

@@ -74,8 +74,14 @@ class Adapter:
         Raises:
             ValueError: From the returned function: the network changes its input, or its output does not fit.
         """
+        return self.bind_at(plan.timesteps, plan, state, guidance_scale)
+
+    def bind_at(
+        self, timesteps: Tensor, plan: SamplingPlan, state: StepState, guidance_scale: float | None
+    ) -> Callable[[], object]:
+        """Return the same function for other timesteps, [S] of any dtype. It calls the network for each step."""
         plan.table(self.device)  # in place before a capture looks
-        timesteps, everything = plan.timesteps.to(self.device), slice(len(state.x_t))
+        timesteps, everything = timesteps.to(self.device), slice(len(state.x_t))
         joint = state.condition(everything, self.dtype, after_x_t=True) if state.condition_channels else None
         return partial(self._step, plan, timesteps, state, guidance_scale, joint)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from ..errors import expect
+from ..errors import InvalidType, expect
 from ..options import within
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective
@@ -17,12 +17,14 @@ from .levels import RHO, LambdaMin, Level, LevelSpacing, Rho, Start, noise_level
 from .sampling_plan import Clip, SamplingPlan, builds_plan
 
 FEW_STEPS = 15  # plans with fewer steps end with steps of lower order (`lower_order_final`)
+FITTED = ("k0", "k1", "k3")  # the columns that `corrections` change
+_STEPS = 20
 
 
 @builds_plan
 def dpm_solver_plan(
     schedule: NoiseSchedule | Objective,
-    num_steps: int | None = 20,
+    num_steps: int | None = _STEPS,
     *,
     order: Annotated[int, within(1, 3)] = 2,
     eta: Annotated[float, within(0, 1)] = 0.0,
@@ -31,6 +33,8 @@ def dpm_solver_plan(
     sigma_min: Level = None,
     sigma_max: Level = None,
     rho: Rho = RHO,
+    levels: Sequence[float] | None = None,
+    corrections: Sequence[Sequence[float]] | None = None,
     final: Literal["zero", "sigma_min"] = "zero",
     lower_order_final: bool = True,
     euler_at_final: bool = False,
@@ -81,6 +85,11 @@ def dpm_solver_plan(
         sigma_max: The level at which the first step starts, like `sigma_min`. None is the level of the last timestep.
             A single step starts here. `sample` starts from unit noise at any level.
         rho: The exponent of "karras", 1..100. A larger one puts more levels near `sigma_min`.
+        levels: The levels at which the S steps start, as sigma / alpha, strictly descending between those of the timesteps.
+            The model is given the nearest timesteps, and the last step ends at x_0. They take the place of `num_steps`,
+            `spacing`, `sigma_min`, `sigma_max`, `rho`, `lambda_min` and `final`.
+        corrections: What `fit_plan` adds to the columns k0, k1 and k3 of the steps: [S, 3], with `levels`, order 2 and eta 0. A
+            plan with `start` leaves the correction of its first step out.
         final: The level at which the last step ends: "zero" is x_0, "sigma_min" is the level of timestep 0, whatever
             the argument `sigma_min` is.
         lower_order_final: In plans of fewer than 15 steps, take order 1 in the last step and at most 2 in the one before.
@@ -102,7 +111,14 @@ def dpm_solver_plan(
     """
     caller = "dpm_solver_plan"
     expect(order < 3 or eta in (0, 1), caller, "eta", "to be 0 or 1 with order 3", eta)
-    levels = noise_levels(
+    if levels is not None:
+        for name, value, default in (
+            *(("num_steps", num_steps, _STEPS), ("spacing", spacing, "linspace"), ("final", final, "zero")),
+            *(("sigma_min", sigma_min, None), ("sigma_max", sigma_max, None), ("rho", rho, RHO)),
+            ("lambda_min", lambda_min, -math.inf),
+        ):
+            expect(value is None or value == default, caller, name, "to be left out with levels", repr(value))
+    chain = noise_levels(
         caller,
         schedule,
         num_steps,
@@ -116,24 +132,49 @@ def dpm_solver_plan(
         prediction=prediction,
         clip=clip,
         learned_variance=learned_variance,
+        levels=levels,
     )
-    orders = torch.arange(1, len(levels.timesteps) + 1).clamp(max=order)
-    ends_low = lower_order_final and levels.num_steps < FEW_STEPS
+    orders = torch.arange(1, len(chain.timesteps) + 1).clamp(max=order)
+    ends_low = lower_order_final and chain.num_steps < FEW_STEPS
     if ends_low:
         orders[-2:] = orders[-2:].clamp(max=2)
     if ends_low or euler_at_final or final == "zero":
         orders[-1] = 1
-    alpha, sigma = levels.alpha, levels.sigma
+    alpha, sigma = chain.alpha, chain.sigma
     # Karras's last level is timestep 0 up to rounding, which must not make a step to that level go back.
-    h = levels.log_snr.diff().clamp(min=0)
+    h = chain.log_snr.diff().clamp(min=0)
     phi = -torch.expm1(-(1 + eta) * h)
     k1, std = sigma[1:] / sigma[:-1], torch.zeros_like(h)
     if eta > 0:
         k1, std = k1 * torch.exp(-eta * h), sigma[1:] * (-torch.expm1(-2 * eta * h)).sqrt()
     change, change_prev = alpha[1:] * _extrapolation(orders, h, phi, eta, solver)
     level = torch.arange(len(h))
-    columns = {"k0": alpha[1:] * phi + change, "k3": change_prev - change, "k4": -change_prev}
-    return levels.plan(level, level + 1, clip, k1=k1, sigma=std, **columns)
+    columns = {"k0": alpha[1:] * phi + change, "k1": k1, "k3": change_prev - change, "k4": -change_prev}
+    if corrections is not None:
+        expect(
+            levels is not None and order == 2 and eta == 0,
+            caller,
+            "corrections",
+            "to go with levels, order 2 and eta 0",
+            "others",
+        )
+        added = _checked_corrections(caller, corrections, chain.num_steps)[-len(h) :]
+        if start is not None:
+            added[0] = 0
+        columns |= {name: columns[name] + column for name, column in zip(FITTED, added.unbind(1), strict=True)}
+    return chain.plan(level, level + 1, clip, sigma=std, **columns)
+
+
+def _checked_corrections(caller: str, corrections: Sequence[Sequence[float]], num_steps: int) -> Tensor:
+    """Return corrections, float64 [S, 3]. Raise unless each is a number that may be added to its column."""
+    wanted = f"to be finite numbers [{num_steps}, {len(FITTED)}], without k3 in the first and last step and k1 in the last"
+    try:
+        added = torch.tensor(corrections, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidType(caller, "corrections", wanted, repr(corrections)) from error
+    usable = added.shape == (num_steps, len(FITTED)) and bool(added.isfinite().all())
+    expect(usable and not added[0, 2] and not added[-1, 1:].any(), caller, "corrections", wanted, corrections)
+    return added
 
 
 def _extrapolation(orders: Tensor, h: Tensor, phi: Tensor, eta: float, solver: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_int
-from ..errors import InvalidValue, expect
+from ..errors import InvalidType, InvalidValue, expect
 from ..options import within
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective, objective_of
@@ -85,6 +85,7 @@ def noise_levels(
     prediction: Prediction | None,
     clip: float | None,
     learned_variance: bool,
+    levels: Sequence[float] | None = None,
 ) -> Levels:
     """Return the levels of these solvers.
 
@@ -99,8 +100,12 @@ def noise_levels(
     schedule = objective.schedule
     ratios = noise_ratios(schedule.alpha_bars)  # ascending
     last = count_levels(caller, schedule, lambda_min)
-    if isinstance(spacing, str) and spacing == "karras":  # an array would be compared item by item
-        ratio, timesteps = _karras(caller, ratios[:last], num_steps, sigma_min, sigma_max, rho)
+    if levels is not None:
+        ratio = _listed(caller, ratios, levels)
+        timesteps = fractional_timesteps(schedule, ratio).round().long()
+    elif isinstance(spacing, str) and spacing == "karras":  # an array would be compared item by item
+        ratio = _karras(caller, ratios[:last], num_steps, sigma_min, sigma_max, rho)
+        timesteps = fractional_timesteps(schedule, ratio).round().long()
     else:
         for name, value, unset in (("sigma_min", sigma_min, None), ("sigma_max", sigma_max, None), ("rho", rho, RHO)):
             expect(value == unset, caller, name, 'to go with spacing="karras"', f"{value!r} with {spacing!r}")
@@ -124,6 +129,13 @@ def noise_levels(
 def noise_ratios(alpha_bars: Tensor) -> Tensor:
     """Return sigma / alpha."""
     return ((1 - alpha_bars) / alpha_bars).sqrt()
+
+
+def fractional_timesteps(schedule: NoiseSchedule, levels: Tensor) -> Tensor:
+    """Return the timesteps of levels, interpolated in the logarithm of the level, float64 like `levels`."""
+    ratios = noise_ratios(schedule.alpha_bars)
+    ratios = ratios[ratios.isfinite()]
+    return torch.from_numpy(np.interp(levels.log().numpy(), ratios.log().numpy(), np.arange(len(ratios))))
 
 
 def count_levels(caller: str, schedule: NoiseSchedule, lambda_min: float) -> int:
@@ -165,10 +177,24 @@ def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing
     return spaced_levels(last, last, _checked_num_steps(caller, num_steps, last - 1), spacing)
 
 
+def _listed(caller: str, ratios: Tensor, levels: Sequence[float]) -> Tensor:
+    """Return listed levels, sigma / alpha, float64 [S]. Raise unless they descend between the levels of the timesteps."""
+    low, high = float(ratios[0]), float(ratios[ratios.isfinite()][-1])
+    wanted = f"to be strictly descending numbers in {low:.6g}..{high:.6g}, the levels of the timesteps"
+    try:
+        listed = torch.as_tensor(levels, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidType(caller, "levels", wanted, repr(levels)) from error
+    usable = listed.dim() == 1 and listed.numel() > 0 and bool((listed.diff() < 0).all())
+    usable = usable and bool(((listed >= low * (1 - _SLACK)) & (listed <= high * (1 + _SLACK))).all())
+    expect(usable, caller, "levels", wanted, levels)
+    return listed
+
+
 def _karras(
     caller: str, ratios: Tensor, num_steps: int | None, sigma_min: float | None, sigma_max: float | None, rho: float
-) -> tuple[Tensor, Tensor]:
-    """Return sigma / alpha, evenly spaced after the power 1 / rho, and the nearest timesteps (Karras et al. 2022, eq. 5).
+) -> Tensor:
+    """Return sigma / alpha, evenly spaced after the power 1 / rho (Karras et al. 2022, eq. 5).
 
     Args:
         caller: The function that error messages name.
@@ -179,7 +205,7 @@ def _karras(
         rho: The exponent.
 
     Returns:
-        float64 [S] and int64 [S]. Two levels may share a timestep.
+        float64 [S]. The nearest timesteps of two levels may be one.
     """
     num_steps = _checked_num_steps(caller, num_steps, len(ratios))
     is_whole = not bool(ratios[-1].isinf())
@@ -193,9 +219,7 @@ def _karras(
     high = high if sigma_max is None else float(sigma_max)
     expect(low * _APART < high, caller, "sigma_max", f"to be above the last level, {low:.6g}", high)
     high, low = high ** (1 / rho), low ** (1 / rho)
-    spaced = torch.linspace(0, 1, num_steps, dtype=torch.float64).mul(low - high).add(high).pow(rho)
-    t = np.interp(spaced.log().numpy(), ratios.log().numpy(), np.arange(len(ratios)))
-    return spaced, torch.from_numpy(t.round().astype(np.int64))
+    return torch.linspace(0, 1, num_steps, dtype=torch.float64).mul(low - high).add(high).pow(rho)
 
 
 def _checked_num_steps(caller: str, num_steps: int | None, most: int) -> int:

@@ -25,6 +25,9 @@ SCHEDULES = {
 LINEAR = SCHEDULES["linear"][0]
 ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
 HIGHEST = float((1 / ZERO_SNR.alpha_bars[-2] - 1).sqrt())
+WITHIN = "to be in 0.0100005..157.407, the levels of the timesteps"
+LEVELS = f"to be strictly descending numbers in {WITHIN[9:]}"
+CORRECTIONS = "to be finite numbers [2, 3], without k3 in the first and last step and k1 in the last"
 SHAPE = (2, 3, 5, 4)
 SEEDS = torch.tensor([3, 4])
 
@@ -273,6 +276,23 @@ def test_chosen_levels_equal_the_formulas(name: str) -> None:
             assert plan.timesteps.tolist() == [t[i] for i in starts]
             assert plan.alpha_bars.tolist() == pytest.approx([abar[i] for i in starts], rel=1e-12)
             assert plan.alpha_bars_prev.tolist() == pytest.approx([abar[i] for i in arrivals], rel=1e-12)
+            if build is dpm_solver_plan:
+                listed = build(schedule, levels=ratios[:-1])
+                assert torch.equal(listed.timesteps, plan.timesteps)
+                torch.testing.assert_close(listed.coefficients, plan.coefficients, rtol=1e-9, atol=1e-12)
+
+
+def test_corrections_are_added_to_three_columns() -> None:
+    levels, corrections = [40.0, 3.0, 0.5, 0.1], [[1.0, 2.0, 0.0], [3.0, 4.0, 5.0], [6.0, 7.0, 8.0], [9.0, 0.0, 0.0]]
+    plain, plan = (dpm_solver_plan(LINEAR, levels=levels, corrections=each) for each in (None, corrections))
+    columns = [COLUMNS.index(name) for name in ("k0", "k1", "k3")]
+    expected = plain.coefficients.clone()
+    expected[:, columns] += torch.tensor(corrections, dtype=torch.float64)
+    assert torch.equal(plan.coefficients, expected)
+    start = int(plan.timesteps[1])
+    later, expected = plan.starting_at(start), plain.starting_at(start).coefficients.clone()
+    expected[1:, columns] += torch.tensor(corrections[2:], dtype=torch.float64)
+    assert torch.equal(later.coefficients, expected)
 
 
 @pytest.mark.parametrize("build", [dpm_solver_plan, heun_plan])
@@ -387,6 +407,44 @@ def test_zero_terminal_snr_may_begin_at_a_chosen_level(ratio: float) -> None:
         ),
         ({"clip": 0.0}, InvalidValue("dpm_solver_plan", "clip", "to be positive or None", "0.0")),
         *(
+            ({"levels": levels}, kind("dpm_solver_plan", "levels", LEVELS, got))
+            for levels, kind, got in (
+                *(([1.0, 2.0], InvalidValue, [1.0, 2.0]), ([2.0, 2.0], InvalidValue, [2.0, 2.0]), ([], InvalidValue, [])),
+                *(([158.0, 1.0], InvalidValue, [158.0, 1.0]), ([1.0, 0.009], InvalidValue, [1.0, 0.009])),
+                *(([math.nan], InvalidValue, [math.nan]), ("high", InvalidType, "'high'")),
+            )
+        ),
+        *(
+            (
+                {"levels": [2.0, 1.0], name: value},
+                InvalidValue("dpm_solver_plan", name, "to be left out with levels", repr(value)),
+            )
+            for name, value in (
+                *(("num_steps", 2), ("spacing", "karras"), ("sigma_min", 0.1), ("sigma_max", 40.0), ("rho", 5.0)),
+                *(("lambda_min", -5.1), ("final", "sigma_min")),
+            )
+        ),
+        *(
+            (
+                {"levels": [2.0, 1.0], "corrections": value},
+                kind("dpm_solver_plan", "corrections", CORRECTIONS, got),
+            )
+            for value, kind, got in (
+                ([[0.0, 0.0]] * 2, InvalidValue, [[0.0, 0.0]] * 2),
+                ([[0.0, 0.0, 0.1], [0.0] * 3], InvalidValue, [[0.0, 0.0, 0.1], [0.0] * 3]),
+                ([[0.0] * 3, [0.0, 0.1, 0.0]], InvalidValue, [[0.0] * 3, [0.0, 0.1, 0.0]]),
+                ([[math.inf, 0.0, 0.0], [0.0] * 3], InvalidValue, [[math.inf, 0.0, 0.0], [0.0] * 3]),
+                ("none", InvalidType, "'none'"),
+            )
+        ),
+        *(
+            (
+                {"corrections": [[0.0] * 3] * 2, **options},
+                InvalidValue("dpm_solver_plan", "corrections", "to go with levels, order 2 and eta 0", got),
+            )
+            for options, got in (({}, "others"), ({"levels": [2.0, 1.0], "eta": 1.0}, "others"))
+        ),
+        *(
             (
                 {name: value},
                 InvalidValue("dpm_solver_plan", name, 'to go with spacing="karras"', f"{value} with 'linspace'"),
@@ -421,7 +479,6 @@ def test_bad_arguments_are_named(options: dict[str, Any], error: ArgumentError) 
         build(schedule, **{name: value for name, value in options.items() if name not in ("build", "schedule")})
 
 
-WITHIN = "to be in 0.0100005..157.407, the levels of the timesteps"
 LOWEST = float((1 / LINEAR.alpha_bars[0] - 1).sqrt())
 
 
