@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Unpack
+from typing import TYPE_CHECKING, Any, Final, Unpack, get_args
 
 import torch
 from torch import Tensor
 
 from . import plan
-from .checks import check_float, check_type, computing_device
+from .checks import check_float, check_number, check_type, computing_device
 from .errors import InvalidValue, expect, renaming
 from .files.images import in_range
-from .files.writing import read_json
+from .files.writing import read_json, write_json
 from .inference import Interface
+from .inference.adapter import weights_digest
 from .nn.unet import UNet
 from .options import checked, checked_options, taking
 from .plan import SamplingPlan, named_plan
+from .plan.sampling_plan import Fit
 from .resources import no_folder
 from .samplers import DEFAULT_SAMPLER, PlanOptions
 from .sampling.sampler import Sampler
@@ -29,11 +34,14 @@ from .training.checkpoint import Checkpoints, read_state
 from .training.export import check_is_unet
 
 if TYPE_CHECKING:
-    from .schemas import Scheduler
+    from .schemas import PlanFit, Scheduler
 
 _SCHEDULER: Final = "scheduler_config.json"
+_PLAN: Final = "plan.json"
 BUILTIN: Final = Path(__file__).parent / "builtin"
 """Folder of the built-in model: class-conditional, trained by `ddpm-fast train` on Fashion-MNIST padded to 32x32."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,12 +106,14 @@ class Pretrained:
             return Sampler(self.model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
 
     @taking(PlanOptions)
-    def build_plan(self, **options: Unpack[PlanOptions]) -> tuple[SamplingPlan, str]:
+    def build_plan(self, *, guidance_scale: float | None = None, **options: Unpack[PlanOptions]) -> tuple[SamplingPlan, str]:
         """Return the plan that options choose, and its name: a name of `SAMPLERS`, or "the model's plan".
 
-        Without options that ask for another, it is the model's plan if it has one, in its number of steps or fewer.
+        Without options that ask for another, it is the model's plan if it has one, in its number of steps or fewer. A fitted
+        plan has one number of steps.
 
         Args:
+            guidance_scale: The scale with which it will draw, None for 1. A fitted plan is used at its own scale alone.
             **options: See `PlanOptions`.
 
         Raises:
@@ -111,15 +121,47 @@ class Pretrained:
             ValueError: An option is out of range.
         """
         with renaming("build_plan", {"num_steps": "steps"}):
+            check_number("", "guidance_scale", guidance_scale, -1e4, 1e4, optional=True)
             chosen = checked_options("", PlanOptions, options)
             steps = chosen.pop("steps")
-            if self.plan is not None and set(chosen.values()) == {None}:
-                if steps is None:
+            fit = None if self.plan is None else self.plan.fit
+            suits = fit is None or fit.guidance_scale == (1.0 if guidance_scale is None else guidance_scale)
+            if self.plan is not None and suits and set(chosen.values()) == {None}:
+                if steps in (None, self.plan.num_steps):
                     return self.plan, "the model's plan"
-                fewer = None if self.plan.builder is None else self.plan.builder(num_steps=steps)
+                fewer = None if self.plan.builder is None or fit is not None else self.plan.builder(num_steps=steps)
                 if fewer is not None and fewer.num_steps <= self.plan.num_steps:
                     return fewer, "the model's plan"
             return named_plan(self.objective, clip=self.clip, **options), chosen["sampler"] or DEFAULT_SAMPLER
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the network and its objective, to which a fitted plan belongs."""
+        text = f"{weights_digest(self.model)} {json.dumps(self.objective.to_config(), sort_keys=True)}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @checked("Pretrained.")
+    def save_plan(self, plan: SamplingPlan, folder: str | os.PathLike[str]) -> None:
+        """Write a plan to the plan.json of the model's folder, where `load_folder` finds it.
+
+        A fitted plan is used only while the folder holds this network.
+
+        Args:
+            plan: A plan of `ddpm_plan`, `ddim_plan`, `dpm_solver_plan` or `heun_plan`, such as one that `fit_plan` returns.
+            folder: The folder of the model, or of its training run.
+
+        Raises:
+            ValueError: The plan was made in another way.
+        """
+        from .schemas import PLAN_BUILDERS, SAID_ELSEWHERE
+
+        builder, names = plan.builder, get_args(PLAN_BUILDERS)
+        if builder is None or builder.func.__name__ not in names:
+            raise InvalidValue("Pretrained.save_plan", "plan", f"to be built by {', '.join(names)}", "another plan")
+        arguments = {name: value for name, value in builder.keywords.items() if name not in SAID_ELSEWHERE}
+        values: dict[str, Any] = {"builder": builder.func.__name__, "arguments": arguments}
+        if plan.fit is not None:
+            values["fit"] = plan.fit._asdict() | {"network": self.digest()}
+        write_json(Path(folder) / _PLAN, values)
 
     def to_data(self, images: Tensor) -> Tensor:
         """Map images from [-1, 1] to the numbers of the model's data: its `data_range`, or 0..255 for pictures.
@@ -178,8 +220,8 @@ def load_folder(
 
     Args:
         path: A folder in diffusers' layout, with unet/ and scheduler/ or the files of both at its root.
-            A plan.json next to them becomes `Pretrained.plan`. Or the folder of a training run: the averaged network of
-            the newest checkpoint is loaded.
+            Or the folder of a training run: the averaged network of the newest checkpoint is loaded. A plan.json in the
+            folder becomes `Pretrained.plan`, unless it was fitted to other weights.
         device: Device of the weights. None: the CPU.
         dtype: Dtype of the weights. None: float32.
 
@@ -220,7 +262,13 @@ def load_folder(
         clip=scheduler.clip_sample_range if scheduler.clip_sample else None,
         step=step,
     )
-    return loaded if step is not None else replace(loaded, plan=_read_plan(folder / "plan.json", loaded))
+    sampling, fit = _read_plan(folder / _PLAN, loaded)
+    if fit is not None and dtype not in (None, torch.float32):
+        sampling = load_folder(folder).plan  # the digest is that of the weights in float32
+    elif fit is not None and fit.network != loaded.digest():
+        sampling = None
+        _logger.warning("%s was fitted to other weights or another objective, so it is not used: fit again", folder / _PLAN)
+    return replace(loaded, plan=sampling)
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
@@ -244,19 +292,21 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     return schedule
 
 
-def _read_plan(file: Path, loaded: Pretrained) -> SamplingPlan | None:
-    """Return the plan that a plan.json describes, or None if there is no such file."""
+def _read_plan(file: Path, loaded: Pretrained) -> tuple[SamplingPlan | None, PlanFit | None]:
+    """Return the plan that a plan.json describes, and its fit. None if there is no such file or fit."""
     import msgspec
 
     from .schemas import Plan
 
-    def parse(values: dict[str, Any]) -> SamplingPlan:
+    def parse(values: dict[str, Any]) -> tuple[SamplingPlan, PlanFit | None]:
         stored = msgspec.convert(values, Plan)
         build = getattr(plan, stored.builder)
         built: SamplingPlan = build(loaded.objective, clip=loaded.clip, **stored.arguments)
-        return built
+        if (fit := stored.fit) is not None:
+            object.__setattr__(built, "fit", Fit(fit.teacher, fit.guidance_scale, fit.error_before, fit.error))
+        return built, stored.fit
 
-    return read_json("load_folder", file, parse) if file.is_file() else None
+    return read_json("load_folder", file, parse) if file.is_file() else (None, None)
 
 
 def _read_scheduler(folder: Path) -> tuple[Objective, Scheduler]:

@@ -43,14 +43,29 @@ class Scheduler(Struct, frozen=True):
         expect(not self.thresholding, "", "thresholding", "to be false", "true")
 
 
+class PlanFit(Struct, frozen=True, forbid_unknown_fields=True):
+    """The fit of a plan, see `ddpm_fast.plan.sampling_plan.Fit`. `network` is `Pretrained.digest` of its model."""
+
+    teacher: str
+    guidance_scale: Finite
+    error_before: Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+    error: Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+    network: Sha256
+
+
+PLAN_BUILDERS = Literal["ddpm_plan", "ddim_plan", "dpm_solver_plan", "heun_plan"]
+SAID_ELSEWHERE = frozenset({"schedule", "prediction", "variance", "learned_variance", "clip"})  # by the model's other files
+
+
 class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     """The plan.json of a model: a function that builds plans, and its arguments besides what the model's other files say."""
 
-    builder: Literal["ddpm_plan", "ddim_plan", "dpm_solver_plan", "heun_plan"]
+    builder: PLAN_BUILDERS
     arguments: dict[str, Any]
+    fit: PlanFit | None = None
 
     def __post_init__(self) -> None:
-        known = {"schedule", "prediction", "variance", "learned_variance", "clip"} & self.arguments.keys()
+        known = SAID_ELSEWHERE & self.arguments.keys()
         expect(not known, "", "arguments", "to leave out what the model's other files say", ", ".join(known))
 
 

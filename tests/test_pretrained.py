@@ -15,7 +15,7 @@ from drawing import tiny_unet
 from refusals import refused
 
 import ddpm_fast
-from ddpm_fast import NoiseSchedule, Objective, ddim_plan, dpm_solver_plan, load_builtin, sample
+from ddpm_fast import NoiseSchedule, Objective, ddim_plan, dpm_solver_plan, fit_plan, load_builtin, repaint_plan, sample
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.inference import Interface
 from ddpm_fast.nn import UNet
@@ -343,3 +343,39 @@ def test_a_plan_that_cannot_be_built_is_refused_with_its_file(content: Any, want
     with pytest.raises(ValueError, match=f"load_folder: expected .*{wanted}.*") as caught:
         load_folder(tmp_path)
     assert str(tmp_path / "plan.json") in str(caught.value)
+
+
+def test_a_fitted_plan_is_used_for_its_weights_and_its_guidance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_unet().save_pretrained(tmp_path / "unet")
+    write_scheduler(tmp_path / "scheduler", prediction_type="v_prediction")
+    loaded = load_folder(tmp_path)
+    few, teacher = (dpm_solver_plan(loaded.objective, steps, clip=loaded.clip) for steps in (3, 6))
+    fitted = fit_plan(loaded.sampler(few), teacher=teacher, num_images=2, rounds=1, progress=False)
+    loaded.save_plan(fitted, tmp_path)
+    for dtype in (None, torch.bfloat16):
+        again = load_folder(tmp_path, dtype=dtype)
+        assert again.plan is not None
+        assert torch.equal(again.plan.coefficients, fitted.coefficients)
+        assert again.plan.fit == fitted.fit
+    names = [again.build_plan(**options)[1] for options in ({}, {"steps": 3}, {"guidance_scale": 1.0})]
+    assert set(names) == {"the model's plan"}
+    others = [again.build_plan(**options)[1] for options in ({"steps": 2}, {"steps": 4}, {"guidance_scale": 2.0})]
+    assert set(others) == {"dpm++2m-sde"}
+    assert not caplog.records
+    write_scheduler(tmp_path / "scheduler", prediction_type="epsilon")
+    assert load_folder(tmp_path, dtype=torch.bfloat16).plan is None
+    write_scheduler(tmp_path / "scheduler", prediction_type="v_prediction")
+    model = tiny_unet()
+    with torch.no_grad():
+        model.conv_out.bias += 1
+    model.save_pretrained(tmp_path / "unet")
+    assert load_folder(tmp_path).plan is None
+    expected = f"{tmp_path / 'plan.json'} was fitted to other weights or another objective, so it is not used: fit again"
+    assert [record.getMessage() for record in caplog.records] == [expected] * 2
+
+
+def test_a_plan_of_another_function_is_not_saved(tmp_path: Path) -> None:
+    loaded = load_builtin()
+    names = "ddpm_plan, ddim_plan, dpm_solver_plan, heun_plan"
+    with refused(InvalidValue("Pretrained.save_plan", "plan", f"to be built by {names}", "another plan")):
+        loaded.save_plan(repaint_plan(loaded.objective), tmp_path)

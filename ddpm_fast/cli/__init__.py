@@ -12,6 +12,7 @@ from ..version import __version__
 from .console import Commands
 from .edit import edit_command
 from .evaluate import evaluate_command
+from .fit import fit_command
 from .sample import sample_command
 from .train import export_command, train_command
 
@@ -44,5 +45,5 @@ def info_command() -> None:
     click.echo(info())
 
 
-for _command in (train_command, export_command, sample_command, edit_command, evaluate_command):
+for _command in (train_command, export_command, sample_command, edit_command, evaluate_command, fit_command):
     main.add_command(_command)

@@ -143,8 +143,8 @@ def class_options(default: str) -> Callable[[Function], Function]:
     return adding([click.Option(["--classes"], help=classes), flag(_DRAWING["guidance_scale"], "--guidance")])
 
 
-def model_options(dtype_help: str) -> Callable[[Function], Function]:
-    """Return a decorator that adds the options that say which model runs, and how."""
+def model_options(dtype_help: str, *, named: bool = True) -> Callable[[Function], Function]:
+    """Return a decorator that adds the options that say how a model runs and, if it is `named`, which."""
     return adding(
         [
             click.Option(
@@ -157,7 +157,7 @@ def model_options(dtype_help: str) -> Callable[[Function], Function]:
             click.Option(["--dtype"], type=click.Choice(["float32", "bfloat16", "float16", "float64"]), help=dtype_help),
             click.Option(["--device"], help="Run on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
             click.Option(["--quiet"], is_flag=True, help="Print errors only."),
-        ]
+        ][not named :]
     )
 
 

@@ -93,7 +93,7 @@ def sample_command(num: int | None, out: str, gif: Path | None, show_channels: l
     rank, size, _ = ranks("sample", os.environ)
     writes_each = _check_places(out, gif, size)
     loaded = load_model("sample", options)
-    plan, name = loaded.build_plan(**chosen_plan(options))
+    plan, name = loaded.build_plan(guidance_scale=options["guidance_scale"], **chosen_plan(options))
     restored = _conditions(loaded, options["condition"], options["seed"], num, options["condition_range"])
     num = num or (16 if restored is None else len(restored))
     shown = _shown(loaded, show_channels)

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ..checks import check_float
 from ..errors import InvalidValue, expect
+from ..inference import Interface
+from ..inference.model import device_and_dtype, evaluation_mode
+from ..nn import UNet
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -42,3 +45,30 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
     return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * overlap))
+
+
+@torch.inference_mode()
+def network_features(model: UNet, images: Tensor, batch_size: int = 64) -> Tensor:
+    """Return what the middle block of a network computes of images, at timestep 0 and without a class: its means over pixels.
+
+    The Frechet distance of such features ranks samplers of one network.
+
+    Args:
+        model: The network, with D channels in its middle block.
+        images: [N, C, H, W] in [-1, 1].
+        batch_size: Run this many images at a time.
+
+    Returns:
+        float32 [N, D] on the CPU.
+    """
+    device, dtype = device_and_dtype(model)
+    no_label, found = Interface.of(model).no_label, list[Tensor]()
+    hook = model.mid_block.register_forward_hook(lambda block, given, h: found.append(h.float().mean(dim=(2, 3)).cpu()))
+    try:
+        with evaluation_mode(model):
+            for x in images.to(device, dtype).split(batch_size):
+                t = torch.zeros(len(x), dtype=torch.int64, device=device)
+                model(x, t) if no_label is None else model(x, t, torch.full_like(t, no_label))
+    finally:
+        hook.remove()
+    return torch.cat(found)

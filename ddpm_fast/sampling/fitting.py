@@ -35,7 +35,7 @@ def fit_plan(
     *,
     teacher: SamplingPlan,
     num_images: Annotated[int, within(1, 1 << 20)] = 32,
-    rounds: Annotated[int, within(low=1)] = 2,
+    rounds: Annotated[int, within(1, 1000)] = 2,
     **draw: Unpack[DrawOptions],
 ) -> SamplingPlan:
     """Fit a plan of few steps to a slower plan, so that both draw nearly the same images. Nothing is trained.

@@ -206,7 +206,13 @@ class Sampler:
     def _request(self, caller: str, num_samples: int, options: Any, **further: Any) -> Request:
         """Return the checked arguments of a call. A function that draws new images takes the classes in turn."""
         given = (caller, self.network, self.interface, self.shape, num_samples, options)
-        return checked_request(*given, **{"in_turn": True} | further)
+        request = checked_request(*given, **{"in_turn": True} | further)
+        fit, scale = self.plan.fit, request.given["guidance_scale"]
+        if fit is not None and fit.guidance_scale != (1.0 if scale is None else scale):
+            _logger.warning(
+                "%s: the plan was fitted with a guidance_scale of %g, and now it is another", caller, fit.guidance_scale
+            )
+        return request
 
     def _draw(self, request: Request, num_frames: int = 0) -> tuple[Tensor, Tensor]:
         """Draw the images of a request, one batch after the other, and as many states of each."""

@@ -77,7 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_lists_the_commands() -> None:
     assert ddpm_fast.__version__ in run("--version")
     commands = run("--help").partition("Commands:")[2]
-    assert re.findall(r"^  (\w+) ", commands, re.MULTILINE) == ["edit", "evaluate", "export", "info", "sample", "train"]
+    assert re.findall(r"^  (\w+) ", commands, re.MULTILINE) == ["edit", "evaluate", "export", "fit", "info", "sample", "train"]
     assert "..." not in commands  # no description is cut
 
 

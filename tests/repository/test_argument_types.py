@@ -217,7 +217,9 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "NoiseSchedule.table": lambda: Entry(SCHEDULE.table, {}),
     "Objective": lambda: Entry(d.Objective, {"schedule": SCHEDULE, "loss_weight": "min_snr"}, {"loss_weight": "None"}),
     "Objective, columns": lambda: Entry(d.Objective, {"schedule": SCHEDULE, "prediction": torch.ones(10, 2)}),
-    "Pretrained.build_plan": lambda: Entry(builtin().build_plan, {}, PLAN_ACCEPTS, "build_plan"),
+    "Pretrained.build_plan": lambda: Entry(
+        builtin().build_plan, {}, PLAN_ACCEPTS | {"guidance_scale": "negative zero"}, "build_plan"
+    ),
     "Pretrained.from_data": lambda: Entry(
         builtin().from_data, {"images": ONE}, {"images": "bools tensor shape meta"}, "from_data"
     ),
@@ -331,6 +333,16 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "to_uint8": lambda: Entry(d.to_uint8, {"images": IMAGES}, {"images": "shape meta"}),
     "train": lambda: Entry(d.train, {"run_dir": "no such run"}),
     "unfuse": lambda: Entry(d.unfuse, {"model": NETWORK}),
+    "fit_plan": lambda: Entry(
+        d.fit_plan,
+        {
+            "sampler": sampler().with_plan(d.dpm_solver_plan(SCHEDULE, 2)),
+            "teacher": d.dpm_solver_plan(SCHEDULE, 4),
+            "num_images": 1,
+        }
+        | SAMPLE,
+        SAMPLE_ACCEPTS,
+    ),
     "vary": lambda: Entry(d.vary, {"sampler": sampler(), "images": IMAGES, "seed": 0}, EDIT_ACCEPTS),
     "variational_bound": lambda: Entry(
         d.variational_bound,

@@ -55,8 +55,8 @@ ALLOWED = {
         *("inference", "sampling"),
     },
     "evaluation": {
-        *("dtypes", "checks", "options", "predictions", "schedule", "plan", "ops", "variational", "inference", "sampling"),
-        "evaluation",
+        *("dtypes", "checks", "options", "predictions", "schedule", "plan", "ops", "variational", "nn", "inference"),
+        *("sampling", "evaluation"),
     },
     "training": {
         *("version", "allocator", "distributed", "resources", "checks", "files", "options", "predictions", "schedule"),
@@ -69,7 +69,7 @@ ALLOWED = {
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {
         *("version", "distributed", "resources", "checks", "files", "options", "predictions", "samplers", "info"),
-        *("inference", "sampling", "training", "pretrained", "ddpm_fast", "cli"),
+        *("plan", "inference", "sampling", "evaluation", "training", "pretrained", "ddpm_fast", "cli"),
     },
     "__main__": {"cli"},
 }

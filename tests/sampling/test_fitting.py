@@ -65,7 +65,7 @@ def test_a_network_with_classes(options: dict[str, Any]) -> None:
 
 def worse(self: object, numbers: Tensor, images: range) -> Tensor:
     numbers = numbers.clone()
-    numbers[1, -1] += 0.5  # of the last step, whose image is x_0^
+    numbers[1, -1] += 0.5  # The image is x_0^ of this step.
     return numbers
 
 
