@@ -50,7 +50,7 @@ class PackedLayers:
         return weight
 
     def joined(self, builder: Builder, maps: tuple[Value, ...]) -> tuple[Value, ...]:
-        """Return maps whose channels follow each other. Kernels read two maps in place."""
+        """Return maps to be read as one, one after the other. The kernels can read two, so nothing is copied."""
         return maps
 
     def conv(

@@ -132,8 +132,8 @@ def _native(results: Any, a: Any) -> None:
 def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
     """Return gradients by Winograd's kernels.
 
-    PyTorch computes them if an operation precedes the convolution, if they are differentiated again, and inside
-    torch.func transforms.
+    PyTorch computes them in three cases: if the op has a norm or SiLU before its convolution, if the gradients are
+    differentiated again, and inside torch.func transforms.
     """
     (grad,) = grads
     divided = grad if a.divisor == 1 else grad / a.divisor

@@ -64,7 +64,7 @@ def denoising_loss(
 
     Returns:
         A scalar, or [N] for "none". float64 for float64 inputs, float32 for all others. Differentiable
-        any number of times in model_output, weight, and those of x_0 and noise that the target has.
+        any number of times in model_output and weight, and in x_0 and noise if the target depends on them.
 
     Raises:
         ValueError: An argument has an unsupported value, shape or device.

@@ -46,7 +46,7 @@ class Execution:
     def choose(self, backend: str | None, arguments: tuple[Any, ...], transformed: bool) -> str:
         """Return the backend that computes the op: the one named, or the first that can run.
 
-        Triton's interpreter is for tests, so CPU tensors use "triton" only by name.
+        Triton's interpreter is for tests, so it takes CPU tensors only if `backend` names it.
 
         Raises:
             BackendUnavailable: The named backend cannot run. No other is tried.

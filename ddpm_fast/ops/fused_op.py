@@ -112,7 +112,7 @@ class FusedOp(Execution):
         return self._sent(self._all_by_reference(arguments) if chosen == "reference" else self.run(chosen, arguments), values)
 
     def _all_by_reference(self, arguments: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-        """Return all results. The reference leaves out those that only a kernel's backward pass reads."""
+        """Return all results. Tensors without values stand for those that only a kernel's backward reads."""
         spec, results = self.spec, self.checked_reference(arguments)
         missing = len(spec.Results._fields) - len(results)
         return (*results, *self.allocated(spec.Arguments(*arguments, "reference"))[-missing:]) if missing else results

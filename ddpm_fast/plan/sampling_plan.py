@@ -157,11 +157,11 @@ class SamplingPlan:
         return self.timesteps.numel()
 
     def __getitem__(self, steps: slice) -> SamplingPlan:
-        """Return a plan of consecutive steps, such as `plan[10:]`. Its noise is that of steps 0, 1, ....
+        """Return a plan of consecutive steps, such as `plan[10:]`. It counts them from 0 for their noise.
 
         Raises:
             TypeError: `steps` is not a slice.
-            ValueError: No step or a stride is asked for, or the plan uses x_0_prev, which its first step would lack.
+            ValueError: The slice is empty or has a stride, or the plan uses x_0_prev, which its first step would lack.
         """
         check_type("SamplingPlan", "steps", steps, slice)
         rows = range(self.num_steps)[steps]

@@ -138,7 +138,7 @@ class Objective:
     def loss_weights(self) -> Tensor:
         """The weight of each timestep's loss on the prediction itself, float64 [T] on the CPU.
 
-        With loss_weight="min_snr", and 1 where alpha and D are both 0:
+        With loss_weight="min_snr", the weight is 1 where alpha and D are both 0, and elsewhere
 
             min(alpha^2, gamma sigma^2) / D^2
 

@@ -63,8 +63,8 @@ class Checkpoints:
         The run may go on meanwhile, so read from the checkpoint with `read_newest` unless the lock is held.
 
         Args:
-            part: Beginning of the names of the files to compare with their checksums, such as "unet_ema/".
-                Empty: all. None: no file's.
+            part: The files whose names begin with it are compared with their checksums, such as "unet_ema/".
+                Empty: all are. None: no file is.
         """
         for folder in self.folders():
             why = why_damaged(folder, part)
@@ -149,8 +149,8 @@ def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:
 
     Args:
         checkpoint: Its folder.
-        part: Beginning of the names of the files whose bytes are compared with their checksums. None: no file's.
-            Sizes are compared for all files.
+        part: The files whose names begin with it are compared with their checksums. None: no file is. The sizes of
+            all are compared.
     """
     try:
         for name, entry in read_state("train", checkpoint).files.items():

@@ -120,7 +120,7 @@ class Stops:
                 signal.signal(signal.SIGINT, self._previous.pop(signal.SIGINT))
 
     def agreed(self) -> str | None:
-        """Return the reason to stop that all processes share. Several processes learn of a reason one step later."""
+        """Return the reason to stop that all processes share. With more than one process, it is known one step later."""
         reason = self._received or ("max_minutes" if time.monotonic() > self._deadline else None)
         if self._processes.size == 1:
             return reason

@@ -122,7 +122,7 @@ def _adapted(dataset: Any, model: nn.Module, objective: Objective, num_classes: 
 
 
 def _check_fit(model: UNet, info: DatasetInfo, objective: Objective) -> None:
-    """Raise a ValueError unless the network takes the images and labels, and predicts as many channels."""
+    """Raise a ValueError unless the network takes the images and labels, and returns the channels that the objective needs."""
     for name, value in info.described.items():
         known = model.config.get(name)
         expect(known in (None, value), "Trainer", "dataset", f"to have the {name} of model, {known}", value)

@@ -48,7 +48,7 @@ class Report:
         state: Its state.
 
     Attributes:
-        loss: Mean loss in the last row of the log that this call wrote, or NaN.
+        loss: Mean loss in the last row that it wrote to the log. NaN: it wrote none.
     """
 
     def __init__(self, task: Task, state: State) -> None:

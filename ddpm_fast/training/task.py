@@ -124,7 +124,7 @@ def _described(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same(task: Task, stored: Mapping[str, Any], config: dict[str, Any], *, warn: bool) -> None:
-    """Raise if a resumed run differs from the run that was started. Complete the fingerprint of its data.
+    """Raise if a resumed run differs from the run that was started. Add what the fingerprint of its data lacks to `config`.
 
     Args:
         task: The task.

@@ -106,7 +106,7 @@ def denoising_loss(results: Any, a: Any) -> None:
 
 
 def denoising_loss_backward(results: Any, a: Any) -> None:
-    """Launch the kernel of the gradient for results and arguments of `denoising_loss_backward`.
+    """Launch the kernel that computes the gradient.
 
         grad_model_output = 2 grad_losses (model_output - target) / elements of a sample
 

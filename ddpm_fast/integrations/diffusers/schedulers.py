@@ -182,7 +182,7 @@ class DDIMScheduler(PlanScheduler, diffusers.DDIMScheduler):
 
         Raises:
             ValueError: set_timesteps was not called, or thresholding is on. Thresholding depends on a whole
-                image, so no row of coefficients has it.
+                image, so coefficients cannot express it.
         """
         return self._sampling_plan(eta, bool(use_clipped_model_output))
 
