@@ -65,7 +65,7 @@ build: $(VENV)/tools  ## compile what has changed of the native module, in place
 $(VENV)/tools:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python 3.11 or later, got " + sys.version + "; name another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade setuptools cmake ninja pybind11
+	$(PIP) --upgrade pip setuptools cmake ninja pybind11
 	$(RUN) setup.py -q build_ext --help >/dev/null
 	touch $@
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 import torch
 from torch import Tensor
 
 from . import plan
-from .checks import check_float, check_number, check_type, computing_device
+from .checks import as_json, check_float, check_number, check_type, computing_device
 from .errors import InvalidValue, expect, renaming
 from .files.images import in_range
 from .files.writing import read_json, write_json
@@ -24,7 +23,6 @@ from .inference.adapter import weights_digest
 from .nn.unet import UNet
 from .options import checked, checked_options, taking
 from .plan import SamplingPlan, named_plan
-from .plan.sampling_plan import Fit
 from .resources import no_folder
 from .samplers import DEFAULT_SAMPLER, PlanOptions
 from .sampling.sampler import Sampler
@@ -34,7 +32,7 @@ from .training.checkpoint import Checkpoints, read_state
 from .training.export import check_is_unet
 
 if TYPE_CHECKING:
-    from .schemas import PlanFit, Scheduler
+    from .schemas import Scheduler
 
 _SCHEDULER: Final = "scheduler_config.json"
 _PLAN: Final = "plan.json"
@@ -82,6 +80,7 @@ class Pretrained:
         device: torch.device | str | None = None,
         shape: Sequence[int] | None = None,
         cuda_graph: bool | None = None,
+        guidance_scale: float | None = None,
         **options: Unpack[PlanOptions],
     ) -> Sampler:
         """Return a `Sampler` of the model.
@@ -92,6 +91,7 @@ class Pretrained:
             device: See `Sampler`.
             shape: See `Sampler`.
             cuda_graph: See `Sampler`.
+            guidance_scale: See `build_plan`. Calls of the Sampler take their own.
             **options: See `PlanOptions`. With a plan there can be none.
 
         Raises:
@@ -102,7 +102,7 @@ class Pretrained:
         given = ", ".join(name for name, value in chosen.items() if value is not None)
         expect(plan is None or not given, "sampler", "plan", "to be None with options that choose one", given)
         with renaming("sampler"):
-            plan = self.build_plan(**options)[0] if plan is None else plan
+            plan = self.build_plan(guidance_scale=guidance_scale, **options)[0] if plan is None else plan
             return Sampler(self.model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
 
     @taking(PlanOptions)
@@ -129,15 +129,15 @@ class Pretrained:
             if self.plan is not None and suits and set(chosen.values()) == {None}:
                 if steps in (None, self.plan.num_steps):
                     return self.plan, "the model's plan"
-                fewer = None if self.plan.builder is None or fit is not None else self.plan.builder(num_steps=steps)
+                builder = self.plan.builder
+                fewer = None if builder is None or "levels" in builder.keywords else builder(num_steps=steps)
                 if fewer is not None and fewer.num_steps <= self.plan.num_steps:
                     return fewer, "the model's plan"
             return named_plan(self.objective, clip=self.clip, **options), chosen["sampler"] or DEFAULT_SAMPLER
 
     def digest(self) -> str:
-        """Return the SHA-256 of the network and its objective, to which a fitted plan belongs."""
-        text = f"{weights_digest(self.model)} {json.dumps(self.objective.to_config(), sort_keys=True)}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Return the SHA-256 of the network, its objective and the clip, to which a fitted plan belongs."""
+        return weights_digest(self.model, self.objective.to_config(), self.clip) or ""
 
     @checked("Pretrained.")
     def save_plan(self, plan: SamplingPlan, folder: str | os.PathLike[str]) -> None:
@@ -146,22 +146,44 @@ class Pretrained:
         A fitted plan is used only while the folder holds this network.
 
         Args:
-            plan: A plan of `ddpm_plan`, `ddim_plan`, `dpm_solver_plan` or `heun_plan`, such as one that `fit_plan` returns.
-            folder: The folder of the model, or of its training run.
+            plan: A plan of `ddpm_plan`, `ddim_plan`, `dpm_solver_plan` or `heun_plan` for this model, such as that of
+                `fit_plan`. Its arguments are plain numbers, texts and lists.
+            folder: The folder of the model, or of its training run. It exists.
 
         Raises:
-            ValueError: The plan was made in another way.
+            ValueError: Another plan would be read, or a fitted plan belongs to a model that was loaded in float32.
         """
-        from .schemas import PLAN_BUILDERS, SAID_ELSEWHERE
+        from .schemas import SAID_ELSEWHERE
 
-        builder, names = plan.builder, get_args(PLAN_BUILDERS)
-        if builder is None or builder.func.__name__ not in names:
-            raise InvalidValue("Pretrained.save_plan", "plan", f"to be built by {', '.join(names)}", "another plan")
-        arguments = {name: value for name, value in builder.keywords.items() if name not in SAID_ELSEWHERE}
-        values: dict[str, Any] = {"builder": builder.func.__name__, "arguments": arguments}
+        builder, values = plan.builder, dict[str, Any]()
+        if builder is not None:
+            arguments = {name: value for name, value in builder.keywords.items() if name not in SAID_ELSEWHERE}
+            values = {"builder": builder.func.__name__, "arguments": as_json(arguments)}
         if plan.fit is not None:
-            values["fit"] = plan.fit._asdict() | {"network": self.digest()}
+            dtype = self.model.conv_in.weight.dtype
+            expect(dtype == torch.float32, "Pretrained.save_plan", "model", "to be loaded in float32, for a fitted plan", dtype)
+            values["fit"] = vars(plan.fit) | {"network": self.digest()}
+        try:
+            read = self._read_plan(json.loads(json.dumps(values)))
+            same = read is not None and torch.equal(read.coefficients, plan.coefficients)
+        except (TypeError, ValueError):  # among them those of msgspec
+            same = False
+        wanted = "to be built by a plan's function from plain values, for what this model predicts"
+        expect(same, "Pretrained.save_plan", "plan", wanted, "another plan")
         write_json(Path(folder) / _PLAN, values)
+
+    def _read_plan(self, values: dict[str, Any]) -> SamplingPlan | None:
+        """Return the plan that the content of a plan.json describes, or None if it was fitted to another network."""
+        import msgspec
+
+        from .schemas import Plan
+
+        stored = msgspec.convert(values, Plan)
+        if stored.fit is not None and stored.fit.network != self.digest():
+            return None
+        built: SamplingPlan = getattr(plan, stored.builder)(self.objective, clip=self.clip, **stored.arguments)
+        object.__setattr__(built, "fit", stored.fit and replace(stored.fit, network=""))
+        return built
 
     def to_data(self, images: Tensor) -> Tensor:
         """Map images from [-1, 1] to the numbers of the model's data: its `data_range`, or 0..255 for pictures.
@@ -262,12 +284,13 @@ def load_folder(
         clip=scheduler.clip_sample_range if scheduler.clip_sample else None,
         step=step,
     )
-    sampling, fit = _read_plan(folder / _PLAN, loaded)
-    if fit is not None and dtype not in (None, torch.float32):
-        sampling = load_folder(folder).plan  # the digest is that of the weights in float32
-    elif fit is not None and fit.network != loaded.digest():
-        sampling = None
-        _logger.warning("%s was fitted to other weights or another objective, so it is not used: fit again", folder / _PLAN)
+    if not (file := folder / _PLAN).is_file():
+        return loaded
+    if dtype not in (None, torch.float32):
+        return replace(loaded, plan=load_folder(folder).plan)  # digests are those of weights in float32
+    sampling = read_json("load_folder", file, loaded._read_plan)
+    if sampling is None:
+        _logger.warning("%s was fitted to another network, so it is not used: fit again", file)
     return replace(loaded, plan=sampling)
 
 
@@ -290,23 +313,6 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
         wanted = f"{schedule.num_timesteps}, as in ddpm_fast"
         raise InvalidValue("schedule_from_config", "num_train_timesteps", f"to be {wanted}", repr(length))
     return schedule
-
-
-def _read_plan(file: Path, loaded: Pretrained) -> tuple[SamplingPlan | None, PlanFit | None]:
-    """Return the plan that a plan.json describes, and its fit. None if there is no such file or fit."""
-    import msgspec
-
-    from .schemas import Plan
-
-    def parse(values: dict[str, Any]) -> tuple[SamplingPlan, PlanFit | None]:
-        stored = msgspec.convert(values, Plan)
-        build = getattr(plan, stored.builder)
-        built: SamplingPlan = build(loaded.objective, clip=loaded.clip, **stored.arguments)
-        if (fit := stored.fit) is not None:
-            object.__setattr__(built, "fit", Fit(fit.teacher, fit.guidance_scale, fit.error_before, fit.error))
-        return built, stored.fit
-
-    return read_json("load_folder", file, parse) if file.is_file() else (None, None)
 
 
 def _read_scheduler(folder: Path) -> tuple[Objective, Scheduler]:

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 from .checks import MAX_TIMESTEPS
 from .errors import ArgumentError, InvalidValue, expect
 from .nn.config import UNetConfig
+from .plan.sampling_plan import Fit
 from .predictions import Prediction, Variance
 from .schedule import Objective
 
@@ -43,26 +44,15 @@ class Scheduler(Struct, frozen=True):
         expect(not self.thresholding, "", "thresholding", "to be false", "true")
 
 
-class PlanFit(Struct, frozen=True, forbid_unknown_fields=True):
-    """The fit of a plan, see `ddpm_fast.plan.sampling_plan.Fit`. `network` is `Pretrained.digest` of its model."""
-
-    teacher: str
-    guidance_scale: Finite
-    error_before: Annotated[float, Meta(ge=0, le=sys.float_info.max)]
-    error: Annotated[float, Meta(ge=0, le=sys.float_info.max)]
-    network: Sha256
-
-
-PLAN_BUILDERS = Literal["ddpm_plan", "ddim_plan", "dpm_solver_plan", "heun_plan"]
 SAID_ELSEWHERE = frozenset({"schedule", "prediction", "variance", "learned_variance", "clip"})  # by the model's other files
 
 
 class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     """The plan.json of a model: a function that builds plans, and its arguments besides what the model's other files say."""
 
-    builder: PLAN_BUILDERS
+    builder: Literal["ddpm_plan", "ddim_plan", "dpm_solver_plan", "heun_plan"]
     arguments: dict[str, Any]
-    fit: PlanFit | None = None
+    fit: Fit | None = None
 
     def __post_init__(self) -> None:
         known = SAID_ELSEWHERE & self.arguments.keys()

@@ -15,7 +15,17 @@ from drawing import tiny_unet
 from refusals import refused
 
 import ddpm_fast
-from ddpm_fast import NoiseSchedule, Objective, ddim_plan, dpm_solver_plan, fit_plan, load_builtin, repaint_plan, sample
+from ddpm_fast import (
+    NoiseSchedule,
+    Objective,
+    SamplingPlan,
+    ddim_plan,
+    dpm_solver_plan,
+    fit_plan,
+    load_builtin,
+    repaint_plan,
+    sample,
+)
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.inference import Interface
 from ddpm_fast.nn import UNet
@@ -293,6 +303,7 @@ def test_a_configuration_says_which_variance_a_network_predicts(tmp_path: Path) 
         UNet(**config, variance="fixed_small")
 
 
+OBJECTIVE = Objective(NoiseSchedule.linear(1000))
 PLANS: list[tuple[str, dict[str, Any]]] = [
     ("ddpm_plan", {"num_steps": 7, "spacing": "trailing"}),
     ("ddim_plan", {"num_steps": 7, "eta": 0.5}),
@@ -361,8 +372,10 @@ def test_a_fitted_plan_is_used_for_its_weights_and_its_guidance(tmp_path: Path, 
     assert set(names) == {"the model's plan"}
     others = [again.build_plan(**options)[1] for options in ({"steps": 2}, {"steps": 4}, {"guidance_scale": 2.0})]
     assert set(others) == {"dpm++2m-sde"}
+    assert again.sampler(guidance_scale=2.0).plan.is_random
     assert not caplog.records
-    write_scheduler(tmp_path / "scheduler", prediction_type="epsilon")
+    # The levels of the plan are not among those of this schedule.
+    write_scheduler(tmp_path / "scheduler", prediction_type="v_prediction", beta_end=0.0003)
     assert load_folder(tmp_path, dtype=torch.bfloat16).plan is None
     write_scheduler(tmp_path / "scheduler", prediction_type="v_prediction")
     model = tiny_unet()
@@ -370,12 +383,25 @@ def test_a_fitted_plan_is_used_for_its_weights_and_its_guidance(tmp_path: Path, 
         model.conv_out.bias += 1
     model.save_pretrained(tmp_path / "unet")
     assert load_folder(tmp_path).plan is None
-    expected = f"{tmp_path / 'plan.json'} was fitted to other weights or another objective, so it is not used: fit again"
+    expected = f"{tmp_path / 'plan.json'} was fitted to another network, so it is not used: fit again"
     assert [record.getMessage() for record in caplog.records] == [expected] * 2
+    with refused(InvalidValue("Pretrained.save_plan", "model", "to be loaded in float32, for a fitted plan", torch.bfloat16)):
+        again.save_plan(fitted, tmp_path)
 
 
-def test_a_plan_of_another_function_is_not_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "plan",
+    [
+        repaint_plan(OBJECTIVE),
+        dpm_solver_plan(OBJECTIVE, 5, clip=None),  # The model has a clip.
+        ddim_plan(OBJECTIVE, None, spacing=torch.tensor([900, 500])),  # type: ignore[arg-type]
+        dpm_solver_plan(NoiseSchedule.cosine(1000), 5, lambda_min=-5.1),
+    ],
+    ids=["another function", "clip", "tensor", "schedule"],
+)
+def test_a_plan_that_would_be_read_as_another_is_not_saved(plan: SamplingPlan, tmp_path: Path) -> None:
     loaded = load_builtin()
-    names = "ddpm_plan, ddim_plan, dpm_solver_plan, heun_plan"
-    with refused(InvalidValue("Pretrained.save_plan", "plan", f"to be built by {names}", "another plan")):
-        loaded.save_plan(repaint_plan(loaded.objective), tmp_path)
+    wanted = "to be built by a plan's function from plain values, for what this model predicts"
+    with refused(InvalidValue("Pretrained.save_plan", "plan", wanted, "another plan")):
+        loaded.save_plan(plan, tmp_path)
+    assert not [*tmp_path.iterdir()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ import click
 
 import ddpm_fast
 
-from ..errors import expect
+from ..errors import ArgumentError, expect, renaming
+from ..samplers import DEFAULT_SAMPLER
 from .console import Command
 from .options import (
     SAMPLING_DTYPE_HELP,
@@ -23,12 +23,11 @@ from .options import (
     load_model,
     model_options,
 )
-from .outputs import check_output, close, grey_for_bad, write
+from .outputs import check_output, try_writing, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..plan import SamplingPlan
     from ..pretrained import Pretrained
 
 _GRID = 64  # images of a plan in its picture
@@ -48,88 +47,99 @@ _GRID = 64  # images of a plan in its picture
     help="Compare images with these: digits, fashion-mnist, cifar10, a folder or a zip file.  [default: those of the run]",
 )
 @click.option("--data-dir", type=PathOption(), help="Read the data set from this folder, or download it there.")
-@click.option(
-    "--out",
-    type=PathOption(file_okay=False, path_type=Path),
-    help="Write pictures of three plans to this folder.  [default: fit in MODEL]",
-)
 @class_options("all")
 @model_options(SAMPLING_DTYPE_HELP, named=False)
-def fit_command(model: Path, steps: int, teacher_steps: int, num: int, out: Path | None, **options: Any) -> None:
+def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options: Any) -> None:
     """Fit a plan of few steps to a slower one.
 
-    Write it to plan.json in MODEL, where sampling finds it. Both plans are DPM-Solver++(2M) without noise. Draw 64 images of
-    each and of dpm++2m-sde, which draws noise. With data, print which images are nearest to them, by the Frechet distance
-    of the network's own features.
+    Write it to plan.json in MODEL, where sampling finds it. Both plans are DPM-Solver++(2M) without noise. Draw 64 images by
+    each and by dpm++2m-sde, which draws noise, to MODEL/fit. With data, print which images are nearest to them, by the
+    Frechet distance of the network's own features.
     """
     from ..evaluation.frechet import network_features
+    from ..files.images import shown_channels
 
     expect(teacher_steps > steps, "fit", "teacher_steps", f"to be more than --steps, {steps}", teacher_steps)
-    loaded = load_model("fit", options | {"model": model})
+    loaded = load_model("fit", options | {"model": model, "dtype": None})  # a plan belongs to weights in float32
     reads = loaded.interface.condition_channels
-    expect(
-        not reads, "fit", "model", "to read no condition: call fit_plan in Python with conditions", f"{reads} channels of one"
-    )
-    check_output("fit", "model", model / "plan.json")
-    plans = {"teacher": _few_steps(loaded, teacher_steps, 0.06, 80.0)}
-    sampler = loaded.sampler(_few_steps(loaded, steps, 0.07, 40.0), dtype=dtype_of(options))
+    wanted = "to read no condition: call fit_plan in Python with conditions"
+    expect(not reads, "fit", "model", wanted, f"{reads} channels of one")
+    for path in (model / "plan.json", model / "fit" / "fitted.png"):
+        check_output("fit", "model", path)
+        try_writing("fit", "model", path)
+    with renaming("fit", {"steps": "teacher_steps"}):
+        teacher = _without_noise(loaded, teacher_steps, 0.06, 80.0)
+    sampler = loaded.sampler(_without_noise(loaded, steps, 0.07, 40.0), dtype=dtype_of(options))
     real = _real_images(loaded, model, options)
-    arguments = drawing(options)
-    began = time.perf_counter()
-    labels = labels_of_option("fit", loaded, options["classes"], 2 * num)
-    plan = ddpm_fast.fit_plan(sampler, teacher=plans["teacher"], num_images=num, class_labels=labels, **arguments)
-    seconds = time.perf_counter() - began
-    plans |= {"fitted": plan, "noise": loaded.build_plan(sampler="dpm++2m-sde")[0]}
-    count, distances, failure = _GRID if real is None else max(_GRID, len(real)), {}, ""
-    arguments["class_labels"] = labels_of_option("fit", loaded, options["classes"], count)
-    arguments["seed"] = options["seed"] + 1  # others than those of the fit
-    for name, each in plans.items():
-        images = sampler.with_plan(each)(count, **arguments).cpu().float()
-        shown, wrong = grey_for_bad(images[:_GRID])
-        failure = failure or wrong
-        write((out or model / "fit") / f"{name}.png", partial(ddpm_fast.save_grid, shown))
-        if real is not None:
-            distances[name] = ddpm_fast.frechet_distance(*(network_features(loaded.model, each) for each in (images, real)))
-    loaded.save_plan(plan, model)
-    click.get_current_context().obj.append(model / "plan.json")
-    fit = plan.fit
-    if fit is not None and not options["quiet"]:
-        click.echo(f"{model / 'plan.json'}: {steps} steps, error {fit.error_before:.4g} -> {fit.error:.4g}, {seconds:.0f} s")
-        for name, distance in sorted(distances.items(), key=lambda item: item[1]):
-            click.echo(f"  {name:<8} {plans[name].num_steps:>3} steps  Frechet distance {distance:.4g}")
-        if min(distances, key=distances.__getitem__, default="") == "noise":
-            click.echo("Noise draws the nearest images: remove plan.json to keep dpm++2m-sde as the default.")
-    close(failure)
+    arguments = drawing(options) | {"class_labels": labels_of_option("fit", loaded, options["classes"], 2 * num)}
+    fitted = ddpm_fast.fit_plan(sampler, teacher=teacher, num_images=num, **arguments)
+    fit = fitted.fit
+    if fit is None or not fit.error < fit.error_before:
+        raise click.ClickException(
+            "no round brought the images nearer to the teacher's, so no plan is written: try other --steps"
+        )
+    write(model / "plan.json", lambda path: loaded.save_plan(fitted, path.parent))
+    plans = {"fitted": fitted, "teacher": teacher, DEFAULT_SAMPLER: loaded.build_plan(sampler=DEFAULT_SAMPLER)[0]}
+    count = max(_GRID, len(real))
+    # The seed is another than that of the fit.
+    arguments |= {"seed": options["seed"] + 1, "class_labels": labels_of_option("fit", loaded, options["classes"], count)}
+    drawn = {name: sampler.with_plan(each)(count, **arguments).cpu().float() for name, each in plans.items()}
+    for name, images in drawn.items():
+        save = partial(ddpm_fast.save_grid, images[:_GRID], channels=shown_channels(images.shape[1]))
+        write(model / "fit" / f"{name}.png", save)
+    if options["quiet"]:
+        return
+    click.echo(str(fitted))
+    if len(real):
+        features = {name: network_features(loaded.model, each) for name, each in (drawn | {"data": real}).items()}
+        distances = {name: ddpm_fast.frechet_distance(features[name], features["data"]) for name in plans}
+        nearest = ", ".join(f"{name} {distances[name]:.4g}" for name in sorted(distances, key=distances.__getitem__))
+        click.echo(f"Frechet distance from {len(real)} real images, the nearest first: {nearest}")
 
 
-def _few_steps(loaded: Pretrained, num_steps: int, sigma_min: float, sigma_max: float) -> SamplingPlan:
-    """Return DPM-Solver++(2M) without noise between two levels, as far as the schedule has them."""
-    from ..plan.levels import noise_ratios
+def _without_noise(loaded: Pretrained, steps: int, low: float, high: float) -> ddpm_fast.SamplingPlan:
+    """Return DPM-Solver++(2M) between two levels, as far as the schedule has them."""
+    from ..plan.levels import level_range
 
-    ratios = noise_ratios(loaded.objective.schedule.alpha_bars)
-    low, high = max(sigma_min, float(ratios[0])), min(sigma_max, float(ratios[ratios.isfinite()][-1]))
-    options: Any = {"solver": "heun", "spacing": "karras", "sigma_min": low, "sigma_max": high, "clip": loaded.clip}
-    return ddpm_fast.dpm_solver_plan(loaded.objective, num_steps, **options)
+    lowest, highest = level_range(loaded.objective.schedule)
+    levels: Any = {"sigma_min": max(low, lowest), "sigma_max": min(high, highest)}
+    return loaded.build_plan(sampler="dpm++2m", spacing="karras", steps=steps, **levels)[0]
 
 
-def _real_images(loaded: Pretrained, model: Path, options: dict[str, Any]) -> Tensor | None:
-    """Return images of --data, or of the run's data, twice as many as the network has features. None without data."""
+def _real_images(loaded: Pretrained, model: Path, options: dict[str, Any]) -> Tensor:
+    """Return images of --data, or of the run's data if it can be read, twice as many as the network has features.
+
+    They are spread over the data set, which may be sorted by class. Without data there are none.
+    """
+    import torch
+
     from ..training.data import load_dataset, read_batch, to_unit_range
     from ..training.run import RunFolder
 
-    run = RunFolder(model)
-    if options["data"] is None and run.record.is_file():
-        options |= {name: run.read_config("fit")["options"][name] for name in ("data", "data_dir")}
-    if options["data"] is None:
-        return None
-    config, wanted = loaded.model.config, 2 * loaded.model.config["block_out_channels"][-1]
-    dataset = load_dataset(
-        *(options["data"], options["data_dir"]),
-        image_size=config["sample_size"],
-        channels=loaded.interface.channels,
-        data_range=config.get("data_range"),
-        first=wanted,
+    config, asked = loaded.model.config, options["data"]
+    run = {} if loaded.step is None else RunFolder(model).read_config("fit")["options"]
+    data, data_dir = asked or run.get("data"), options["data_dir"] or run.get("data_dir")
+    if data is None:
+        return torch.empty(0)
+    try:
+        dataset = load_dataset(
+            *(data, data_dir),
+            image_size=config["sample_size"],
+            channels=loaded.interface.channels,
+            data_range=config.get("data_range"),
+            memory=0,
+        )
+    except (ArgumentError, OSError):
+        if asked:
+            raise
+        return torch.empty(0)  # the run's data are elsewhere now
+    wanted = 2 * config["block_out_channels"][-1]
+    expect(
+        2 * len(dataset) > wanted,
+        "fit",
+        "data",
+        f"to have more than {wanted // 2} images, the network's features",
+        len(dataset),
     )
     count = min(wanted, len(dataset))
-    expect(2 * count > wanted, "fit", "data", f"to have more than {wanted // 2} images, the network's features", count)
-    return to_unit_range(read_batch(dataset, range(count)).images)
+    return to_unit_range(read_batch(dataset, [i * len(dataset) // count for i in range(count)]).images)

@@ -63,12 +63,8 @@ def network_features(model: UNet, images: Tensor, batch_size: int = 64) -> Tenso
     """
     device, dtype = device_and_dtype(model)
     no_label, found = Interface.of(model).no_label, list[Tensor]()
-    hook = model.mid_block.register_forward_hook(lambda block, given, h: found.append(h.float().mean(dim=(2, 3)).cpu()))
-    try:
-        with evaluation_mode(model):
-            for x in images.to(device, dtype).split(batch_size):
-                t = torch.zeros(len(x), dtype=torch.int64, device=device)
-                model(x, t) if no_label is None else model(x, t, torch.full_like(t, no_label))
-    finally:
-        hook.remove()
+    keep = model.mid_block.register_forward_hook(lambda block, given, h: found.append(h.float().mean(dim=(2, 3)).cpu()))
+    with keep, evaluation_mode(model):
+        for x in images.to(device, dtype).split(batch_size):
+            model(x, 0, None if no_label is None else torch.full((len(x),), no_label, device=device))
     return torch.cat(found)

@@ -119,8 +119,10 @@ class Adapter:
         state.step += 1
 
 
-def weights_digest(model: Model) -> str | None:
+def weights_digest(model: Model, *also: object) -> str | None:
     """Return the SHA-256 of a network's configuration, weights and buffers, or None for a function without them.
+
+    `also` are further JSON values.
 
     A `FrozenUNet` has the digest of the weights from which it was made.
     """
@@ -135,7 +137,7 @@ def weights_digest(model: Model) -> str | None:
     named = model.state_dict()
     if not named and not frozen:
         return None
-    digest = hashlib.sha256(json.dumps([dict(model_config(model)), frozen], sort_keys=True, default=repr).encode())
+    digest = hashlib.sha256(json.dumps([dict(model_config(model)), frozen, *also], sort_keys=True, default=repr).encode())
     for name, values in sorted(named.items()):
         if isinstance(values, Tensor):  # a module may have extra state of any type
             digest.update(f"{name} {values.dtype} {list(values.shape)} ".encode())

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from ..errors import InvalidType, expect
+from ..errors import expect
 from ..options import within
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective
-from .levels import RHO, LambdaMin, Level, LevelSpacing, Rho, Start, noise_levels
+from .levels import RHO, LambdaMin, Level, LevelSpacing, Rho, Start, checked_numbers, noise_levels
 from .sampling_plan import Clip, SamplingPlan, builds_plan
 
 FEW_STEPS = 15  # plans with fewer steps end with steps of lower order (`lower_order_final`)
@@ -117,7 +117,8 @@ def dpm_solver_plan(
             *(("sigma_min", sigma_min, None), ("sigma_max", sigma_max, None), ("rho", rho, RHO)),
             ("lambda_min", lambda_min, -math.inf),
         ):
-            expect(value is None or value == default, caller, name, "to be left out with levels", repr(value))
+            left_out = value is None or (isinstance(value, type(default)) and value == default)
+            expect(left_out, caller, name, "to be left out with levels", repr(value))
     chain = noise_levels(
         caller,
         schedule,
@@ -151,30 +152,16 @@ def dpm_solver_plan(
     level = torch.arange(len(h))
     columns = {"k0": alpha[1:] * phi + change, "k1": k1, "k3": change_prev - change, "k4": -change_prev}
     if corrections is not None:
-        expect(
-            levels is not None and order == 2 and eta == 0,
-            caller,
-            "corrections",
-            "to go with levels, order 2 and eta 0",
-            "others",
-        )
-        added = _checked_corrections(caller, corrections, chain.num_steps)[-len(h) :]
-        if start is not None:
-            added[0] = 0
-        columns |= {name: columns[name] + column for name, column in zip(FITTED, added.unbind(1), strict=True)}
+        fits = levels is not None and order == 2 and eta == 0
+        expect(fits, caller, "corrections", "to go with levels, order 2 and eta 0", "others")
+        shape, free = (chain.num_steps, len(FITTED)), "without k3 in the first and last step and k1 in the last"
+        wanted = f"to be finite numbers {[*shape]}, {free}"
+        added = checked_numbers(caller, "corrections", corrections, wanted).clone()
+        usable = added.shape == shape and bool(added.isfinite().all())
+        expect(usable and not added[0, 2] and not added[-1, 1:].any(), caller, "corrections", wanted, corrections)
+        added[: shape[0] - len(h) + 1] *= len(h) == shape[0]  # those before the start, and that of the first
+        columns |= {name: columns[name] + column for name, column in zip(FITTED, added[-len(h) :].unbind(1), strict=True)}
     return chain.plan(level, level + 1, clip, sigma=std, **columns)
-
-
-def _checked_corrections(caller: str, corrections: Sequence[Sequence[float]], num_steps: int) -> Tensor:
-    """Return corrections, float64 [S, 3]. Raise unless each is a number that may be added to its column."""
-    wanted = f"to be finite numbers [{num_steps}, {len(FITTED)}], without k3 in the first and last step and k1 in the last"
-    try:
-        added = torch.tensor(corrections, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidType(caller, "corrections", wanted, repr(corrections)) from error
-    usable = added.shape == (num_steps, len(FITTED)) and bool(added.isfinite().all())
-    expect(usable and not added[0, 2] and not added[-1, 1:].any(), caller, "corrections", wanted, corrections)
-    return added
 
 
 def _extrapolation(orders: Tensor, h: Tensor, phi: Tensor, eta: float, solver: str) -> Tensor:

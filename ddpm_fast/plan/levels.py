@@ -101,7 +101,7 @@ def noise_levels(
     ratios = noise_ratios(schedule.alpha_bars)  # ascending
     last = count_levels(caller, schedule, lambda_min)
     if levels is not None:
-        ratio = _listed(caller, ratios, levels)
+        ratio = _listed(caller, schedule, levels)
         timesteps = fractional_timesteps(schedule, ratio).round().long()
     elif isinstance(spacing, str) and spacing == "karras":  # an array would be compared item by item
         ratio = _karras(caller, ratios[:last], num_steps, sigma_min, sigma_max, rho)
@@ -134,8 +134,13 @@ def noise_ratios(alpha_bars: Tensor) -> Tensor:
 def fractional_timesteps(schedule: NoiseSchedule, levels: Tensor) -> Tensor:
     """Return the timesteps of levels, interpolated in the logarithm of the level, float64 like `levels`."""
     ratios = noise_ratios(schedule.alpha_bars)
-    ratios = ratios[ratios.isfinite()]
     return torch.from_numpy(np.interp(levels.log().numpy(), ratios.log().numpy(), np.arange(len(ratios))))
+
+
+def level_range(schedule: NoiseSchedule) -> tuple[float, float]:
+    """Return the lowest and the highest finite level of a schedule."""
+    ratios = noise_ratios(schedule.alpha_bars)
+    return float(ratios[0]), float(ratios[ratios.isfinite()][-1])
 
 
 def count_levels(caller: str, schedule: NoiseSchedule, lambda_min: float) -> int:
@@ -177,17 +182,22 @@ def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing
     return spaced_levels(last, last, _checked_num_steps(caller, num_steps, last - 1), spacing)
 
 
-def _listed(caller: str, ratios: Tensor, levels: Sequence[float]) -> Tensor:
-    """Return listed levels, sigma / alpha, float64 [S]. Raise unless they descend between the levels of the timesteps."""
-    low, high = float(ratios[0]), float(ratios[ratios.isfinite()][-1])
-    wanted = f"to be strictly descending numbers in {low:.6g}..{high:.6g}, the levels of the timesteps"
+def checked_numbers(caller: str, name: str, values: object, wanted: str) -> Tensor:
+    """Return numbers in float64. Raise a TypeError for anything else."""
     try:
-        listed = torch.as_tensor(levels, dtype=torch.float64)
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidType(caller, "levels", wanted, repr(levels)) from error
+        raise InvalidType(caller, name, wanted, repr(values)) from error
+
+
+def _listed(caller: str, schedule: NoiseSchedule, levels: Sequence[float]) -> Tensor:
+    """Return listed levels, sigma / alpha, float64 [S]. Raise unless they descend between the levels of the timesteps."""
+    low, high = level_range(schedule)
+    wanted = f"to be strictly descending numbers in {low:.6g}..{high:.6g}, the levels of the timesteps"
+    listed = checked_numbers(caller, "levels", levels, wanted)
     usable = listed.dim() == 1 and listed.numel() > 0 and bool((listed.diff() < 0).all())
-    usable = usable and bool(((listed >= low * (1 - _SLACK)) & (listed <= high * (1 + _SLACK))).all())
-    expect(usable, caller, "levels", wanted, levels)
+    within = usable and low * (1 - _SLACK) <= float(listed[-1]) and float(listed[0]) <= high * (1 + _SLACK)
+    expect(within, caller, "levels", wanted, levels)
     return listed
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple, ParamSpec, get_args
+from typing import TYPE_CHECKING, Annotated, Final, Literal, ParamSpec, get_args
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ VARIANCE_TYPES: Final[tuple[str, ...]] = get_args(Variance)
 _PRINTED_ROWS: Final = 10  # a longer plan shows the first and the last
 
 
-class Fit(NamedTuple):
+@dataclass(frozen=True)
+class Fit:
     """The fit of a plan to a slower one, see `fit_plan`.
 
     Attributes:
@@ -47,12 +48,14 @@ class Fit(NamedTuple):
         error_before: Root of the mean squared difference from the teacher's images in [-1, 1], of images that the fit did not
             see, before the fit.
         error: The same after it.
+        network: In a plan.json, `Pretrained.digest` of the model. Elsewhere empty.
     """
 
     teacher: str
     guidance_scale: float
     error_before: float
     error: float
+    network: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

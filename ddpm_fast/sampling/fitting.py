@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Final, Unpack
+import math
+from functools import partial
+from typing import Annotated, Final, Unpack
 
 import torch
 from torch import Tensor
 
 from ..errors import expect, renaming
 from ..inference.model import evaluation_mode
+from ..ops.modes import threads_after_fork
 from ..options import checked, taking, within
 from ..plan import SamplingPlan, dpm_solver_plan
 from ..plan.dpm_solver import FITTED
-from ..plan.levels import fractional_timesteps, noise_ratios
+from ..plan.levels import fractional_timesteps, level_range, noise_ratios
 from ..plan.sampling_plan import Fit, call_of
 from .arguments import Request
 from .options import DrawOptions
 from .progress import progress_bar
-from .sampler import Sampler
+from .sampler import Sampler, current_device
 
+# A plan's numbers are float64 [4, S]: the logarithms of its levels, and the corrections of FITTED.
 _STEP: Final = 0.01  # by which a number moves to find its derivative
-# Levenberg's damping, relative to the diagonal. The next one is tried if the images do not come nearer by this factor.
-_DAMPINGS: Final = (1e-3, 3e-2, 1.0)
-_NEARER: Final = 0.98
-# The arguments of `dpm_solver_plan` that a fitted plan keeps.
-_KEPT: Final = ("schedule", "solver", "prediction", "clip", "learned_variance", "lower_order_final", "euler_at_final")
+_DAMPINGS: Final = (1e-3, 3e-2, 1.0, 30.0, 1000.0)  # Levenberg's, relative to the diagonal
+_OTHERS: Final = ("num_steps", "spacing", "sigma_min", "sigma_max", "rho", "lambda_min", "start", "levels", "corrections")
 
 
 @checked()
@@ -42,13 +42,14 @@ def fit_plan(
 
     The levels of the S steps are moved, and corrections are added to their columns k0, k1 and k3, by rounds of the Gauss-Newton
     method with Levenberg's damping on the squared differences from the teacher's images. Derivatives are differences, so the
-    network only runs forward: in each round about 2 S^2 times for each image. The plan is the same bits for the same number of
-    threads.
+    network only runs forward, in each round about 2 S^2 times for each image. On a CPU, the plan is the same bits for the same
+    number of threads.
 
     A fitted plan suits one network and one scale of guidance. It repeats the teacher's errors.
 
     Args:
-        sampler: A Sampler with the plan to fit, a `dpm_solver_plan` of order 2 without noise.
+        sampler: A Sampler with the plan to fit, a whole `dpm_solver_plan` of order 2 without noise that ends at x_0. Its levels
+            are finite and more than 2 % apart. The model must take timesteps between integers, as float32.
         teacher: A plan without noise that has more steps, such as the same with 8 to 20 steps.
         num_images: Images that the fit sees. As many others judge it: a round that does not bring these nearer to the teacher's
             is not taken, and ends the fit.
@@ -60,145 +61,127 @@ def fit_plan(
         A plan of the same number of steps. `SamplingPlan.fit` says the teacher and the errors.
 
     Raises:
-        ValueError: An argument is out of range or does not fit the model, or the model returns values that are not finite. Of
-            the latter the teacher's images tell, before the fit.
+        ValueError: An argument is out of range or does not fit the model, or the model returns values that are not finite.
         TypeError: An argument has an unsupported type.
     """
-    plan = sampler.plan
-    build, numbers = _builder(plan)
-    expect(not teacher.is_random, "fit_plan", "teacher", "to draw no noise", "a plan with noise")
-    more = f"to have more than the {plan.num_steps} steps of the sampler's plan"
-    expect(teacher.num_steps > plan.num_steps, "fit_plan", "teacher", more, teacher.num_steps)
-    fits = teacher.prediction == plan.prediction and torch.equal(teacher.schedule.alpha_bars, plan.schedule.alpha_bars)
-    expect(fits, "fit_plan", "teacher", "to have the schedule and the prediction of the sampler's plan", "another one")
+    plan, numbers = sampler.plan, _numbers(sampler.plan)
+    more, same = f"to have more than the {plan.num_steps} steps of the sampler's plan", "of the sampler's plan"
+    for holds, wanted, got in (
+        (not teacher.is_random, "to draw no noise", "a plan with noise"),
+        (teacher.num_steps > plan.num_steps, more, teacher.num_steps),
+        (teacher.schedule == plan.schedule, f"to have the schedule {same}", "another one"),
+        (teacher.prediction == plan.prediction, f"to have the prediction {same}", teacher.prediction),
+        (teacher.variance == plan.variance, f"to have the variance {same}", teacher.variance),
+    ):
+        expect(holds, "fit_plan", "teacher", wanted, got)
     with renaming("fit_plan"):
         request, taught = sampler._request("fit_plan", 2 * num_images, draw), sampler.with_plan(teacher)
     expect(request.given["callback"] is None, "fit_plan", "callback", "to be None", "a function")
-    targets, _ = taught._draw(request)
-    expect(bool(targets.isfinite().all()), "fit_plan", "model", "to return finite values", "others")
-    fitting = _Fitting(sampler, request.changed(progress=False), targets, build)
-    seen, unseen = range(num_images), range(num_images, 2 * num_images)
-    before = error = fitting.error(numbers, unseen)
-    with progress_bar(rounds, "fitting", "round", shown=request.given["progress"]) as bar:
+    with threads_after_fork(), progress_bar(rounds, "fitting", "round", shown=request.given["progress"]) as bar:
+        request = request.changed(progress=False)
+        targets, _ = taught._draw(request)
+        error, unseen = partial(_error, sampler, request, targets), slice(num_images, 2 * num_images)
+        before = least = error(unseen, numbers)
+        finite = bool(targets.isfinite().all()) and math.isfinite(before)
+        expect(finite, "fit_plan", "model", "to return finite values", "others")
         for _ in range(rounds):
-            moved = fitting.moved(numbers, seen)
-            found = fitting.error(moved, unseen)
+            moved = min(_moves(sampler, request, targets[:num_images], numbers), key=partial(error, slice(num_images)))
             bar.update()
-            if not found < error:
+            if not error(unseen, moved) < least:
                 break
-            numbers, error = moved, found
-    fitted, scale = build(numbers), request.given["guidance_scale"]
+            numbers, least = moved, error(unseen, moved)
+    fitted, scale = _built(plan, numbers), request.given["guidance_scale"]
     named = "a plan from coefficients" if teacher.builder is None else call_of(teacher.builder)
-    object.__setattr__(fitted, "fit", Fit(named, 1.0 if scale is None else scale, before, error))
+    object.__setattr__(fitted, "fit", Fit(named, 1.0 if scale is None else scale, before, least))
     return fitted
 
 
-def _builder(plan: SamplingPlan) -> tuple[Callable[[Tensor], SamplingPlan], Tensor]:
-    """Return a function that builds plans from their numbers, and the numbers of a plan.
-
-    They are float64 [4, S]: the logarithms of the levels, and the corrections of FITTED.
-    """
-    options = {} if plan.builder is None or plan.builder.func is not dpm_solver_plan else dict(plan.builder.keywords)
-    fits = options and options.get("order", 2) == 2 and not plan.is_random and options.get("final", "zero") == "zero"
+def _numbers(plan: SamplingPlan) -> Tensor:
+    """Return the numbers of a plan. Raise unless it can be fitted."""
+    options = {} if plan.builder is None or plan.builder.func is not dpm_solver_plan else plan.builder.keywords
+    whole = options and not plan.is_random and options.get("start") is None and options.get("final", "zero") == "zero"
     wanted = "to have a whole dpm_solver_plan of order 2 without noise that ends at x_0"
-    expect(fits and "start" not in options, "fit_plan", "sampler", wanted, "another plan")
-    kept = {name: value for name, value in options.items() if name in _KEPT}
-    ratios = noise_ratios(plan.schedule.alpha_bars)
-    low, high = float(ratios[0]), float(ratios[ratios.isfinite()][-1])
-
-    def build(numbers: Tensor) -> SamplingPlan:
-        levels = numbers[0].exp().clamp(low, high)
-        return dpm_solver_plan(**kept, levels=levels.tolist(), corrections=numbers[1:].T.tolist())
-
-    corrections = torch.tensor(options.get("corrections") or [[0.0] * len(FITTED)] * plan.num_steps, dtype=torch.float64)
-    return build, torch.cat([noise_ratios(plan.alpha_bars).log()[None], corrections.T])
+    expect(whole and options.get("order", 2) == 2, "fit_plan", "sampler", wanted, "another plan")
+    added = options.get("corrections") or [[0.0] * len(FITTED)] * plan.num_steps
+    numbers = torch.cat([noise_ratios(plan.alpha_bars).log()[None], torch.tensor(added, dtype=torch.float64).T])
+    fits = bool(numbers.isfinite().all() and (numbers[0].diff() < -2 * _STEP).all())
+    expect(fits, "fit_plan", "sampler", "to have finite levels that are more than 2 % apart", numbers[0].exp().tolist())
+    return numbers
 
 
-class _Fitting:
-    """Images that plans draw from the same noise, next to the teacher's.
+def _built(plan: SamplingPlan, numbers: Tensor) -> SamplingPlan:
+    """Return the plan with other numbers."""
+    assert plan.builder is not None
+    kept = {name: value for name, value in plan.builder.keywords.items() if name not in _OTHERS}
+    return dpm_solver_plan(**kept, levels=numbers[0].exp().tolist(), corrections=numbers[1:].T.tolist())
+
+
+def _error(sampler: Sampler, request: Request, targets: Tensor, images: slice, numbers: Tensor) -> float:
+    """Return the root of the mean squared difference of some images from the teacher's."""
+    part = request.part(images, batch_size=request.given["batch_size"])
+    drawn, _ = sampler.with_plan(_built(sampler.plan, numbers))._draw(part)
+    return float((drawn - targets[images]).double().square().mean().sqrt())
+
+
+def _moves(sampler: Sampler, request: Request, targets: Tensor, numbers: Tensor) -> list[Tensor]:
+    """Return the numbers, and where a round of the Gauss-Newton method moves them, for each damping that keeps the order.
+
+    `targets` are the teacher's images of the first part of the request.
+    """
+    free = torch.ones_like(numbers, dtype=torch.bool)
+    free[2:, -1] = free[3, 0] = False  # the last step keeps x_0^ alone, and the first has none before it
+    places, size = free.nonzero().tolist(), request.given["batch_size"]
+    steps = _STEP * torch.eye(numbers.numel(), dtype=torch.float64).view(-1, *numbers.shape)[free.flatten()]
+    steps[0] *= -1  # the first level may be the highest
+    gram, gradient = steps.new_zeros(len(steps), len(steps)), steps.new_zeros(len(steps))
+    for i in range(0, len(targets), size):
+        batch, kept = slice(i, min(i + size, len(targets))), list[list[Tensor]]()
+        run = partial(_run, sampler, request.part(batch), kept)
+        drawn = run(_built(sampler.plan, numbers))
+        plans = [_built(sampler.plan, numbers + step) for step in steps]
+        # A level also ends the step before.
+        others = [run(plan, max(at - (row == 0), 0)) for plan, (row, at) in zip(plans, places, strict=True)]
+        jacobian = torch.stack([(each - drawn).flatten().double().cpu() for each in others]) / steps.sum(dim=(1, 2))[:, None]
+        gram += jacobian @ jacobian.T
+        gradient += jacobian @ (drawn - targets[batch]).flatten().double().cpu()
+    moves, (low, high) = [numbers], level_range(sampler.plan.schedule)
+    for damping in _DAMPINGS:
+        step = torch.linalg.solve(
+            gram + damping * gram.diag().clamp(min=1e-9 * float(gram.diag().mean()) + 1e-99).diag(), gradient
+        )
+        moved = numbers.clone()
+        moved[free] -= step
+        moved[0].clamp_(math.log(low), math.log(high))
+        moves += [moved] if bool((moved[0].diff() < -2 * _STEP).all()) else []
+    return moves
+
+
+def _run(sampler: Sampler, request: Request, kept: list[list[Tensor]], plan: SamplingPlan, first: int = 0) -> Tensor:
+    """Return the images of a plan, with timesteps between those of the schedule: rounded ones would make derivatives jump.
 
     Args:
         sampler: The Sampler.
         request: What it draws.
-        targets: The teacher's images, [N, C, H, W].
-        build: Builds a plan from its numbers.
+        kept: The state in front of each step, which the first run adds.
+        plan: The plan.
+        first: Begin with this step. The steps before it are those of the first run.
     """
-
-    def __init__(self, sampler: Sampler, request: Request, targets: Tensor, build: Callable[[Tensor], SamplingPlan]) -> None:
-        self._sampler, self._request, self._targets, self._build = sampler, request, targets, build
-
-    def error(self, numbers: Tensor, images: range) -> float:
-        """Return the root of the mean squared difference of some images from the teacher's."""
-        some = slice(images.start, images.stop)
-        part = self._request.part(some, batch_size=self._request.given["batch_size"])
-        drawn, _ = self._sampler.with_plan(self._build(numbers))._draw(part)
-        return float((drawn - self._targets[some]).double().square().mean().sqrt())
-
-    def moved(self, numbers: Tensor, images: range) -> Tensor:
-        """Return the numbers after a round of the Gauss-Newton method, with the first damping that suffices, or the best."""
-        free = torch.ones_like(numbers, dtype=torch.bool)
-        free[2:, -1] = free[3, 0] = False  # the last step keeps x_0^ alone, and the first has none before it
-        gram, gradient = self._normal_equations(numbers, free, images)
-        scale, least = gram.diag().diag(), 1e-9 * gram.diag().mean() * torch.eye(len(gram), dtype=torch.float64)
-        here = lowest = self.error(numbers, images)
-        best = numbers
-        for damping in _DAMPINGS:
-            moved = numbers.clone()
-            moved[free] -= torch.linalg.solve(gram + damping * scale + least, gradient)
-            error = self.error(moved, images) if bool((moved[0].diff() < 0).all()) else here
-            if error < lowest:
-                lowest, best = error, moved
-            if lowest < _NEARER * here:
-                break
-        return best
-
-    def _normal_equations(self, numbers: Tensor, free: Tensor, images: range) -> tuple[Tensor, Tensor]:
-        """Return J J^T and J r, float64 [P, P] and [P], with the images' derivatives J and differences from the teacher's r."""
-        places, sampler, request = free.nonzero().tolist(), self._sampler, self._request
-        gram, gradient = (torch.zeros(*shape, dtype=torch.float64) for shape in ([len(places)] * 2, [len(places)]))
-        step, size = torch.zeros_like(numbers), request.given["batch_size"]
-        for first in images[::size]:
-            batch = slice(first, min(first + size, images.stop))
-            chain = _Chain(sampler, request.part(batch))
-            drawn, rows = chain.run(self._build(numbers)), []
-            for column, row in places:
-                step.zero_()[column, row] = _STEP
-                moved = chain.run(self._build(numbers + step), max(row - (column == 0), 0))  # a level ends the step before
-                rows.append(((moved - drawn) / _STEP).double().flatten().cpu())
-            jacobian = torch.stack(rows)
-            gram += jacobian @ jacobian.T
-            gradient += jacobian @ (drawn - self._targets[batch]).double().flatten().cpu()
-        return gram, gradient
-
-
-class _Chain:
-    """A batch on its way from x_T, with timesteps between those of the schedule: rounded ones would make derivatives jump.
-
-    Args:
-        sampler: The Sampler.
-        request: What it draws.
-    """
-
-    def __init__(self, sampler: Sampler, request: Request) -> None:
-        self._sampler, self._scale = sampler, request.given["guidance_scale"]
-        self._state = sampler._new_loop(request.num_samples, request).state
-        inputs = (request.labels, request.given["x_T"], request.given["condition"])
-        self._start: Any = (request.seeds.to(sampler.device), *(None if x is None else x.to(sampler.device) for x in inputs))
-        self._kept: list[list[Tensor]] = []
-
-    def run(self, plan: SamplingPlan, first: int = 0) -> Tensor:
-        """Return the images of a plan, from a step on which the plan before it reached in the same way."""
-        state, sampler = self._state, self._sampler
-        tensors = [state.x_t, *state.history]
-        t = fractional_timesteps(plan.schedule, noise_ratios(plan.alpha_bars)).to(sampler.device, torch.float32)
-        with sampler._turns.taken(), evaluation_mode(sampler.network), torch.inference_mode():
-            advance = sampler._adapter.bind_at(t, plan, state, self._scale)
-            state.start(*self._start)
-            state.step.fill_(first)
-            for tensor, value in zip(tensors, self._kept[first] if first else (), strict=False):
-                tensor.copy_(value)
-            for step in range(first, plan.num_steps):
-                if len(self._kept) == step:
-                    self._kept.append([tensor.clone() for tensor in tensors])
-                advance()
-            return state.x_t.clone()
+    t = fractional_timesteps(plan.schedule, noise_ratios(plan.alpha_bars)).to(sampler.device, torch.float32)
+    inputs = (request.labels, request.given["x_T"], request.given["condition"])
+    with (
+        sampler._turns.taken(),
+        current_device(sampler.device),
+        evaluation_mode(sampler.network),
+        torch.inference_mode(),
+    ):
+        state = sampler._new_state(request.num_samples, request, plan)
+        advance = sampler._adapter.bind_at(t, plan, state, request.given["guidance_scale"])
+        state.start(request.seeds.to(sampler.device), *(None if x is None else x.to(sampler.device) for x in inputs))
+        tensors = [state.x_t, state.step, *state.history]
+        for tensor, value in zip(tensors, kept[first] if first else (), strict=False):
+            tensor.copy_(value)
+        for step in range(first, plan.num_steps):
+            if len(kept) == step:
+                kept.append([tensor.clone() for tensor in tensors])
+            advance()
+        return state.x_t

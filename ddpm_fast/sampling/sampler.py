@@ -116,7 +116,7 @@ class Sampler:
         may_capture = self.device.type in graphs.DEVICE_TYPES
         wanted = f"to be None or False on {self.device.type}"
         expect(not cuda_graph or may_capture, "Sampler", "cuda_graph", wanted, "True")
-        with threads_after_fork(), _on(self.device):
+        with threads_after_fork(), current_device(self.device):
             self._adapter = adapted("Sampler", model, self.device, dtype, plan.schedule.num_timesteps)
         self.network, self.dtype = self._adapter.model, self._adapter.dtype
         self._captures = may_capture and (self._adapter.is_frozen if cuda_graph is None else cuda_graph)
@@ -206,19 +206,13 @@ class Sampler:
     def _request(self, caller: str, num_samples: int, options: Any, **further: Any) -> Request:
         """Return the checked arguments of a call. A function that draws new images takes the classes in turn."""
         given = (caller, self.network, self.interface, self.shape, num_samples, options)
-        request = checked_request(*given, **{"in_turn": True} | further)
-        fit, scale = self.plan.fit, request.given["guidance_scale"]
-        if fit is not None and fit.guidance_scale != (1.0 if scale is None else scale):
-            _logger.warning(
-                "%s: the plan was fitted with a guidance_scale of %g, and now it is another", caller, fit.guidance_scale
-            )
-        return request
+        return checked_request(*given, **{"in_turn": True} | further)
 
     def _draw(self, request: Request, num_frames: int = 0) -> tuple[Tensor, Tensor]:
         """Draw the images of a request, one batch after the other, and as many states of each."""
         n, plan, device, given = request.num_samples, self.plan, self.device, request.given
         batches = [slice(i, i + given["batch_size"]) for i in range(0, n, given["batch_size"])]
-        with self._turns.taken(), threads_after_fork(), _on(device):
+        with self._turns.taken(), threads_after_fork(), current_device(device):
             images = torch.empty((n, *self.shape), dtype=self._state_dtype, device=device)
             states, frames = self._frames(n, num_frames)
             # Everything that the steps need is on the device before the first: none waits for the host.
@@ -285,18 +279,20 @@ class Sampler:
         return loop
 
     def _new_loop(self, n: int, request: Request) -> _Loop:
-        scale = request.given["guidance_scale"]
-        state = StepState(
-            self.plan,
+        state = self._new_state(n, request, self.plan)
+        return _Loop(state, self._adapter.bind(self.plan, state, request.given["guidance_scale"]))
+
+    def _new_state(self, n: int, request: Request, plan: SamplingPlan) -> StepState:
+        return StepState(
+            plan,
             (n, *self.shape),
             dtype=self._state_dtype,
             memory_format=self._adapter.memory_format(self.shape),
             device=self.device,
             label=request.no_label,
-            guided=scale is not None,
+            guided=request.given["guidance_scale"] is not None,
             condition_channels=request.condition_channels,
         )
-        return _Loop(state, self._adapter.bind(self.plan, state, scale))
 
     def _captured(self, loop: _Loop, stream: Hashable) -> _Loop:
         """Return the loop with a CUDA graph of its step, or unchanged if there can be none."""
@@ -365,7 +361,7 @@ def sample(
     return images
 
 
-def _on(device: torch.device) -> Any:
+def current_device(device: torch.device) -> Any:
     """Return a context in which this GPU is the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

@@ -33,7 +33,7 @@ ALLOWED = {
     "variational": {"dtypes", "checks", "predictions", "reference", "schedule", "ops"},
     "info": {"version", "ops"},
     "nn": {"dtypes", "resources", "checks", "files", "options", "reference", "ops", "nn"},
-    "schemas": {"checks", "predictions", "schedule", "nn"},
+    "schemas": {"checks", "predictions", "schedule", "plan", "nn"},
     "inference": {"dtypes", "checks", "reference", "plan", "ops", "nn", "inference"},
     "integrations": {
         *(

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_fast import NoiseSchedule, Sampler, SamplingPlan, ddpm_plan, dpm_solver_plan, fit_plan, load_builtin, sample_seeds
+from ddpm_fast import (
+    NoiseSchedule,
+    Sampler,
+    SamplingPlan,
+    ddpm_plan,
+    dpm_solver_plan,
+    fit_plan,
+    heun_plan,
+    load_builtin,
+    sample_seeds,
+)
 from ddpm_fast.sampling import fitting
 
 SCHEDULE = NoiseSchedule.linear(1000)
@@ -51,27 +61,29 @@ def test_a_fitted_plan_draws_nearly_what_its_teacher_draws() -> None:
     assert more.error_before == fitted.fit.error
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"guidance_scale": 2.0, "class_labels": "bag"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_size": 3, "class_labels": "bag"}, {"guidance_scale": 2.0, "class_labels": "bag"}], ids=str
+)
 def test_a_network_with_classes(options: dict[str, Any]) -> None:
     garments = load_builtin()
     sampler = garments.sampler(
         dpm_solver_plan(garments.objective, 3, solver="heun", spacing="karras", sigma_min=0.2, sigma_max=40)
     )
-    fit = fit_plan(sampler, teacher=garments.plan, num_images=4, rounds=1, progress=False, **options).fit
+    fit = fit_plan(sampler, teacher=garments.plan, num_images=6, rounds=1, progress=False, **options).fit
     assert fit is not None
     assert fit.error < 0.9 * fit.error_before
     assert fit.guidance_scale == options.get("guidance_scale", 1.0)
 
 
-def worse(self: object, numbers: Tensor, images: range) -> Tensor:
+def worse(sampler: Sampler, request: object, targets: Tensor, numbers: Tensor) -> list[Tensor]:
     numbers = numbers.clone()
     numbers[1, -1] += 0.5  # The image is x_0^ of this step.
-    return numbers
+    return [numbers]
 
 
 def test_a_round_that_does_not_help_other_images_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = Sampler(normal, levels(4), shape=SHAPE)
-    monkeypatch.setattr(fitting._Fitting, "moved", worse)
+    monkeypatch.setattr(fitting, "_moves", worse)
     fitted = fit_plan(sampler, teacher=TEACHER, num_images=2, progress=False)
     torch.testing.assert_close(fitted.coefficients, sampler.plan.coefficients, rtol=1e-12, atol=1e-12)
     assert fitted.fit is not None
@@ -85,6 +97,35 @@ def test_a_fitted_plan_starts_later() -> None:
     assert torch.equal(later.alpha_bars, fitted.alpha_bars[1:])
     assert not later.coefficients[0, 5]  # no x_0^ of a step before
     assert torch.equal(later.coefficients[1:], fitted.coefficients[2:])
+    assert torch.equal(fitted.starting_at(int(fitted.timesteps[0])).coefficients, fitted.coefficients)
+
+
+def learned(x_t: Tensor, t: Tensor) -> Tensor:
+    return torch.cat([normal(x_t, t), torch.zeros_like(x_t)], dim=1)
+
+
+def restoring(x: Tensor, t: Tensor) -> Tensor:
+    """Return epsilon of the image, with a part of the condition."""
+    return normal(x[:, :1], t) + 0.1 * x[:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "teacher", "options"),
+    [
+        # Levels that are close to each other at the end, and the schedule's highest level.
+        (normal, dpm_solver_plan(SCHEDULE, 8), dpm_solver_plan(SCHEDULE, 40), {}),
+        (normal, levels(2), levels(12), {}),
+        (normal, levels(4), heun_plan(SCHEDULE, 8, spacing="karras", sigma_min=0.1, sigma_max=40), {}),
+        (learned, levels(4, learned_variance=True), levels(12, learned_variance=True), {}),
+        (restoring, levels(4), levels(12), {"condition": torch.rand(64, 1, 4, 4)}),
+        (normal, levels(4), levels(12), {"x_T": torch.rand(64, *SHAPE), "batch_size": 7}),
+    ],
+    ids=["linspace", "two steps", "Heun", "learned variance", "condition", "x_T"],
+)
+def test_any_model_and_plan(model: Any, plan: SamplingPlan, teacher: SamplingPlan, options: dict[str, Any]) -> None:
+    fit = fit_plan(Sampler(model, plan, shape=SHAPE), teacher=teacher, progress=False, **options).fit
+    assert fit is not None
+    assert fit.error < 0.5 * fit.error_before
 
 
 def broken(x_t: Tensor, t: Tensor) -> Tensor:
@@ -108,10 +149,34 @@ def broken(x_t: Tensor, t: Tensor) -> Tensor:
             normal,
             levels(4),
             {"teacher": dpm_solver_plan(NoiseSchedule.cosine(1000), 12, lambda_min=-5.1)},
-            "expected teacher to have the schedule and the prediction of the sampler's plan, got another one",
+            "expected teacher to have the schedule of the sampler's plan, got another one",
+        ),
+        (
+            normal,
+            levels(4),
+            {"teacher": levels(12, prediction="sample")},
+            "expected teacher to have the prediction of the sampler's plan, got sample",
+        ),
+        (
+            normal,
+            levels(4),
+            {"teacher": levels(12, learned_variance=True)},
+            "expected teacher to have the variance of the sampler's plan, got learned_range",
+        ),
+        (
+            normal,
+            dpm_solver_plan(SCHEDULE, levels=[40.0, 3.0, 2.99, 0.1]),
+            {},
+            "expected sampler to have finite levels that are more than 2 % apart, got [40.",
+        ),
+        (
+            normal,
+            dpm_solver_plan(SCHEDULE.rescale_zero_terminal_snr(), 3, spacing="trailing", prediction="v_prediction"),
+            {},
+            "expected sampler to have finite levels that are more than 2 % apart, got [inf",
         ),
         (normal, levels(4), {"callback": print}, "expected callback to be None, got a function"),
-        (normal, levels(4), {"rounds": 0}, "expected rounds to be an int of at least 1, got 0"),
+        (normal, levels(4), {"rounds": 0}, "expected rounds to be an integer in 1..1000, got 0"),
         (broken, levels(4), {}, "expected model to return finite values, got others"),
     ],
 )

@@ -267,7 +267,7 @@ def test_a_forked_child_draws_the_same_images() -> None:
     """Before and while another thread of the parent draws. From a callback the error is the parent's."""
     script = """
 import os, signal, threading, torch
-from ddpm_fast import NoiseSchedule, Sampler, UNet, ddpm_plan
+from ddpm_fast import NoiseSchedule, Sampler, UNet, ddpm_plan, dpm_solver_plan, fit_plan
 schedule = NoiseSchedule.linear(8)
 model = UNet(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
              down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), num_class_embeds=3)
@@ -316,6 +316,10 @@ def large_ones():
     torch.set_num_threads(1)  # for torch.equal
     return torch.equal(again, drawn) and threads == 2
 child(large_ones)
+few, teacher = (others.with_plan(dpm_solver_plan(schedule, steps)) for steps in (3, 6))
+fits = lambda: fit_plan(few, teacher=teacher.plan, num_images=2, rounds=1, progress=False).fit is not None
+assert fits()
+child(fits)
 print("same")
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
