@@ -388,8 +388,11 @@ def test_kernels_that_were_compiled_for_another_processor(
 # -------------------------------------------------------------------------------------- which CUDA kernels are compiled
 
 
-def _configure(tmp_path: Path, gpus: str = "", **variables: str) -> tuple[int, str]:
-    """Return CMake's exit status and output, with a nvidia-smi that prints `gpus` and an nvcc that fails."""
+def _configure(tmp_path: Path, gpus: str = "", build: Path | None = None, **variables: str) -> tuple[int, str]:
+    """Return CMake's exit status and output, with a nvidia-smi that prints `gpus` and an nvcc that fails.
+
+    It goes on in the folder `build`, as setup.py does, or begins in a new one.
+    """
     programs = tmp_path / "bin"
     programs.mkdir(exist_ok=True)
     _program(programs / "nvidia-smi", f'printf "{gpus}"')
@@ -399,7 +402,7 @@ def _configure(tmp_path: Path, gpus: str = "", **variables: str) -> tuple[int, s
     cmake = shutil.which("cmake", path=os.environ["PATH"] + os.pathsep + sysconfig.get_path("scripts"))
     if cmake is None:
         pytest.skip("needs cmake")
-    command = [cmake, "--fresh", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-DDDPM_FAST_VERSION=0"]
+    command = [cmake, "-S", str(ROOT), "-B", str(build or tmp_path / "build"), "-DDDPM_FAST_VERSION=0"]
     command += [f"-DPython_EXECUTABLE={sys.executable}", "-DDDPM_FAST_LIBRARY=_native.so"]
     result = subprocess.run(command, env=environment | variables, capture_output=True, text=True)
     said = " ".join((result.stdout + result.stderr).split())
@@ -461,6 +464,11 @@ def test_cuda_kernels_that_cannot_be_compiled_are_an_error(tmp_path: Path, varia
     assert wanted in said
 
 
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("configured")
+
+
 @pytest.mark.sources
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="asks nvcc which compiler it is")
 @pytest.mark.parametrize(
@@ -484,10 +492,13 @@ def test_cuda_kernels_that_cannot_be_compiled_are_an_error(tmp_path: Path, varia
         pytest.param("10.3\n8.0\n", {"CUDACXX": "{folder}/nvcc-12.8"}, "100-virtual;80-real", marks=pytest.mark.slow),
     ],
 )
-def test_which_architectures_are_compiled(tmp_path: Path, gpus: str, variables: dict[str, str], expected: str | None) -> None:
+def test_which_architectures_are_compiled(
+    tmp_path: Path, configured: Path, gpus: str, variables: dict[str, str], expected: str | None
+) -> None:
     _program(tmp_path / "nvcc-12.8", NVCC_12_8)
     compiler = variables.get("CUDACXX", str(shutil.which("nvcc"))).format(folder=tmp_path)
-    status, said = _configure(tmp_path, gpus=gpus, **variables | {"CUDACXX": compiler})
+    build = None if "CUDACXX" in variables else configured  # A folder keeps its compiler.
+    status, said = _configure(tmp_path, gpus, build, **variables | {"CUDACXX": compiler})
     assert status == 0, said
     if expected is None:
         assert "it was built with DDPM_FAST_CUDA_ARCHS=none" in said

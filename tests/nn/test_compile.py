@@ -87,7 +87,9 @@ ROWS = [
 def test_a_network_is_that_of_eager_mode(
     options: str, train: bool, channels_last: bool, backend: str, pytestconfig: pytest.Config
 ) -> None:
-    model = make(channels_last=channels_last, train=train)
+    # Inductor's dynamic rows, and the others, have resampling.
+    is_short = backend == "inductor" and options == "fullgraph"
+    model = make(channels_last=channels_last, train=train, levels=1 if is_short else 2)
     compiled = torch.compile(model, backend=backend, **OPTIONS[options])
     # A second batch size makes a dynamic graph of a static one, which is all the work again. Inductor has dynamic rows.
     again = OPTIONS[options].get("dynamic") or (pytestconfig.getoption("full") and backend == DECOMPOSED)
@@ -128,7 +130,7 @@ def test_a_frozen_network_compiles_after_its_model() -> None:
     """They share code, and a graph that was made dynamic for one must not be taken for the other."""
     model = make(levels=1).eval()
     frozen = [freeze(model, dtype) for dtype in DTYPES]
-    options: dict[str, Any] = {"dynamic": True, "backend": "aot_eager"}
+    options: dict[str, Any] = {"dynamic": True, "backend": "eager"}  # graphs and their guards
     for n in (2, 3):
         inputs = make_inputs(n, False)
         with torch.no_grad():

@@ -223,7 +223,9 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "Pretrained.from_data": lambda: Entry(
         builtin().from_data, {"images": ONE}, {"images": "bools tensor shape meta"}, "from_data"
     ),
-    "Pretrained.sampler": lambda: Entry(builtin().sampler, {}, PLAN_ACCEPTS, "sampler|Sampler|build_plan"),
+    "Pretrained.sampler": lambda: Entry(
+        builtin().sampler, {}, PLAN_ACCEPTS | {"guidance_scale": "negative zero"}, "sampler|Sampler|build_plan"
+    ),
     "Pretrained.to_data": lambda: Entry(builtin().to_data, {"images": ONE}, {"images": "shape meta"}, "to_data"),
     "Sampler": lambda: Entry(d.Sampler, {"model": NETWORK, "plan": PLAN, "shape": (3, 4, 4)}, {"no_label": "zero"}),
     "Sampler, call": lambda: Entry(sampler(), {"num_samples": 2} | SAMPLE, SAMPLE_ACCEPTS, "Sampler"),
