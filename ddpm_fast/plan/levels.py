@@ -152,24 +152,8 @@ def count_levels(caller: str, schedule: NoiseSchedule, lambda_min: float) -> int
     return last
 
 
-def spaced_levels(last: int, total: int, num_steps: int, spacing: str) -> Tensor:
-    """Return timesteps of a named spacing in 0..last-1, int64, descending, as diffusers' solver rounds them.
-
-    Steps of "trailing" are `total` / `num_steps` apart. For some numbers of steps they end with -1, and for more steps
-    than levels a timestep is listed twice.
-    """
-    descending: np.ndarray
-    if spacing == "leading":
-        descending = np.arange(num_steps, 0, -1) * (last // (num_steps + 1))
-    elif spacing == "trailing":
-        descending = np.arange(last, 0, -total / num_steps).round() - 1
-    else:
-        descending = np.linspace(0, last - 1, num_steps + 1).round()[1:][::-1]  # torch.compile reads [:0:-1] wrong
-    return torch.from_numpy(descending.astype(np.int64))
-
-
 def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing | Sequence[int]) -> Tensor:
-    """Return timesteps in 0..last - 1, int64 [S], strictly descending.
+    """Return timesteps in 0..last - 1, int64 [S], strictly descending, as diffusers' solver rounds them.
 
     They differ from those of `ddpm_plan`: the last step ends at the final level, so no step starts at timestep 0, except with
     "trailing" (as in diffusers).
@@ -179,7 +163,13 @@ def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing
     check_choice(caller, "spacing", spacing, ("linspace", "leading", "trailing", "karras"))
     if spacing == "trailing":
         return spaced_timesteps(caller, last, _checked_num_steps(caller, num_steps, last), spacing)
-    return spaced_levels(last, last, _checked_num_steps(caller, num_steps, last - 1), spacing)
+    num_steps = _checked_num_steps(caller, num_steps, last - 1)
+    descending: np.ndarray
+    if spacing == "leading":
+        descending = np.arange(num_steps, 0, -1) * (last // (num_steps + 1))
+    else:
+        descending = np.linspace(0, last - 1, num_steps + 1).round()[1:][::-1]  # torch.compile reads [:0:-1] wrong
+    return torch.from_numpy(descending.astype(np.int64))
 
 
 def checked_numbers(caller: str, name: str, values: object, wanted: str) -> Tensor:
