@@ -100,7 +100,7 @@ machine-code: $(VENV)/with-$(EXTRAS)  ## compile the CUDA kernels for all archit
 	DDPM_FAST_CUDA_ARCHS="$(BUDGETED)" $(MAKE) build
 	$(PYTEST) --full tests/machine_code
 
-mutations: build  ## check that the tests catch each mutation of mutations.json, in about half an hour
+mutations: build  ## check that the tests catch each mutation of mutations.json, in an hour or two
 	$(RUN) tests/mutations/run.py
 
 peers:  ## make environments of the peers of benchmark_unet.py that do not fit into one with the others
