@@ -30,26 +30,19 @@ TESTS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_lesser_instruction_sets(isa: str, pytestconfig: pytest.Config) -> None:
-    """Each set takes one process, because starting it takes most of the time."""
+    """Each set takes two processes, because starting them takes most of the time."""
     build = backend.native().build_info()
     if isa not in build["isas"]:
         pytest.skip(f"{isa} is not compiled: DDPM_FAST_COMPILED_ISAS=all compiles every instruction set")
     if isa == build["isa"]:
         pytest.skip(f"{isa} is what the other tests run")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *(["--full"] if pytestconfig.option.full else []),
-    ]
-    run = subprocess.run(
-        [*command, *TESTS],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"DDPM_FAST_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    full = ["--full"] if pytestconfig.option.full else []
+    for options in ([*full, *TESTS], ["-k", "native", "ops/test_parity.py::test_parity"]):  # each op in each dtype
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"DDPM_FAST_ISA": isa},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout[-3000:]
