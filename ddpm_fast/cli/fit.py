@@ -81,8 +81,8 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
     write(model / "plan.json", lambda path: loaded.save_plan(fitted, path.parent))
     plans = {"fitted": fitted, "teacher": teacher, DEFAULT_SAMPLER: loaded.build_plan(sampler=DEFAULT_SAMPLER)[0]}
     count = max(_GRID, len(real))
-    # The seed is another than that of the fit.
-    arguments |= {"seed": options["seed"] + 1, "class_labels": labels_of_option("fit", loaded, options["classes"], count)}
+    # The seed is another than that of the fit, and none is too large.
+    arguments |= {"seed": options["seed"] ^ 1, "class_labels": labels_of_option("fit", loaded, options["classes"], count)}
     drawn = {name: sampler.with_plan(each)(count, **arguments).cpu().float() for name, each in plans.items()}
     for name, images in drawn.items():
         save = partial(ddpm_fast.save_grid, images[:_GRID], channels=shown_channels(images.shape[1]))
@@ -129,10 +129,10 @@ def _real_images(loaded: Pretrained, model: Path, options: dict[str, Any]) -> Te
             data_range=config.get("data_range"),
             memory=0,
         )
-    except (ArgumentError, OSError):
+    except (ArgumentError, OSError, ImportError):
         if asked:
             raise
-        return torch.empty(0)  # the run's data are elsewhere now
+        return torch.empty(0)  # the run's data are elsewhere now, or the extra that reads them
     wanted = 2 * config["block_out_channels"][-1]
     expect(
         2 * len(dataset) > wanted,

@@ -159,8 +159,10 @@ def dpm_solver_plan(
         added = checked_numbers(caller, "corrections", corrections, wanted).clone()
         usable = added.shape == shape and bool(added.isfinite().all())
         expect(usable and not added[0, 2] and not added[-1, 1:].any(), caller, "corrections", wanted, corrections)
-        added[: shape[0] - len(h) + 1] *= len(h) == shape[0]  # those before the start, and that of the first
-        columns |= {name: columns[name] + column for name, column in zip(FITTED, added[-len(h) :].unbind(1), strict=True)}
+        added = added[-len(h) :]
+        if len(h) < chain.num_steps:  # a step that another one preceded is now the first
+            added[0] = 0
+        columns |= {name: columns[name] + column for name, column in zip(FITTED, added.unbind(1), strict=True)}
     return chain.plan(level, level + 1, clip, sigma=std, **columns)
 
 

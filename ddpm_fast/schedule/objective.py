@@ -165,7 +165,8 @@ class Objective:
         Args:
             alpha: The weight of x_0, float64 [S].
             sigma: The weight of epsilon, float64 [S].
-            timesteps: The timesteps that the network is given, int64 [S]. They alone decide if `prediction` is a tensor.
+            timesteps: The timesteps that the network is given, int64 [S]. If `prediction` is a tensor, a and b depend on
+                them alone.
         """
         if isinstance(self.prediction, Tensor):
             a, b = self.prediction[timesteps].unbind(1)
