@@ -11,7 +11,7 @@ from .version import __version__ as __version__
 _NAMES_BY_MODULE = {
     "pretrained": ("Pretrained", "load_builtin", "load_folder"),
     "sampling.editing": ("inpaint", "interpolate", "invert", "vary"),
-    "evaluation": ("VariationalBound", "frechet_distance", "variational_bound"),
+    "evaluation": ("Moments", "VariationalBound", "frechet_distance", "variational_bound"),
     "files.images": ("image_grid", "save_grid", "save_trajectory", "to_uint8"),
     "integrations.freezing": ("freeze", "plan_of"),
     "integrations.fuse": ("FuseReport", "fuse", "unfuse"),
@@ -26,6 +26,7 @@ _NAMES_BY_MODULE = {
         *("SamplingPlan", "ddim_inversion_plan", "ddim_plan", "ddpm_plan", "default_plan", "dpm_solver_plan", "heun_plan"),
         *("named_plan", "repaint_plan"),
     ),
+    "publishing": ("push_to_hub",),
     "reference": ("STREAM_DROPOUT", "STREAM_KNOWN", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
     "samplers": ("SAMPLERS", "PlanOptions"),
     "sampling.fitting": ("fit_plan",),

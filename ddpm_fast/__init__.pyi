@@ -1,6 +1,7 @@
 """Public names for type checkers. `__init__.py` imports each from the same module when it is first used."""
 
 from .allocator import kept_memory as kept_memory
+from .evaluation import Moments as Moments
 from .evaluation import VariationalBound as VariationalBound
 from .evaluation import frechet_distance as frechet_distance
 from .evaluation import variational_bound as variational_bound
@@ -38,6 +39,7 @@ from .plan import repaint_plan as repaint_plan
 from .pretrained import Pretrained as Pretrained
 from .pretrained import load_builtin as load_builtin
 from .pretrained import load_folder as load_folder
+from .publishing import push_to_hub as push_to_hub
 from .reference import STREAM_DROPOUT as STREAM_DROPOUT
 from .reference import STREAM_KNOWN as STREAM_KNOWN
 from .reference import STREAM_Q_SAMPLE as STREAM_Q_SAMPLE

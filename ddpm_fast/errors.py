@@ -64,6 +64,10 @@ class UnusablePath(ArgumentError, OSError):
     """A path that cannot be read or written as the call asks for."""
 
 
+class MissingPath(UnusablePath, FileNotFoundError):
+    """A path at which there is nothing of the kind."""
+
+
 @contextmanager
 def renaming(caller: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
     """Raise the body's argument errors as those of `caller`. `names` maps the body's argument names to the caller's."""

@@ -1,4 +1,4 @@
-"""Versions, devices and available backends: the text of `ddpm-fast info`."""
+"""Versions, devices and available backends, as `ddpm-fast info` shows them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -47,9 +47,12 @@ def _devices() -> list[torch.device]:
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
 
 
+_PACKAGES: Final = ("torch", "triton", "numpy", "safetensors")
+
+
 def _versions() -> Iterator[str]:
     yield f"ddpm_fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    yield ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "safetensors"))
+    yield ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
 
 
 def _device_lines() -> Iterator[str]:
@@ -108,6 +111,29 @@ def _table(device: torch.device) -> Iterator[str]:
         yield f"({number}) {reason}"
     if device.type == "cuda" and native_error() is None and why_not_native(device, torch.float32) is not None:
         yield f"Compiled kernels on this GPU: {cuda_remedy(device)}"
+
+
+def facts() -> dict[str, Any]:
+    """Return what `info` says as plain values, for programs.
+
+    "ops" has for each device, op and backend null, or the reason for which it cannot run.
+    """
+    error = native_error()
+    return {
+        "ddpm_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: None if (version := _version(name)) == "not installed" else version for name in _PACKAGES},
+        "processor": _processor(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_properties(device).name for device in _devices()[1:]],
+        "native": {"error": error} if error is not None else native().build_info(),
+        "ops": {
+            str(device): {op.name: {backend: op.why_not(backend, device) for backend in BACKENDS} for op in OPS.values()}
+            for device in _devices()
+        },
+    }
 
 
 def info() -> str:

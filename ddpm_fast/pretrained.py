@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack
@@ -15,18 +15,19 @@ from torch import Tensor
 
 from . import plan
 from .checks import as_json, check_float, check_number, check_type, computing_device
-from .errors import InvalidValue, expect, renaming
+from .errors import expect, renaming
 from .files.images import in_range
+from .files.models import model_folder, scheduler_file
 from .files.writing import read_json, write_json
 from .inference import Interface
 from .inference.adapter import weights_digest
 from .nn.unet import UNet
 from .options import checked, checked_options, taking
 from .plan import SamplingPlan, named_plan
-from .resources import no_folder
 from .samplers import DEFAULT_SAMPLER, PlanOptions
 from .sampling.sampler import Sampler
-from .schedule import NoiseSchedule, Objective
+from .schedule import Objective
+from .schedule.noise_schedule import schedule_from_config
 from .schedule.objective import checked_columns
 from .training.checkpoint import Checkpoints, read_state
 from .training.export import check_is_unet
@@ -34,7 +35,6 @@ from .training.export import check_is_unet
 if TYPE_CHECKING:
     from .schemas import Scheduler
 
-_SCHEDULER: Final = "scheduler_config.json"
 _PLAN: Final = "plan.json"
 BUILTIN: Final = Path(__file__).parent / "builtin"
 """Folder of the built-in model: class-conditional, trained by `ddpm-fast train` on Fashion-MNIST padded to 32x32."""
@@ -238,23 +238,25 @@ def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | 
 def load_folder(
     path: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Pretrained:
-    """Load a trained model from a folder.
+    """Load a trained model from a folder, or by its name on the Hugging Face hub.
 
     Args:
         path: A folder in diffusers' layout, with unet/ and scheduler/ or the files of both at its root.
             Or the folder of a training run: the averaged network of the newest checkpoint is loaded. A plan.json in the
             folder becomes `Pretrained.plan`, unless it was fitted to other weights.
+            Or "owner/name" or "owner/name@revision", which huggingface_hub downloads, unless there is such a folder, or a
+            folder `owner`.
         device: Device of the weights. None: the CPU.
         dtype: Dtype of the weights. None: float32.
 
     Raises:
         FileNotFoundError: A file is missing.
+        OSError: The hub does not have the model, does not give it, or is out of reach.
+        ImportError: huggingface_hub is missing.
         ValueError: A file is damaged, or describes a model that is not supported. The message names it.
     """
     device = None if device is None else computing_device("load_folder", device)
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {no_folder(path)}")
+    folder = model_folder("load_folder", "path", path)
 
     def read(folder: Path, network: Path) -> tuple[UNet, Objective, Scheduler]:
         check_is_unet("load_folder", "path", folder)
@@ -294,27 +296,6 @@ def load_folder(
     return replace(loaded, plan=sampling)
 
 
-def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
-    """Return the noise schedule that a scheduler_config.json describes.
-
-    Files written by this package describe it under the key "ddpm_fast".
-
-    Args:
-        config: The file's keys and values.
-
-    Raises:
-        TypeError: A value has the wrong type.
-        ValueError: A value is out of range, or "num_train_timesteps" is not the length of the schedule.
-    """
-    if config.get("ddpm_fast") is None:
-        return NoiseSchedule.from_diffusers(config)
-    schedule = NoiseSchedule.from_config(config["ddpm_fast"])
-    if (length := config.get("num_train_timesteps", schedule.num_timesteps)) != schedule.num_timesteps:
-        wanted = f"{schedule.num_timesteps}, as in ddpm_fast"
-        raise InvalidValue("schedule_from_config", "num_train_timesteps", f"to be {wanted}", repr(length))
-    return schedule
-
-
 def _read_scheduler(folder: Path) -> tuple[Objective, Scheduler]:
     import msgspec
 
@@ -326,9 +307,4 @@ def _read_scheduler(folder: Path) -> tuple[Objective, Scheduler]:
         with renaming("", {"prediction": "prediction_type"}):
             return Objective(schedule_from_config(values), *kind), scheduler
 
-    for file in (folder / "scheduler" / _SCHEDULER, folder / _SCHEDULER):
-        if file.is_file():
-            return read_json("load_folder", file, parse)
-    raise FileNotFoundError(
-        f"load_folder: expected scheduler/{_SCHEDULER} or {_SCHEDULER} in {str(folder)!r}, which has neither"
-    )
+    return read_json("load_folder", scheduler_file("load_folder", folder), parse)

@@ -1,13 +1,13 @@
-"""Checks of folders before any work, and sizes as text."""
+"""Checks of folders before any work, sizes as text, and packages that may be missing."""
 
 from __future__ import annotations
 
 import difflib
 import os
-import re
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
+from types import ModuleType
 
 from .errors import UnusablePath
 
@@ -40,17 +40,26 @@ def no_folder(path: str | os.PathLike[str]) -> str:
     text, path = os.fspath(path), Path(path)
     if os.path.exists(path):
         return f"{text!r}, which is a file"
+    # The folder, or the one that should hold it, may be misspelt.
+    wrong, rest = (path, "") if path.parent.is_dir() else (path.parent, path.name)
     beside: list[str] = []
     with suppress(OSError):  # there is no parent, or it may not be read
-        beside = [each.name for each in path.parent.iterdir() if any(each.glob("*.json")) or (each / "unet").is_dir()]
-    for close in difflib.get_close_matches(path.name, beside, 1):
-        return f"{text!r}, which does not exist; did you mean {str(path.with_name(close))!r}?"
+        places = [each / rest for each in wrong.parent.iterdir()]
+        beside = [at.parent.name if rest else at.name for at in places if any(at.glob("*.json")) or (at / "unet").is_dir()]
+    for close in difflib.get_close_matches(wrong.name, beside, 1):
+        return f"{text!r}, which does not exist; did you mean {str(wrong.with_name(close) / rest)!r}?"
     reason, parent = "", str(path.parent)
     if parent != ".":
         reason = f": {parent!r} has no such folder" if os.path.isdir(parent) else f": there is no folder {parent!r}"
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) and not path.parent.is_dir():  # it may be a hub's owner/name
-        reason += f"; a model of the Hugging Face hub is downloaded first: hf download {text} --local-dir {path.name}"
     return f"{text!r}, which does not exist{reason}"
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """Import a module of an extra."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError as error:
+        raise ImportError(f"{module} is missing: install it with pip install 'ddpm_fast[{extra}]'") from error
 
 
 def existing_folder(path: Path) -> Path:

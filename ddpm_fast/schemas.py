@@ -10,6 +10,7 @@ import sys
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
+from msgspec import field as declared
 
 from .checks import MAX_TIMESTEPS
 from .errors import ArgumentError, InvalidValue, expect
@@ -38,7 +39,9 @@ class Scheduler(Struct, frozen=True):
     clip_sample: bool | None = True
     clip_sample_range: Annotated[float, Meta(gt=0, le=sys.float_info.max)] = 1.0
     thresholding: bool = False
-    ddpm_fast: dict[str, Any] | None = None  # the schedule as `NoiseSchedule.from_config` checks it
+    own: dict[str, Any] | None = declared(
+        default=None, name="_ddpm_fast"
+    )  # the schedule as `NoiseSchedule.from_config` checks it
 
     def __post_init__(self) -> None:
         expect(not self.thresholding, "", "thresholding", "to be false", "true")

@@ -1,5 +1,6 @@
 """`ddpm-fast info`."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from commands import run
 from kernel_calls import MATRIX_OPS, pretend
 
 from ddpm_fast import info
-from ddpm_fast.ops import OPS, backend
+from ddpm_fast.ops import BACKENDS, OPS, backend
 from ddpm_fast.ops.backend import why_not_matrix_kernels
 from ddpm_fast.ops.fused_op import FusedOp
 
@@ -97,3 +98,11 @@ def test_gpus_without_compiled_kernels_are_explained(monkeypatch: pytest.MonkeyP
 
 def test_command() -> None:
     assert run("info") == info.info() + "\n"
+
+
+def test_the_same_for_programs() -> None:
+    facts = json.loads(run("info", "--json"))
+    assert facts["packages"]["torch"] == torch.__version__
+    assert (facts["native"].get("error") is None) == (backend.native_error() is None)
+    assert set(facts["ops"]["cpu"]) == set(OPS)
+    assert facts["ops"]["cpu"]["q_sample"] == {each: OPS["q_sample"].why_not(each, torch.device("cpu")) for each in BACKENDS}

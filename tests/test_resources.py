@@ -16,9 +16,6 @@ def test_existing_folder_of_a_relative_path(tmp_path: Path, monkeypatch: pytest.
     assert existing_folder(Path("a/b")) == tmp_path
 
 
-HUB = "; a model of the Hugging Face hub is downloaded first: hf download {} --local-dir {}"
-
-
 @pytest.mark.parametrize(
     ("path", "wanted"),
     [
@@ -28,10 +25,8 @@ HUB = "; a model of the Hugging Face hub is downloaded first: hf download {} --l
         (Path("modal"), "does not exist; did you mean 'model'?"),
         (Path("rums"), "does not exist"),  # runs holds no model itself
         ("runs/other", "does not exist: 'runs' has no such folder"),
-        (
-            "google/ddpm-cifar10-32",
-            "does not exist: there is no folder 'google'" + HUB.format("google/ddpm-cifar10-32", "ddpm-cifar10-32"),
-        ),
+        ("run/mine", "does not exist; did you mean 'runs/mine'?"),
+        ("google/ddpm-cifar10-32", "does not exist: there is no folder 'google'"),
         ("./google/ddpm", "does not exist: there is no folder 'google'"),
         ("../google/ddpm", "does not exist: there is no folder '../google'"),
         ("~/models/ddpm", "does not exist: there is no folder '~/models'"),

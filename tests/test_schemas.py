@@ -17,7 +17,7 @@ from ddpm_fast.schemas import Checkpoint, RunConfig, SampleManifest, Scheduler  
 
 SHA256 = "0123456789abcdef" * 4
 FILES: dict[type, dict[str, Any]] = {
-    Scheduler: {"num_train_timesteps": 5, "beta_start": 1e-4, "trained_betas": [0.1, 0.2], "ddpm_fast": {"name": "linear"}},
+    Scheduler: {"num_train_timesteps": 5, "beta_start": 1e-4, "trained_betas": [0.1, 0.2], "_ddpm_fast": {"name": "linear"}},
     RunConfig: {
         "format": 3,
         "options": {"prediction": "epsilon"},
@@ -102,7 +102,7 @@ def changed(values: dict[str, Any], field: str, value: object) -> dict[str, Any]
             "<= 1.7976931348623157e+308 - at `$.clip_sample_range`",
         ),
         (Scheduler, "thresholding", True, "thresholding to be false, got true"),
-        (Scheduler, "ddpm_fast", ["linear"], "Expected `object | null`, got `array` - at `$.ddpm_fast`"),
+        (Scheduler, "_ddpm_fast", ["linear"], "Expected `object | null`, got `array` - at `$._ddpm_fast`"),
         (RunConfig, "options", None, "Expected `object`, got `null` - at `$.options`"),
         (RunConfig, "unet.freq_shift", None, "freq_shift to be an integer of at least 0, got None"),
         (RunConfig, "unet.colour", "red", "keys among sample_size, in_channels, "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ from .console import Commands
 from .edit import edit_command
 from .evaluate import evaluate_command
 from .fit import fit_command
+from .push import push_command
 from .sample import sample_command
 from .train import export_command, train_command
 
@@ -35,15 +37,16 @@ def main() -> None:
 
 
 @main.command("info")
-def info_command() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON, for programs.")
+def info_command(as_json: bool) -> None:
     """Show what is installed and what runs here.
 
     List the backends of each op and device, with reasons for those that cannot run.
     """
-    from ..info import info
+    from ..info import facts, info
 
-    click.echo(info())
+    click.echo(json.dumps(facts(), indent=2) if as_json else info())
 
 
-for _command in (train_command, export_command, sample_command, edit_command, evaluate_command, fit_command):
+for _command in (train_command, export_command, sample_command, edit_command, evaluate_command, fit_command, push_command):
     main.add_command(_command)

@@ -13,6 +13,7 @@ import ddpm_fast
 
 from ..errors import InvalidValue, expect
 from .console import Command
+from .fid import compare
 from .options import RANGE, VARIANCES, PathOption, load_model, model_options
 from .outputs import check_output, close, try_writing, write
 
@@ -29,7 +30,9 @@ _SSIM = 6  # pixels per side that its window needs
 
 @click.command("evaluate", cls=Command)
 @click.option(
-    "--num", type=click.IntRange(1), default=256, show_default=True, help="Evaluate this many images, from the first."
+    "--num",
+    type=click.IntRange(1),
+    help="Evaluate this many images, from the first.  [default: 256; with --fid all, or 50000 that --model draws]",
 )
 @click.option(
     "--data",
@@ -54,6 +57,27 @@ _SSIM = 6  # pixels per side that its window needs
     "--samples", type=click.IntRange(1), default=8, show_default=True, help="Draw this many samples of each image to restore."
 )
 @click.option("--variance", type=click.Choice(VARIANCES), help="Choose the reverse steps' variance.  [default: the model's]")
+@click.option(
+    "--fid",
+    metavar="REFERENCE",
+    type=PathOption(exists=True),
+    help="Compare --images with these: a folder or an .npz of images, or an .npz with mu and sigma.",
+)
+@click.option(
+    "--images", type=PathOption(), help="Compare these with --fid: a folder or an .npz. With --model, draw them there first."
+)
+@click.option(
+    "--features",
+    type=PathOption(file_okay=False, path_type=Path),
+    default="features",
+    show_default=True,
+    help="Keep the features of --fid in this folder, so that the same command goes on if it was stopped.",
+)
+@click.option(
+    "--inception",
+    type=PathOption(exists=True, dir_okay=False),
+    help="Read Inception's weights from this file.  [default: those of torch-fidelity, downloaded]",
+)
 @click.option("--labels/--no-labels", default=True, show_default=True, help="Give the network the class of each image.")
 @click.option(
     "--json",
@@ -62,7 +86,7 @@ _SSIM = 6  # pixels per side that its window needs
 )
 @model_options("Run the network in this dtype.  [default: float32]")
 def evaluate_command(
-    num: int,
+    num: int | None,
     data: str,
     data_dir: str | None,
     condition: str | None,
@@ -70,14 +94,21 @@ def evaluate_command(
     condition_range: Ranges | None,
     samples: int,
     variance: Any,
+    fid: str | None,
+    images: str | None,
+    features: Path,
+    inception: str | None,
     labels: bool,
     json: Path | None,
     **options: Any,
 ) -> None:
-    """Compute the variational bound of test images, or their PSNR.
+    """Compute the variational bound of test images, their PSNR, or FID.
 
     Print L_T, L_{T-1} + ... + L_1, L_0 and their sum in bits per dimension (eq. 9-11). For a model with a condition, print
     PSNR and SSIM of the condition (bicubic, for low resolution), of one sample, and of the mean of several.
+
+    With --fid, print the Frechet Inception Distance, KID and the Inception Score of --images. torchrun can start several
+    processes.
     """
     from ..files.writing import write_json
     from ..training.data import read_batch
@@ -86,9 +117,15 @@ def evaluate_command(
     failures: list[str] = []
     if json is not None:
         check_output("evaluate", "json", json)
-        if json.exists() and json.stat().st_size and "per_image" not in json.read_text(errors="replace"):
+        present = json.read_text(errors="replace") if json.exists() else ""
+        if present and "per_image" not in present and "frechet_distance" not in present:
             raise InvalidValue("evaluate", "json", "to be new or of an earlier evaluation", repr(str(json)))
     dtype = options["dtype"] = options["dtype"] or "float32"
+    if fid is not None:
+        compare(fid, images, num, features, inception, json, **options)
+        return
+    expect(images is None, "evaluate", "images", "to go with --fid", repr(images))
+    num = 256 if num is None else num
     loaded = load_model("evaluate", options)
     config, kind, interface = loaded.model.config, loaded.model.config.get("condition"), loaded.interface
     given = kind not in (None, "images")
@@ -176,10 +213,10 @@ def _restored(
 
     from ..files.images import condition_as_image
     from ..inference.model import device_and_dtype
+    from ..resources import import_extra
     from ..training.data.condition import examples
-    from ..training.data.published import import_extra
 
-    metrics = import_extra("torchmetrics.functional.image")
+    metrics = import_extra("torchmetrics.functional.image", "train")
     smallest = min(dataset.info.shape[1:])
     expect(smallest >= _SSIM, "evaluate", "data", f"to have images of at least {_SSIM} pixels per side, for SSIM", smallest)
     items = examples(dataset, range(num), arguments["seed"])

@@ -13,7 +13,6 @@ import click
 from ..errors import expect
 from ..options import Declared, Ranges, options_of
 from ..predictions import Variance
-from ..resources import no_folder
 from ..samplers import PlanOptions
 from ..sampling.options import DrawOptions
 
@@ -150,7 +149,7 @@ def model_options(dtype_help: str, *, named: bool = True) -> Callable[[Function]
             click.Option(
                 ["--model"],
                 type=PathOption(path_type=Path),
-                help="Load a model's folder in diffusers' layout, or a training run's.  [default: the built-in model]",
+                help="Load a model: its folder, a training run, or a name on the Hugging Face hub.  [default: built-in]",
             ),
             flag(_DRAWING["seed"], type=int),
             flag(_DRAWING["batch_size"], type=click.IntRange(1), default=64, show_default=True),
@@ -165,10 +164,10 @@ def load_model(command: str, options: dict[str, Any]) -> Pretrained:
     """Load the model that the options of `model_options` name, on the GPU of this process or the device that they name."""
     from ..checks import computing_device
     from ..distributed import own_device
+    from ..files.models import model_folder
     from ..pretrained import BUILTIN, load_folder
 
-    model = options["model"] or BUILTIN
-    expect(os.path.isdir(model), command, "model", "to be a folder that holds a model", no_folder(model))
+    model = model_folder(command, "model", options["model"] or BUILTIN)
     device = own_device(computing_device(command, options["device"]))
     return load_folder(model, device, dtype_of(options))
 

@@ -105,7 +105,7 @@ def sample_command(num: int | None, out: str, gif: Path | None, show_channels: l
     if writes_each:
         # A device that is named may be that of several processes.
         arguments["share_gpu"] = options["device"] is not None
-        seconds = _write_each(sampler, num, out, arguments, rank)
+        seconds = write_each(sampler, num, out, arguments)
     else:
         seconds, failure = _write_grid(sampler, num, Path(out), gif, shown, arguments)
     if not options["quiet"] and rank == 0:
@@ -194,9 +194,9 @@ def _shown(loaded: Pretrained, channels: list[int] | None) -> list[int]:
     return channels
 
 
-def _write_each(sampler: Sampler, num: int, out: str, arguments: dict[str, Any], rank: int) -> float:
+def write_each(sampler: Sampler, num: int, out: str, arguments: dict[str, Any]) -> float:
     """Write images one by one, and return the seconds that it took."""
-    from ..distributed import FirstFailed, ProcessLost
+    from ..distributed import FirstFailed, ProcessLost, ranks
 
     began = time.perf_counter()
     try:
@@ -206,7 +206,7 @@ def _write_each(sampler: Sampler, num: int, out: str, arguments: dict[str, Any],
     except ProcessLost as error:
         raise click.ClickException(f"{error}. The same command draws the images that are missing.") from error
     except KeyboardInterrupt as error:
-        if rank > 0:
+        if ranks("sample", os.environ)[0] > 0:
             sys.exit(Stopped.exit_code)  # rank 0 says what is written
         if not error.args:  # before the first image
             raise

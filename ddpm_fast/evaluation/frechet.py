@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,39 +14,53 @@ from ..inference.model import device_and_dtype, evaluation_mode
 from ..nn import UNet
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
+class Moments(NamedTuple):
+    """Mean [D] and covariance [D, D] of features. Floating."""
+
+    mean: Tensor
+    cov: Tensor
+
+
+def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     """Compute the Frechet distance between Gaussians fitted to two sets of features.
 
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), in float64 (Heusel et al. 2017, eq. 6).
 
     Args:
-        a: Features [N, D]. N is above D, so that the covariance can have full rank.
-        b: Features [M, D]. M is above D too.
+        a: Features [N, D], or their `Moments`. N is above D, so that the covariance can have full rank.
+        b: Features [M, D], or their `Moments`. M is above D too.
 
     Raises:
-        ValueError: The shapes do not fit, there are too few rows, or a feature is not finite.
-        TypeError: An argument is not a floating tensor.
+        ValueError: The shapes do not fit, there are too few rows, or a value is not finite.
+        TypeError: An argument is not floating.
     """
-    for name, features in (("a", a), ("b", b)):
-        check_float("frechet_distance", name, features)
-        if features.is_meta or not features.isfinite().all():
-            got = "a tensor on the meta device" if features.is_meta else "NaN or infinity"
-            raise InvalidValue("frechet_distance", name, "to have finite values", got)
-    expect(
-        a.dim() == b.dim() == 2 and a.shape[1] == b.shape[1] < min(len(a), len(b)),
-        "frechet_distance",
-        "a and b",
-        "to be features [N, D] and [M, D] with N and M above D",
-        f"{list(a.shape)} and {list(b.shape)}",
-    )
-    a, b = a.double(), b.double()
-    cov_a, cov_b = (torch.atleast_2d(torch.cov(each.T)) for each in (a, b))  # torch.cov of one feature is 0-d
+    (mean_a, cov_a), (mean_b, cov_b) = _moments("a", a), _moments("b", b)
+    sizes = f"{len(mean_a)} and {len(mean_b)}"
+    expect(len(mean_a) == len(mean_b), "frechet_distance", "a and b", "to have equally many features", sizes)
     # tr (cov_a cov_b)^(1/2) is the sum of the roots of the eigenvalues of the symmetric r cov_b r, r = cov_a^(1/2).
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
+    means = (mean_a - mean_b).square().sum()
     return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * overlap))
+
+
+def _moments(name: str, given: Tensor | Moments) -> Moments:
+    """Return mean and covariance in float64. Raise unless they are finite and fit."""
+    for values in given if isinstance(given, tuple) else (given,):
+        check_float("frechet_distance", name, values)
+        if values.is_meta or not values.isfinite().all():
+            got = "a tensor on the meta device" if values.is_meta else "NaN or infinity"
+            raise InvalidValue("frechet_distance", name, "to have finite values", got)
+    if isinstance(given, Tensor):
+        fits = given.dim() == 2 and 0 < given.shape[1] < len(given)
+        expect(fits, "frechet_distance", name, "to be features [N, D] with N above D", list(given.shape))
+        given = given.double()
+        return Moments(given.mean(0), torch.atleast_2d(torch.cov(given.T)))  # torch.cov of one feature is 0-d
+    mean, cov = given
+    fits = mean.dim() == 1 and cov.shape == (len(mean), len(mean))
+    expect(fits, "frechet_distance", name, "to be moments [D] and [D, D]", f"{list(mean.shape)} and {list(cov.shape)}")
+    return Moments(mean.double(), cov.double())
 
 
 @torch.inference_mode()

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..checks import listed
 from ..dtypes import FLOATS
 from ..errors import InvalidValue, expect
+from ..files.models import model_folder
 from ..files.writing import read_json, write_json, write_tensors
-from ..resources import no_folder
-from .config import UNetConfig
+from .config import DESCRIBING, OWN, UNetConfig
 
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -35,7 +35,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str,
     """Read a network's configuration and weights without running code from the files.
 
     Args:
-        path: A network's folder, or a pipeline's folder that holds it in unet/ or at its root.
+        path: A network's folder, or a pipeline's folder that holds it in unet/ or at its root, or a name on the hub, see
+            `model_folder`.
 
     Returns:
         The configuration, the weights by their current names, and their file. Weights are on the CPU in their
@@ -45,11 +46,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str,
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or the configuration is not supported.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"from_pretrained: expected path to be a folder with {_CONFIG} and {_WEIGHTS}, got {no_folder(path)}"
-        )
+    folder = model_folder("from_pretrained", "path", path)
     if (folder / "unet").is_dir():
         folder = folder / "unet"
     return _read_config("from_pretrained", folder), *_read_weights(folder)
@@ -83,7 +80,8 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
         )
     write_tensors(folder / _WEIGHTS, weights, metadata={"format": "pt"})
     if new:
-        write_json(folder / _CONFIG, {"_class_name": _CLASS_NAME} | values)
+        own = {key: values.pop(key) for key in DESCRIBING if key in values}
+        write_json(folder / _CONFIG, {"_class_name": _CLASS_NAME} | values | ({OWN: own} if own else {}))
 
 
 def load_safetensors(caller: str, path: Path) -> dict[str, Tensor]:
@@ -199,7 +197,9 @@ def _read_config(caller: str, folder: Path) -> UNetConfig:
     def parse(values: dict[str, Any]) -> UNetConfig:
         name = values.get("_class_name", _CLASS_NAME)
         expect(name == _CLASS_NAME, "", "_class_name", f"to be {_CLASS_NAME}", repr(name))
-        return UNetConfig.from_dict(values)
+        own = values.get(OWN, {})
+        expect(isinstance(own, dict), "", OWN, "to be a JSON object", own)
+        return UNetConfig.from_dict(values | own)
 
     return read_json(caller, file, parse)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from ..checks import as_json
 from ..errors import InvalidValue
@@ -30,16 +30,11 @@ HO_256: dict[str, Any] = CIFAR10_32 | {
 }
 """Arguments of the network of the same paper for 256x256 images: 113,673,219 parameters, attention at 16x16."""
 
-# Keys that diffusers does not have. They stand in a config.json only where they are not None.
-OWN_KEYS: tuple[str, ...] = (
-    "num_attention_heads",
-    "time_input_dim",
-    "class_names",
-    "condition",
-    "condition_range",
-    "data_range",
-    "variance",
-)
+# Keys that diffusers does not have. They stand in a config.json only where they are not None. Those that describe data stand
+# under one key there, which diffusers ignores. The others it must not ignore, as they change the network.
+DESCRIBING: Final = ("class_names", "condition", "condition_range", "data_range", "variance")
+OWN_KEYS: Final = ("num_attention_heads", "time_input_dim", *DESCRIBING)
+OWN: Final = "_ddpm_fast"
 
 # Bounds beyond any network of the literature. Within them the sizes of all tensors are below 2^63.
 _MAX_LEVELS = 16

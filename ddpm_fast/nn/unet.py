@@ -187,17 +187,19 @@ class UNet(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> UNet:
-        """Load a network from a folder in diffusers' layout, in eval mode.
+        """Load a network from a folder in diffusers' layout, or by its name on the Hugging Face hub, in eval mode.
 
         Args:
             path: Folder with config.json and diffusion_pytorch_model.safetensors, or a pipeline's folder that
-                holds them in unet/ or at its root. A .bin file is read without unpickling code. Legacy names
-                of attention weights are supported.
+                holds them in unet/ or at its root, or a name, see `load_folder`. A .bin file is read without unpickling
+                code. Legacy names of attention weights are supported.
             dtype: Dtype of the weights. None: float32, whatever the file holds.
             device: Device of the weights. None: the CPU.
 
         Raises:
             FileNotFoundError: A file is missing.
+            OSError: The hub does not have the model, does not give it, or is out of reach.
+            ImportError: huggingface_hub is missing.
             ValueError: A file is damaged, the configuration is not supported, the weights do not fit it, or they
                 are not finite in `dtype`.
         """

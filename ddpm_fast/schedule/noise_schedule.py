@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ..checks import MAX_TIMESTEPS, check_choice, check_strided, check_type, checked_device
 from ..errors import InvalidType, InvalidValue, expect, renaming
+from ..files.models import model_folder, scheduler_file
+from ..files.writing import read_json
 from ..options import checked
 from ..predictions import TARGETS, Columns
 from . import builders
@@ -244,6 +247,23 @@ class NoiseSchedule:
             schedule = builder(**parameters)
         return schedule.rescale_zero_terminal_snr() if rescale else schedule
 
+    @classmethod
+    @checked("NoiseSchedule.")
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> NoiseSchedule:
+        """Read the schedule of a model's folder, from its scheduler_config.json.
+
+        Args:
+            path: A folder in diffusers' layout, or the name of a model, see `load_folder`. No weights are downloaded.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            OSError: The model cannot be downloaded.
+            ValueError: The file is damaged, or describes a schedule that is not supported. The message names it.
+        """
+        caller = "NoiseSchedule.from_pretrained"
+        folder = model_folder(caller, "path", path, network=False)
+        return read_json(caller, scheduler_file(caller, folder), schedule_from_config)
+
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Return this schedule with zero terminal SNR (Lin et al. 2023, Algorithm 1).
 
@@ -438,6 +458,27 @@ _DIFFUSERS_BUILDERS = {  # diffusers' beta_schedule -> builder
     "laplace": "laplace",
     "sigmoid": "sigmoid_betas",
 }
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
+    """Return the noise schedule that a scheduler_config.json describes.
+
+    Files written by this package describe it under the key "_ddpm_fast".
+
+    Args:
+        config: The file's keys and values.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of range, or "num_train_timesteps" is not the length of the schedule.
+    """
+    if config.get("_ddpm_fast") is None:
+        return NoiseSchedule.from_diffusers(config)
+    schedule = NoiseSchedule.from_config(config["_ddpm_fast"])
+    if (length := config.get("num_train_timesteps", schedule.num_timesteps)) != schedule.num_timesteps:
+        wanted = f"{schedule.num_timesteps}, as in _ddpm_fast"
+        raise InvalidValue("schedule_from_config", "num_train_timesteps", f"to be {wanted}", repr(length))
+    return schedule
 
 
 def numbered(caller: str, device: torch.device | str) -> torch.device:

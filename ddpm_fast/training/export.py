@@ -98,7 +98,7 @@ def check_is_unet(caller: str, name: str, folder: Path) -> None:
 
 
 def write_scheduler(folder: Path, objective: Objective) -> None:
-    """Write scheduler_config.json for diffusers' DDPMScheduler. The key "ddpm_fast" adds the schedule for `load_folder`."""
+    """Write scheduler_config.json for diffusers' DDPMScheduler. The key "_ddpm_fast", which it ignores, has the schedule."""
     schedule = objective.schedule
     config = schedule.to_config()
     diffusers_names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -120,7 +120,7 @@ def write_scheduler(folder: Path, objective: Objective) -> None:
             "clip_sample": True,
             "clip_sample_range": 1.0,
             "timestep_spacing": "leading",
-            "ddpm_fast": config,
+            "_ddpm_fast": config,
         },
     )
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..distributed import Processes
 from ..errors import InvalidValue, UnusablePath, expect
+from ..files.models import model_folder
 from ..files.writing import remove_leftovers, write_json, write_tensors
 from ..nn import UNet, UNetConfig
 from ..nn.checkpoint import check_finite, check_weights, load_safetensors
-from ..resources import no_folder
 from .checkpoint import WEIGHTS, Checkpoints, read_state
 from .export import write_scheduler
 from .log import COLUMNS
@@ -204,10 +204,11 @@ def _read_networks(init: Path) -> tuple[UNet, UNet]:
         network = UNet.from_pretrained(folder)
         return network, network
 
+    init = model_folder("train", "init", init)
     checkpoints, found = Checkpoints(init), None
     with suppress(FileNotFoundError):
         found = checkpoints.read_newest("", read) if checkpoints.path.is_dir() else read(init)
     if found is None:
         wanted = "to be the folder of a model, of a run with a checkpoint, or of a checkpoint"
-        raise UnusablePath("train", "init", wanted, repr(str(init)) if init.is_dir() else no_folder(init))
+        raise UnusablePath("train", "init", wanted, repr(str(init)))
     return found

@@ -77,7 +77,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_lists_the_commands() -> None:
     assert ddpm_fast.__version__ in run("--version")
     commands = run("--help").partition("Commands:")[2]
-    assert re.findall(r"^  (\w+) ", commands, re.MULTILINE) == ["edit", "evaluate", "export", "fit", "info", "sample", "train"]
+    assert re.findall(r"^  (\w+) ", commands, re.MULTILINE) == [
+        "edit",
+        "evaluate",
+        "export",
+        "fit",
+        "info",
+        "push",
+        "sample",
+        "train",
+    ]
     assert "..." not in commands  # no description is cut
 
 
@@ -210,7 +219,10 @@ def test_train_then_resume_then_export(tmp_path: Path) -> None:
             (f"--image-size {value}", "is not a width and height such as 64 or 48x32")
             for value in ("x", "12x", "x8", "12x8x3", "-4", "1.5")
         ),
-        ("--init org/name", "hf download org/name --local-dir name"),
+        (
+            "--init org/name",
+            "expected --init to be a folder or a model of the Hugging Face hub, got 'org/name', which does not exist",
+        ),
     ],
 )
 def test_train_refuses_before_work(arguments: str, wanted: str, tmp_path: Path) -> None:
@@ -346,7 +358,7 @@ REFUSED = {
         ("--num 100000000000", r"'--num' / '--num-samples': 100000000000 is not in the range 1<=x<=4294967296"),
         ("--num 20000 --out a.webp", r"expected --out to end in \.png, as pictures in WEBP have at most 16383 pixels"),
         ("--num 3000 --out a.png --gif a.jpg", r"expected --gif to end in \.png, as pictures in JPEG"),
-        ("--model org/name", "expected --model to be a folder .*, got 'org/name', .* hf download org/name --local-dir name"),
+        ("--model org/name", "expected --model to be a folder .*, got 'org/name', .*; on the hub, which is out of reach"),
         ("--model name", "expected --model to be a folder that holds a model, got 'name', which does not exist$"),
         ("--model ./trianed", r"expected --model .* got 'trianed', which does not exist; did you mean 'trained'\?$"),
         # folder.png holds no model

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from ddpm_fast import frechet_distance
+from ddpm_fast import Moments, frechet_distance
 
 
 def features(n: int, d: int = 4, seed: int = 0) -> torch.Tensor:
@@ -33,7 +35,26 @@ def test_covariances_that_do_not_commute_give_scipys_matrix_root() -> None:
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize(("a", "b"), [((4, 4), (50, 4)), ((50, 4), (50, 3)), ((50,), (50, 4))])
-def test_too_few_rows_and_other_shapes_are_refused(a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"frechet_distance: expected a and b to be features \[N, D\] and \[M, D\]"):
-        frechet_distance(torch.zeros(a), torch.zeros(b))
+ROWS = r"to be features \[N, D\] with N above D"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "wanted"),
+    [
+        (torch.zeros(4, 4), torch.zeros(50, 4), f"a {ROWS}"),
+        (torch.zeros(50), torch.zeros(50, 4), f"a {ROWS}"),
+        (torch.zeros(50, 4), torch.zeros(3, 4), f"b {ROWS}"),
+        (torch.zeros(50, 4), torch.zeros(50, 3), "a and b to have equally many features, got 4 and 3"),
+        (torch.zeros(50, 4), Moments(torch.zeros(4), torch.zeros(4, 3)), r"b to be moments \[D\] and \[D, D\], got \[4\] and"),
+        (torch.zeros(50, 4), Moments(torch.zeros(4), torch.full((4, 4), math.nan)), "b to have finite values"),
+    ],
+)
+def test_too_few_rows_and_other_shapes_are_refused(a: torch.Tensor, b: torch.Tensor | Moments, wanted: str) -> None:
+    with pytest.raises(ValueError, match=f"frechet_distance: expected {wanted}"):
+        frechet_distance(a, b)
+
+
+def test_moments_give_the_distance_of_their_features() -> None:
+    a, b = features(60), features(70, seed=2)
+    moments = Moments(b.mean(0), torch.cov(b.T))
+    assert frechet_distance(a, moments) == frechet_distance(a, b) == pytest.approx(frechet_distance(moments, a), rel=1e-9)

@@ -22,6 +22,6 @@ def run(*arguments: object, code: int = 0) -> str:
 def save_model(folder: Path, model: UNet, schedule: NoiseSchedule, **scheduler: Any) -> Path:
     """Write a model's folder, and return it."""
     model.save_pretrained(folder / "unet")
-    config = {"ddpm_fast": schedule.to_config(), **scheduler}
+    config = {"_ddpm_fast": schedule.to_config(), **scheduler}
     (folder / "scheduler_config.json").write_text(json.dumps(config))
     return folder

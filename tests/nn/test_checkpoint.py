@@ -123,12 +123,6 @@ def test_saving_again_replaces_the_weights_but_never_another_network(model: UNet
     assert_same_weights(UNet.from_pretrained(tmp_path), model)
 
 
-def test_a_name_that_is_no_folder_says_how_to_download() -> None:
-    wanted = r"expected path to be a folder with config\.json .* 'google/ddpm', .* hf download google/ddpm"
-    with pytest.raises(FileNotFoundError, match=wanted):
-        UNet.from_pretrained("google/ddpm")
-
-
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [

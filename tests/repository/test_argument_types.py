@@ -33,7 +33,7 @@ from ddpm_fast.integrations import diffusers as schedulers  # noqa: E402
 # Objects that functions of the package return, which users do not make, a class to derive from, and types of keyword
 # arguments, which other entries check.
 NO_CALLS = {
-    *("BackendUnavailable", "FuseReport", "Logger", "Pretrained", "TrainResult", "VariationalBound"),
+    *("BackendUnavailable", "FuseReport", "Logger", "Moments", "Pretrained", "TrainResult", "VariationalBound"),
     *("BatchOptions", "DrawOptions", "EditOptions", "PlanOptions"),
 }
 
@@ -214,6 +214,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "NoiseSchedule.from_betas": lambda: Entry(d.NoiseSchedule.from_betas, {"betas": [0.1, 0.2]}),
     "NoiseSchedule.from_diffusers": lambda: Entry(d.NoiseSchedule.from_diffusers, {"config": {}}, {"config": "dict"}),
     "NoiseSchedule.flow": lambda: schedule("flow"),
+    "NoiseSchedule.from_pretrained": lambda: Entry(d.NoiseSchedule.from_pretrained, {"path": "no such"}),
     "NoiseSchedule.table": lambda: Entry(SCHEDULE.table, {}),
     "Objective": lambda: Entry(d.Objective, {"schedule": SCHEDULE, "loss_weight": "min_snr"}, {"loss_weight": "None"}),
     "Objective, columns": lambda: Entry(d.Objective, {"schedule": SCHEDULE, "prediction": torch.ones(10, 2)}),
@@ -292,6 +293,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "kept_memory": lambda: Entry(d.kept_memory, {}),
     "load_builtin": lambda: Entry(d.load_builtin, {}),
     "load_folder": lambda: Entry(d.load_folder, {"path": "no such"}),
+    "push_to_hub": lambda: Entry(d.push_to_hub, {"path": "no such", "name": "owner/name"}, {"license": "text"}),
     "inpaint": lambda: Entry(
         d.inpaint, {"sampler": sampler(), "images": IMAGES, "mask": ONE, "seed": 0}, EDIT_ACCEPTS | {"mask": "bools"}
     ),

@@ -26,7 +26,7 @@ ALLOWED = {
     "predictions": set(),
     "samplers": {"options", "predictions"},
     "reference": {"dtypes"},
-    "schedule": {"checks", "options", "predictions", "schedule"},
+    "schedule": {"checks", "files", "options", "predictions", "schedule"},
     "plan": {"checks", "options", "samplers", "reference", "predictions", "schedule", "plan"},
     "triton_kernels": {"reference", "triton_kernels"},
     "ops": {"dtypes", "checks", "predictions", "reference", "schedule", "plan", "triton_kernels", "ops"},
@@ -55,8 +55,8 @@ ALLOWED = {
         *("inference", "sampling"),
     },
     "evaluation": {
-        *("dtypes", "checks", "options", "predictions", "schedule", "plan", "ops", "variational", "nn", "inference"),
-        *("sampling", "evaluation"),
+        *("distributed", "dtypes", "resources", "checks", "files", "options", "predictions", "schedule", "plan", "ops"),
+        *("variational", "nn", "inference", "sampling", "evaluation"),
     },
     "training": {
         *("version", "allocator", "distributed", "resources", "checks", "files", "options", "predictions", "schedule"),
@@ -66,6 +66,7 @@ ALLOWED = {
         *("checks", "resources", "files", "options", "samplers", "schedule", "plan", "nn", "schemas", "inference"),
         *("sampling", "training"),
     },
+    "publishing": {"checks", "resources", "files", "options", "training", "pretrained"},
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {
         *("version", "distributed", "resources", "checks", "files", "options", "predictions", "samplers", "info"),

@@ -225,7 +225,7 @@ def test_data_sets_are_map_style() -> None:
 
 @pytest.mark.parametrize(
     ("name", "module", "extra"),
-    [("cifar10", "torchvision.datasets", "train"), ("digits", "sklearn.datasets", "train"), (".", "datasets", "hub")],
+    [("cifar10", "torchvision.datasets", "train"), ("digits", "sklearn.datasets", "train"), (".", "datasets", "datasets")],
 )
 def test_missing_package_names_the_extra(
     name: str, module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,7 @@ import pytest
 import torch
 from items import assert_equal, drawn, encoded, flip_bits, write
 from runs import QUIET, assert_same_weights, train
-from test_data_hub import write_folder
+from test_data_tables import write_folder
 
 from ddpm_fast.checks import checked_bytes
 from ddpm_fast.training.data import ItemDataset, batches, load_dataset, loader, read_batch

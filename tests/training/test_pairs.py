@@ -12,7 +12,7 @@ import pytest
 import torch
 from items import assert_equal, encoded, whole, write
 from refusals import refused
-from test_data_hub import FEATURES, write_folder
+from test_data_tables import FEATURES, write_folder
 
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.training.data import load_dataset, read_batch

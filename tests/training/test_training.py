@@ -304,7 +304,7 @@ def test_init_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: 
         ValueError, match=r"expected init to hold a network as the options .* layers_per_block is 1 instead of 2"
     ):
         train(tmp_path / "next", **QUIET | {"layers": 2}, init=str(tmp_path / "first"))
-    with pytest.raises(UnusablePath, match=r"expected init to be the folder of a model, .*, got '.*nowhere'"):
+    with pytest.raises(UnusablePath, match=r"expected init to be a folder that holds a model, got '.*nowhere'"):
         train(tmp_path / "next", **QUIET, init=str(tmp_path / "nowhere"))
     assert not (tmp_path / "next").exists()
 

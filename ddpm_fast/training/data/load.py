@@ -54,7 +54,7 @@ def load_dataset(
         name: "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
             "cifar10" (32x32), or a path. A folder's sub-folders are its classes. If a folder or zip file has a
             `dataset.json`, as EDM and `write_samples` write it, the labels are those in it. A folder that Hugging Face's
-            `datasets` has saved needs the `hub` extra. An .npy, an .npz, or a folder of them has arrays [H, W] or
+            `datasets` has saved needs the `datasets` extra. An .npy, an .npz, or a folder of them has arrays [H, W] or
             [H, W, C]: uint8 pictures, or other numbers, which are mapped to [-1, 1].
         data_dir: Folder that holds the files of fashion-mnist or cifar10, or receives the download. By default the files of
             Debian's package dataset-fashion-mnist if installed, else a folder in the user's cache.
@@ -76,7 +76,7 @@ def load_dataset(
     Raises:
         ValueError: The name, split or size is unknown, the images' sizes differ, no image was found, or a file is damaged.
         OSError: A download failed.
-        ImportError: A package of the `train` or `hub` extra is missing.
+        ImportError: A package of the `train` or `datasets` extra is missing.
     """
     size = _sides(image_size)
     images_range, paired_range = _range("data_range", data_range), _range("condition_range", condition_range)

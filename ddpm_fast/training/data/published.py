@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from ...errors import InvalidValue, expect
 from ...files.writing import replacing
+from ...resources import import_extra
 from .arrays import read_rows
 from .labels import checked_labels
 from .sources import Source
@@ -48,7 +48,7 @@ _CIFAR10_MD5: Final = "c32a1d4ab5d03f1284b67883e8d87530"
 
 def read_digits(root: Path | None, split: str, size: tuple[int, int] | None) -> Source:
     """Return scikit-learn's digits, 8x8."""
-    digits = import_extra("sklearn.datasets").load_digits()
+    digits = import_extra("sklearn.datasets", "train").load_digits()
     part = slice(None, 1500) if split == "train" else slice(1500, None)
     images = np.rint(digits.images[part] * (255 / 16)).astype(np.uint8)  # [N, 8, 8], of 0..16
     return read_rows("digits", images, digits.target[part], "0123456789")
@@ -87,7 +87,7 @@ def read_fashion_mnist(root: Path | None, split: str, size: tuple[int, int] | No
     plain = [(root or FASHION_MNIST_DEBIAN) / name for name in names]
     files = [file if file.is_file() else file.with_name(f"{file.name}.gz") for file in plain]
     if not all(file.is_file() for file in files):
-        download = import_extra("torchvision.datasets").FashionMNIST
+        download = import_extra("torchvision.datasets", "train").FashionMNIST
         folder, others = root or _default_folder(), ", or install Debian's package dataset-fashion-mnist"
         with _downloading("FashionMNIST", folder, download.mirrors, f"{names[0]} and {names[1]} (.gz)", others):
             downloaded = download(folder, train=split == "train", download=True)
@@ -121,7 +121,7 @@ def read_cifar10(root: Path | None, split: str, size: tuple[int, int] | None) ->
     """Return CIFAR-10, 32x32 in RGB, from its binary archive. Nothing is extracted."""
     archive = (root or _default_folder()) / "cifar-10-binary.tar.gz"
     if not archive.is_file():
-        download_url = import_extra("torchvision.datasets").utils.download_url
+        download_url = import_extra("torchvision.datasets", "train").utils.download_url
         with _downloading("CIFAR10", archive.parent, [_CIFAR10_URL], archive.name):
             archive.parent.mkdir(parents=True, exist_ok=True)
             with replacing(archive) as unfinished:
@@ -141,7 +141,7 @@ def read_cifar10(root: Path | None, split: str, size: tuple[int, int] | None) ->
 
 def read_table(path: Path, split: str) -> Source:
     """Return the rows of a folder that `save_to_disk` of Hugging Face's `datasets` has written, or of one of its splits."""
-    datasets = import_extra("datasets", "hub")
+    datasets = import_extra("datasets", "datasets")
     try:
         table = datasets.load_from_disk(path)
         if isinstance(table, datasets.DatasetDict):
@@ -174,14 +174,6 @@ def _cell(table: Any, number: int) -> io.BytesIO:
     if cell is None or cell["bytes"] is None:
         raise ValueError("the table has no bytes of the image")
     return io.BytesIO(cell["bytes"])
-
-
-def import_extra(module: str, extra: str = "train") -> ModuleType:
-    """Import a module of an extra."""
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError as error:
-        raise ImportError(f"{module} is missing: install it with pip install 'ddpm_fast[{extra}]'") from error
 
 
 DATASETS: Final = {"digits": read_digits, "fashion-mnist": read_fashion_mnist, "cifar10": read_cifar10}

@@ -23,7 +23,7 @@ CELLS = [{"bytes": encoded(pixels), "path": f"{number}.png"} for number, pixels 
 
 def table(features: dict[str, Any] = LABELLED, **columns: list[Any]) -> Any:
     """Return a table of `datasets`. Its labels are not checked, as those that a user has written with pyarrow are not."""
-    datasets = pytest.importorskip("datasets", reason="the tables need the library datasets, of the extra hub")
+    datasets = pytest.importorskip("datasets", reason="the tables need the library datasets, of the extra datasets")
     datasets.disable_progress_bars()
     values = {"id": list("abcdefg"), "image": CELLS, "second": CELLS, "label": LABELS, "other": LABELS} | columns
     kinds = datasets.Features.from_dict(features)
@@ -49,7 +49,7 @@ def test_images_and_labels_are_those_of_the_table(memory: int | None, tmp_path: 
 
 
 def test_a_split_is_chosen(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="the tables need the library datasets, of the extra hub")
+    datasets = pytest.importorskip("datasets", reason="the tables need the library datasets, of the extra datasets")
     datasets.DatasetDict({"train": table(), "test": table(FEATURES)}).save_to_disk(tmp_path / "both")
     datasets.DatasetDict({"train": table()}).save_to_disk(tmp_path / "one")
     assert load_dataset(str(tmp_path / "both")).info.classes == ("a", "b", "c")

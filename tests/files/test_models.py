@@ -1,0 +1,197 @@
+"""Models by their names on the Hugging Face hub: its cache, and a server on the loopback address in its place."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from commands import run, save_model
+from drawing import tiny_unet
+from hub_server import Hub, commit_of, hub
+from runs import train
+from safetensors.torch import load_file
+
+from ddpm_fast import NoiseSchedule, UNet, load_folder, push_to_hub
+
+SCHEDULE = NoiseSchedule.linear(50)
+WEIGHTS = "diffusion_pytorch_model"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model", tiny_unet(), SCHEDULE)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of a machine without a network, of which models can be put into `hub`."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+def put(cache: Path, source: Path, *left_out: str, revision: str = "main", as_bin: bool = False) -> Path:
+    """Put a model into the cache as owner/name. Return its folder there."""
+    repository, commit = cache / "models--owner--name", commit_of(revision)
+    for file in source.rglob("*"):
+        if file.is_file() and file.name not in left_out:
+            copy = repository / "snapshots" / commit / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if as_bin and file.suffix == ".safetensors":
+                torch.save(load_file(file), copy.with_suffix(".bin"))
+            else:
+                copy.write_bytes(file.read_bytes())
+    (repository / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+    return repository / "snapshots" / commit
+
+
+@pytest.mark.parametrize("as_bin", [False, True], ids=["safetensors", "bin"])
+def test_a_cached_model_is_loaded_by_name(as_bin: bool, model: Path, cache: Path) -> None:
+    put(cache, model, as_bin=as_bin)
+    loaded, expected = load_folder("owner/name"), load_folder(model)
+    assert loaded.objective == expected.objective
+    for network in (loaded.model, UNet.from_pretrained("owner/name")):
+        assert all(map(torch.equal, network.state_dict().values(), expected.model.state_dict().values()))
+    assert NoiseSchedule.from_pretrained("owner/name") == SCHEDULE == NoiseSchedule.from_pretrained(model)
+    assert "1 image in 2 steps (ddim)" in run("sample", "--model=owner/name", "--sampler=ddim", "--steps=2", "--num=1")
+
+
+def test_safetensors_come_before_bin(model: Path, cache: Path) -> None:
+    folder = put(cache, model)
+    (folder / "unet" / f"{WEIGHTS}.bin").write_bytes(b"damaged")
+    load_folder("owner/name")
+
+
+def test_a_revision_is_a_model_of_its_own(model: Path, cache: Path) -> None:
+    put(cache, model, revision="v2")
+    load_folder("owner/name@v2")
+    with pytest.raises(
+        OSError, match=r"load_folder: expected path to be .* got 'owner/name', .* its cache does not have all of it"
+    ):
+        load_folder("owner/name")
+
+
+def test_a_folder_of_that_name_wins(model: Path, cache: Path) -> None:
+    put(cache, model)
+    save_model(Path("owner/name"), tiny_unet(), NoiseSchedule.linear(70))
+    assert NoiseSchedule.from_pretrained("owner/name").num_timesteps == 70
+    wanted = r"from_pretrained: expected path to be a folder .* got 'owner/nam', .* did you mean 'owner/name'\?"
+    with pytest.raises(FileNotFoundError, match=wanted):
+        UNet.from_pretrained("owner/nam")
+
+
+@pytest.mark.parametrize(
+    ("left_out", "wanted"),
+    [
+        (("config.json",), r"expected path to have a U-Net, with unet/config\.json or config\.json, got 'owner/name'"),
+        (
+            (f"{WEIGHTS}.safetensors",),
+            rf"expected path to have unet/{WEIGHTS}\.safetensors or unet/{WEIGHTS}\.bin, got 'owner/",
+        ),
+        (("scheduler_config.json",), r"expected scheduler/scheduler_config\.json or scheduler_config\.json in '.*owner--name"),
+    ],
+    ids=["config", "weights", "scheduler"],
+)
+def test_a_part_of_a_model_is_not_found_but_named(left_out: tuple[str, ...], wanted: str, model: Path, cache: Path) -> None:
+    put(cache, model, *left_out)
+    with pytest.raises(FileNotFoundError, match=wanted):
+        load_folder("owner/name")
+
+
+def test_another_network_is_named(model: Path, cache: Path) -> None:
+    config = put(cache, model, f"{WEIGHTS}.safetensors") / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "UNet2DConditionModel"}))
+    with pytest.raises(ValueError, match=r"expected _class_name to be UNet2DModel, of owner/name, got 'UNet2DConditionModel'"):
+        load_folder("owner/name")
+
+
+def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"huggingface_hub is missing: install it with pip install 'ddpm_fast\[hub\]'"):
+        load_folder("owner/name")
+    with pytest.raises(ImportError, match=r"'ddpm_fast\[hub\]'"):
+        push_to_hub("runs/mine", "owner/name")
+
+
+@pytest.fixture
+def server() -> Iterator[Hub]:
+    pytest.importorskip("huggingface_hub")
+    with hub() as served:
+        yield served
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+LOADING = """
+import json, sys
+from ddpm_fast import load_folder
+for name in sys.argv[1:]:
+    try:
+        print(json.dumps(str(load_folder(name).objective.schedule.num_timesteps)))
+    except Exception as error:
+        print(json.dumps(f"{type(error).__name__}: {error}"))
+"""
+
+
+def test_models_are_downloaded(server: Hub, model: Path, tmp_path: Path) -> None:
+    files = contents(model)
+    weights, other = f"unet/{WEIGHTS}.safetensors", {"README.md": b"", "unet/model.onnx": b"x", f"unet/{WEIGHTS}.bin": b"x"}
+    server.files |= {"owner/name": files | other, "owner/name@v2": files, "owner/cut": files | other}
+    server.files["owner/text"] = files | {"unet/config.json": b'{"_class_name": "UNet2DConditionModel"}'}
+    server.gated.add("owner/gated")
+    names = ["owner/name", "owner/name@v2", "owner/name@v3", "owner/none", "owner/gated", "owner/text"]
+    environment = server.environment(tmp_path / "cache")
+    command = [sys.executable, "-W", "ignore", "-c", LOADING]
+    done = subprocess.run([*command, *names], env=environment, capture_output=True, text=True, check=True)
+    found = dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
+    expected = "UnusablePath: load_folder: expected path to be a folder or a model of the Hugging Face hub, got "
+    assert found["owner/name"] == found["owner/name@v2"] == "50"
+    for name, reason in {
+        "owner/name@v3": "it has no revision 'v3'",
+        "owner/none": "there is no such model, or it is private: log in",
+        "owner/gated": "it is gated: ask for access",
+    }.items():
+        absent = f"{expected}{name!r}, which does not exist: there is no folder 'owner'; on the hub, "
+        assert found[name].startswith(absent + reason)
+    assert "UNet2DConditionModel" in found["owner/text"]
+    assert server.requested.count(weights) == 1  # both revisions have the same content, and the last is another network
+    assert not set(server.requested) & other.keys()
+
+    server.cut[weights] = 1000
+    cut = subprocess.run([*command, "owner/cut"], env=environment, capture_output=True, text=True, check=True)
+    assert "got 'owner/cut', which does not exist" in cut.stdout
+    server.cut.clear()
+    whole = subprocess.run([*command, "owner/cut"], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(whole.stdout) == "50"
+
+
+def test_a_run_is_pushed_with_a_card_and_read_by_diffusers(server: Hub, tmp_path: Path) -> None:
+    train(tmp_path / "run", steps=1, channels=[8], prediction="v_prediction")
+    (tmp_path / "figures.json").write_text(json.dumps({"num": 2, "bits_per_dim": {"total": 3.25}, "per_image": {"total": [3]}}))
+    command = [sys.executable, "-m", "ddpm_fast", "push", "run", "owner/name", "--license=mit", "--evaluation=figures.json"]
+    environment = server.environment(tmp_path / "cache")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{server.address}/owner/name/commit/")
+    for path, content in server.files["owner/name"].items():
+        (tmp_path / "pushed" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pushed" / path).write_bytes(content)
+    card = (tmp_path / "pushed" / "README.md").read_text()
+    for part in ('license: "mit"', "![16 images that it draws](samples.png)", 'load_folder("owner/name")', "| step | 1 |"):
+        assert part in card
+    assert "| bits_per_dim total | 3.25 |" in card
+    assert "per_image" not in card
+    reading = f"from diffusers import DDPMPipeline; print(DDPMPipeline.from_pretrained({str(tmp_path / 'pushed')!r}))"
+    read = subprocess.run([sys.executable, "-c", reading], env=environment, capture_output=True, text=True, check=True)
+    assert "UNet2DModel" in read.stdout
+    assert not [line for line in read.stderr.splitlines() if line and "%|" not in line]
+    assert load_folder(tmp_path / "pushed").objective == load_folder(tmp_path / "run").objective
