@@ -42,6 +42,7 @@ from ddpm_fast import (
     ddim_plan,
     ddpm_plan,
     dpm_solver_plan,
+    fit_plan,
     frechet_distance,
     heun_plan,
     load_builtin,
@@ -203,10 +204,10 @@ def figures(measured: Measured, reference: Measured, start: int = 0) -> dict[str
 # ------------------------------------------------------------------------------------------------------------ samplers
 
 
-def _planned(build: Callable[..., SamplingPlan], **options: Any) -> Callable[[Pretrained, int], SamplingPlan]:
-    """Return how to build a plan for a model from the number of evaluations."""
+def _planned(build: Callable[..., SamplingPlan], **options: Any) -> Callable[[Pretrained, int, float], SamplingPlan]:
+    """Return how to build a plan for a model from the number of evaluations, and the scale of guidance."""
 
-    def plan(loaded: Pretrained, evaluations: int) -> SamplingPlan:
+    def plan(loaded: Pretrained, evaluations: int, guidance: float) -> SamplingPlan:
         # Heun's method evaluates the network 2 S - 1 times in S steps.
         steps = (evaluations + 1) // 2 if build is heun_plan else evaluations
         return build(loaded.objective, steps, clip=loaded.clip, **options)
@@ -224,7 +225,7 @@ class Method(NamedTuple):
     """
 
     label: str
-    plan: Callable[[Pretrained, int], SamplingPlan]
+    plan: Callable[[Pretrained, int, float], SamplingPlan]
     evaluations: tuple[int, ...]
 
 
@@ -232,6 +233,17 @@ class Method(NamedTuple):
 _CONVERGED: Final = EVALUATIONS[:-2]
 _FEW: Final = EVALUATIONS[:5]  # where the levels end and begin matters most
 _LEVELS: Final[dict[str, Any]] = {"solver": "heun", "spacing": "karras", "sigma_min": 0.06, "sigma_max": 80.0}
+_TEACHER: Final = _planned(dpm_solver_plan, **_LEVELS)
+
+
+def _fitted(loaded: Pretrained, evaluations: int, guidance: float) -> SamplingPlan:
+    """Return a plan that is fitted to one of 8 evaluations, as `ddpm-fast fit` does."""
+    start = _planned(dpm_solver_plan, **_LEVELS | {"sigma_min": 0.07, "sigma_max": 40.0})(loaded, evaluations, guidance)
+    teacher = _TEACHER(loaded, 8, guidance)
+    scale = None if guidance == 1 else guidance
+    return fit_plan(loaded.sampler(start), teacher=teacher, guidance_scale=scale, progress=False)
+
+
 METHODS: Final = {
     "ddpm": Method("ancestral (eq. 13)", _planned(ddpm_plan), EVALUATIONS),
     "ddim": Method("DDIM", _planned(ddim_plan), EVALUATIONS[:-1]),
@@ -243,10 +255,11 @@ METHODS: Final = {
         _planned(dpm_solver_plan, eta=1.0, spacing="karras", solver="heun"),
         EVALUATIONS[:-1],
     ),
-    "2m-few": Method("DPM-Solver++(2M), levels 80 to 0.06", _planned(dpm_solver_plan, **_LEVELS), (*_FEW, 20)),
+    "2m-few": Method("DPM-Solver++(2M), levels 80 to 0.06", _TEACHER, (*_FEW, 20)),
     "2m-fewer": Method(
         "DPM-Solver++(2M), levels 40 to 0.06", _planned(dpm_solver_plan, **_LEVELS | {"sigma_max": 40.0}), _FEW[:3]
     ),
+    "fitted": Method("DPM-Solver++(2M), fitted to 8 evaluations", _fitted, _FEW[:3]),
 }
 
 
@@ -278,7 +291,7 @@ def chosen(samplers: Sequence[str], evaluations: Sequence[int]) -> list[tuple[st
 
 def draw(loaded: Pretrained, name: str, evaluations: int, seed: int, args: argparse.Namespace) -> Tensor:
     """Draw images of all classes in turn."""
-    sampler = loaded.sampler(METHODS[name].plan(loaded, evaluations), dtype=torch.float32, device=args.device)
+    sampler = loaded.sampler(METHODS[name].plan(loaded, evaluations, args.guidance), dtype=torch.float32, device=args.device)
     labels = torch.arange(args.num) % CLASSES
     options = {"batch_size": args.batch, "guidance_scale": args.guidance, "progress": False}
     return sampler(args.num, seed=seed, class_labels=labels, **options).cpu()

@@ -199,14 +199,20 @@ def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
 
 def test_a_model_brings_its_plan_and_others_draw_with_noise() -> None:
     builtin = load_builtin()
-    other = dataclasses.replace(builtin, plan=None)  # the same schedule
     common: Any = {"solver": "heun", "spacing": "karras"}
     own = common | {"sigma_min": 0.06, "sigma_max": 80.0}
+    fitted = json.loads((BUILTIN / "plan.json").read_text())["arguments"]
+    with_plan = dataclasses.replace(builtin, plan=dpm_solver_plan(builtin.objective, 8, clip=builtin.clip, **own))
+    other = dataclasses.replace(builtin, plan=None)  # the same schedule
     sde = common | {"eta": 1.0, "lambda_min": -5.1}
     cases: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
-        (builtin, {}, "the model's plan", {"num_steps": 8} | own),
-        (builtin, {"steps": 5, "sampler": None}, "the model's plan", {"num_steps": 5} | own),
-        (builtin, {"steps": 9}, "dpm++2m-sde", {"num_steps": 9} | sde),
+        (builtin, {}, "the model's plan", fitted),
+        (builtin, {"steps": 6, "guidance_scale": 1.0}, "the model's plan", fitted),
+        (builtin, {"steps": 5}, "dpm++2m-sde", {"num_steps": 5} | sde),
+        (builtin, {"guidance_scale": 2.0}, "dpm++2m-sde", {"num_steps": 20} | sde),
+        (with_plan, {"guidance_scale": 2.0}, "the model's plan", {"num_steps": 8} | own),
+        (with_plan, {"steps": 5, "sampler": None}, "the model's plan", {"num_steps": 5} | own),
+        (with_plan, {"steps": 9}, "dpm++2m-sde", {"num_steps": 9} | sde),
         (builtin, {"sigma_min": 0.1}, "dpm++2m-sde", {"num_steps": 20} | sde | {"sigma_min": 0.1}),
         (builtin, {"eta": 0.5}, "dpm++2m-sde", {"num_steps": 20} | sde | {"eta": 0.5}),
         (builtin, {"order": 3}, "dpm++2m-sde", {"num_steps": 20} | sde | {"order": 3}),
@@ -248,8 +254,8 @@ def test_a_sampler_has_a_plan_or_the_options_that_choose_one() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "labels", "printed"),
     [
-        (["--classes", "9", "--num", "2"], {}, 9, "2 images of class ankle boot in 8 steps"),
-        (["--num", "12", "--steps", "2"], {"steps": 2}, [*range(10), 0, 1], "12 images of 10 classes in turn in 2 steps"),
+        (["--classes", "9", "--num", "2"], {}, 9, "2 images of class ankle boot in 6 steps (the model's plan)"),
+        (["--num", "12", "--steps", "2"], {"steps": 2}, [*range(10), 0, 1], "12 images of 10 classes in turn in 2 steps (dpm++2m-sde)"),
     ],
 )
 def test_the_sampler_of_the_builtin_model_draws_what_the_command_draws(
@@ -258,7 +264,7 @@ def test_the_sampler_of_the_builtin_model_draws_what_the_command_draws(
     drawn: list[torch.Tensor] = []
     monkeypatch.setattr(ddpm_fast, "save_grid", lambda images, *_, **__: drawn.append(images))
     out = tmp_path / "a.png"
-    assert f"{out}: {printed} (the model's plan), " in run(
+    assert f"{out}: {printed}, " in run(
         "sample", *arguments, "--out", out, "--device=cpu", "--dtype=float32"
     )
     sampler = load_builtin().sampler(dtype=torch.float32, **options)

@@ -55,7 +55,7 @@ def test_each_plan_evaluates_as_often_as_its_name_says():
     loaded = load_builtin()
     plans: dict[str, Any] = {}
     for name, evaluations in quality.chosen(list(quality.METHODS), [5, 20]):
-        plans[name] = quality.METHODS[name].plan(loaded, evaluations)
+        plans[name] = quality.METHODS[name].plan(loaded, evaluations, 1.0)
         assert plans[name].num_steps == evaluations
     assert {name for name, plan in plans.items() if plan.is_random} == {"ddpm", "sde", "sde-karras"}
     levels = {name: (1 / plans[name].alpha_bars[[0, -1]] - 1).sqrt().tolist() for name in ("2m-few", "2m-fewer")}

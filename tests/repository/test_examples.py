@@ -54,7 +54,12 @@ def check_rate_distortion(printed: str) -> None:
     assert table[-1, 1] == pytest.approx(total - reconstruction, abs=2e-4)
 
 
+def check_same_images(printed: str) -> None:
+    assert float(printed.split("images: ")[1]) < 1e-4
+
+
 CHECKS = {
+    "onnx_loop": check_same_images,
     "progressive_generation": lambda _: check_pictures(3, 2),
     "shared_latents": lambda _: check_pictures(3, 4),
     "rate_distortion": check_rate_distortion,
@@ -68,6 +73,9 @@ CHECKS = {
 )
 def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    if name == "onnx_loop":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
     run(name, monkeypatch, *OPTIONS.get(name, []))
     CHECKS.get(name, str)(capsys.readouterr().out)
 
