@@ -106,9 +106,9 @@ mutations: build  ## check that the tests catch each mutation of mutations.json,
 peers:  ## make environments of the peers of benchmark_unet.py that do not fit into one with the others
 	$(RUN) benchmarks/peers.py
 
-bench:  ## measure sampling, and every case of every op in each backend
-	$(RUN) benchmarks/sample_speed.py
-	$(RUN) -m pytest benchmarks/ops -q --benchmark-max-time=0.1 --benchmark-columns=median,iqr,min,rounds $(OPTIONS)
+# Idle threads sleep, so that a busy machine delays each library alike.
+bench:  ## time a network here beside the peers that are installed, in five minutes: a table, a plot, build/bench/results.json
+	OMP_WAIT_POLICY=passive $(RUN) benchmarks/benchmark_unet.py --quick --dtypes float32 --plot --out build/bench/results.json $(OPTIONS)
 
 gpu-check:  ## build, test and measure on a machine with an NVIDIA GPU, in nine minutes
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py $(OPTIONS)

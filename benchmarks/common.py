@@ -391,6 +391,9 @@ class Run:
         self.failures: list[str] = []
         for key, value in self.machine.items():
             print(f"{key:>16}  {value}")
+        load = self.machine["load_average"] or 0
+        if load > cores() / 4:
+            print(f"warning: other programs kept {load} of {cores()} processors busy in the last minute: times may be too long")
 
     def has(self, section: str, **wanted: object) -> bool:
         """Return whether the file has a table of this commit, with these values beside the machine's.
