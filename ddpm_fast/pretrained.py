@@ -21,6 +21,7 @@ from .files.models import model_folder, scheduler_file
 from .files.writing import read_json, write_json
 from .inference import Interface
 from .inference.adapter import weights_digest
+from .nn.checkpoint import read_config
 from .nn.unet import UNet
 from .options import checked, checked_options, taking
 from .plan import SamplingPlan, named_plan
@@ -256,7 +257,12 @@ def load_folder(
         ValueError: A file is damaged, or describes a model that is not supported. The message names it.
     """
     device = None if device is None else computing_device("load_folder", device)
-    folder = model_folder("load_folder", "path", path)
+
+    def check(folder: Path) -> None:
+        read_config(folder, "load_folder")
+        _read_scheduler(folder)
+
+    folder = model_folder("load_folder", "path", path, check)
 
     def read(folder: Path, network: Path) -> tuple[UNet, Objective, Scheduler]:
         check_is_unet("load_folder", "path", folder)

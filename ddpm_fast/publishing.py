@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 import shutil
 import tempfile
@@ -15,7 +15,7 @@ import torch
 from .checks import check_type
 from .errors import expect
 from .files.images import save_grid, shown_channels
-from .files.models import hub_errors, is_hub_name
+from .files.models import SCHEDULER, hub_errors, is_hub_name
 from .files.writing import read_json, write_text
 from .options import checked
 from .pretrained import Pretrained, load_folder
@@ -24,21 +24,26 @@ from .training.checkpoint import Checkpoints
 from .training.export import export_checkpoint
 
 _PICTURE: Final = "samples.png"
-_PARTS: Final = ("unet", "scheduler", "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json")
-_RECORDS: Final = ("model_index.json", "plan.json", "training.json", "training_log.csv")
+_RECORD: Final = "training.json"
+_COPIED: Final = (*SCHEDULER, "model_index.json", _RECORD, "training_log.csv")
+_REPLACED: Final = ["unet/*", *_COPIED, "plan.json", "config.json", "diffusion_pytorch_model.*", _PICTURE]
+# Options of a training that its card shows.
+_TOLD: Final = ("data", "prediction", "variance", "schedule", "steps", "batch_size", "lr", "ema_decay", "precision", "seed")
 
 _CARD: Final = """---
-{metadata}
----
+library_name: {library}
+pipeline_tag: unconditional-image-generation
+tags: [ddpm_fast, diffusion]
+{license}---
 # {title}
 
-A diffusion model that draws {images}, trained with ddpm_fast.
+A diffusion model of {size}images{classes}.
 {picture}
 ```python
 import ddpm_fast
 
 model = ddpm_fast.load_folder("{name}")
-images = model.sampler()(16{arguments})  # float [16, C, H, W] in [-1, 1]
+{given}images = model.sampler()(16{arguments})  # float, in [-1, 1]
 ddpm_fast.save_grid(images, "samples.png")
 ```
 {tables}"""
@@ -53,18 +58,21 @@ def push_to_hub(
     license: str | None = None,
     evaluation: str | os.PathLike[str] | None = None,
     dtype: torch.dtype = torch.float16,
+    device: torch.device | str | None = None,
 ) -> str:
     """Upload a model to the Hugging Face hub, where `load_folder(name)` and diffusers find it.
 
-    The repository is made if it is new. Log in with `hf auth login`, or set HF_TOKEN.
+    The repository is made if it is new. Otherwise its model and its README.md are replaced. Log in with `hf auth login`, or set
+    HF_TOKEN.
 
     Args:
         path: A training run, which is exported, or a model's folder.
         name: "owner/name".
         private: Make a new repository private.
         license: The license's name in the card, such as "mit". None: none is named.
-        evaluation: A JSON file that `ddpm-fast evaluate` has written, for the card.
-        dtype: Dtype of a run's weights in the file. A folder's weights stay as they are.
+        evaluation: A JSON file that `ddpm-fast evaluate` has written, whose figures the card shows.
+        dtype: Dtype of the weights in the file.
+        device: Draws the card's picture. None: the CPU.
 
     Returns:
         The address of the upload.
@@ -74,57 +82,53 @@ def push_to_hub(
         OSError: The hub refuses it or is out of reach.
         ImportError: huggingface_hub is missing.
     """
-    for key, text in (("name", name), ("license", "" if license is None else license)):
+    for key, text in (("name", name), ("license", license or "")):
         check_type("push_to_hub", key, text, str)
     expect(is_hub_name(name), "push_to_hub", "name", "to be owner/name", repr(name))
     hub, source = import_extra("huggingface_hub", "hub"), Path(path)
     quality = {} if evaluation is None else read_json("push_to_hub", Path(evaluation), dict)
+    loaded = load_folder(source, device)
+    wanted, got = "to be a repository that you may write to", f"{name!r}: "
+    with hub_errors("push_to_hub", "name", wanted, got):
+        hub.HfApi().create_repo(name, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
         if Checkpoints(source).path.is_dir():
             export_checkpoint(source, out, dtype)
         else:
-            load_folder(source)
-            for part in (source / each for each in (*_PARTS, *_RECORDS)):
-                if part.is_dir():
-                    shutil.copytree(part, out / part.name)
-                elif part.is_file():
-                    shutil.copy(part, out)
-        loaded = load_folder(out)
-        if not loaded.interface.condition_channels:
-            images = loaded.sampler()(16)
+            copy.deepcopy(loaded.model).to(dtype).save_pretrained(out / "unet")
+            for file in filter(lambda each: (source / each).is_file(), _COPIED):
+                (out / file).parent.mkdir(exist_ok=True)
+                shutil.copy(source / file, out / file)
+        if loaded.plan is not None:  # a fitted one belongs to the weights as they are written
+            load_folder(out).save_plan(loaded.plan, out)
+        if loaded.interface.shape is not None and not loaded.interface.condition_channels:
+            images = loaded.sampler()(16).cpu()
             save_grid(images, out / _PICTURE, scale=max(1, 128 // images.shape[-1]), channels=shown_channels(images.shape[1]))
         write_text(out / "README.md", _card(loaded, out, name, license, quality))
-        with hub_errors("push_to_hub", "name", name):
-            api = hub.HfApi()
-            api.create_repo(name, private=private, exist_ok=True)
-            uploaded = api.upload_folder(repo_id=name, folder_path=out, commit_message="Upload a model of ddpm_fast")
-    return str(uploaded.commit_url)
+        with hub_errors("push_to_hub", "name", wanted, got):
+            about = {"commit_message": "Upload a model of ddpm_fast", "delete_patterns": _REPLACED}
+            return str(hub.HfApi().upload_folder(repo_id=name, folder_path=out, **about).commit_url)
 
 
 def _card(loaded: Pretrained, folder: Path, name: str, license: str | None, quality: Mapping[str, Any]) -> str:
     """Return the text of README.md."""
     interface = loaded.interface
-    metadata = {
-        "library_name": "diffusers" if (folder / "model_index.json").is_file() else "ddpm_fast",
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": ["ddpm_fast", "diffusion"],
-    } | ({} if license is None else {"license": license})
-    reads = interface.condition_channels
-    channels, height, width = interface.shape or ("any", "any", "any")
-    record = folder / "training.json"
-    trained = json.loads(record.read_text()) if record.is_file() else {}
-    options = {key: value for key, value in trained.get("options", {}).items() if value not in (None, [])}
-    options = {"prediction": loaded.objective.name, **options, **{key: trained[key] for key in ("step",) if key in trained}}
-    tables = {"Training": options, "Quality": dict(_figures(quality))}
+    trained = read_json("push_to_hub", folder / _RECORD, dict) if (folder / _RECORD).is_file() else {}
+    options = {**trained.get("options", {}), "prediction": loaded.objective.name, "variance": loaded.objective.variance}
+    training = {key: options[key] for key in _TOLD if trained and options.get(key) is not None}
+    tables = {"Training": training, "Quality": dict(_figures(quality))}
+    reads, shape, names = interface.condition_channels, interface.shape, interface.class_names
     return _CARD.format(
-        metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items()),
+        library="diffusers" if (folder / "model_index.json").is_file() else "ddpm_fast",
+        license=f"license: {license}\n" * (license is not None),
         title=name.partition("/")[2],
-        images=f"images of {width}x{height} pixels in {channels} channel{'s' * (channels != 1)}"
-        + (f", of {len(interface.class_names)} classes: {', '.join(interface.class_names)}" if interface.class_names else ""),
-        picture="" if reads else f"\n![16 images that it draws]({_PICTURE})\n",
+        size="" if shape is None else f"{shape[2]}x{shape[1]} ",
+        classes=f" of {len(names)} classes: {', '.join(names)}" * bool(names),
+        picture=f"\n![16 images that it draws]({_PICTURE})\n" * (folder / _PICTURE).is_file(),
         name=name,
-        arguments=f", condition=given  # float [16, {reads}, H, W]" if reads else "",
+        given=f"c = ...  # conditions, float [16, {reads}, H, W]\n" * bool(reads),
+        arguments=", condition=c" * bool(reads),
         tables="".join(
             f"\n## {title}\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
             for title, rows in tables.items()
@@ -134,9 +138,9 @@ def _card(loaded: Pretrained, folder: Path, name: str, license: str | None, qual
 
 
 def _figures(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the numbers and texts of an evaluation by name, without those of each image."""
+    """Yield the numbers of an evaluation by name, without those of each image, and no texts: they can be paths."""
     for key, value in values.items():
         if isinstance(value, dict) and not key.startswith("per_"):
             yield from _figures(value, f"{prefix}{key} ")
-        elif isinstance(value, str | int | float):
-            yield prefix + key, f"{value:.5g}" if isinstance(value, float) else str(value)
+        elif isinstance(value, int | float):
+            yield prefix + key, f"{value:.5g}"

@@ -255,7 +255,12 @@ def test_a_sampler_has_a_plan_or_the_options_that_choose_one() -> None:
     ("arguments", "options", "labels", "printed"),
     [
         (["--classes", "9", "--num", "2"], {}, 9, "2 images of class ankle boot in 6 steps (the model's plan)"),
-        (["--num", "12", "--steps", "2"], {"steps": 2}, [*range(10), 0, 1], "12 images of 10 classes in turn in 2 steps (dpm++2m-sde)"),
+        (
+            ["--num", "12", "--steps", "2"],
+            {"steps": 2},
+            [*range(10), 0, 1],
+            "12 images of 10 classes in turn in 2 steps (dpm++2m-sde)",
+        ),
     ],
 )
 def test_the_sampler_of_the_builtin_model_draws_what_the_command_draws(
@@ -264,9 +269,7 @@ def test_the_sampler_of_the_builtin_model_draws_what_the_command_draws(
     drawn: list[torch.Tensor] = []
     monkeypatch.setattr(ddpm_fast, "save_grid", lambda images, *_, **__: drawn.append(images))
     out = tmp_path / "a.png"
-    assert f"{out}: {printed}, " in run(
-        "sample", *arguments, "--out", out, "--device=cpu", "--dtype=float32"
-    )
+    assert f"{out}: {printed}, " in run("sample", *arguments, "--out", out, "--device=cpu", "--dtype=float32")
     sampler = load_builtin().sampler(dtype=torch.float32, **options)
     assert torch.equal(drawn[0], sampler(len(drawn[0]), progress=False, class_labels=labels))
 

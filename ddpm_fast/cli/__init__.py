@@ -33,11 +33,12 @@ def main() -> None:
     # environment alone.
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAIT_VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "passive"
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ddpm_fast").setLevel(logging.INFO)
 
 
 @main.command("info")
-@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON, for programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print what programs can use of it as JSON.")
 def info_command(as_json: bool) -> None:
     """Show what is installed and what runs here.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 import ddpm_fast
 
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
     from ..pretrained import Pretrained
     from ..training.data import ItemDataset
 
+_OF_TESTS = ("data", "data_dir", "condition", "data_range", "condition_range", "samples", "variance", "labels")
+_OF_FID = ("images", "features", "inception")
 _SSIM = 6  # pixels per side that its window needs
 
 
 @click.command("evaluate", cls=Command)
 @click.option(
-    "--num",
+    *("--num", "--num-samples", "num"),  # torchrun parses --num as one of its own options
     type=click.IntRange(1),
     help="Evaluate this many images, from the first.  [default: 256; with --fid all, or 50000 that --model draws]",
 )
@@ -108,7 +111,7 @@ def evaluate_command(
     PSNR and SSIM of the condition (bicubic, for low resolution), of one sample, and of the mean of several.
 
     With --fid, print the Frechet Inception Distance, KID and the Inception Score of --images. torchrun can start several
-    processes.
+    processes, and needs --num-samples for --num.
     """
     from ..files.writing import write_json
     from ..training.data import read_batch
@@ -121,10 +124,13 @@ def evaluate_command(
         if present and "per_image" not in present and "frechet_distance" not in present:
             raise InvalidValue("evaluate", "json", "to be new or of an earlier evaluation", repr(str(json)))
     dtype = options["dtype"] = options["dtype"] or "float32"
+    source = click.get_current_context().get_parameter_source
+    for name in _OF_FID if fid is None else _OF_TESTS:
+        wanted = "to go with --fid" if fid is None else "to be left out with --fid"
+        expect(source(name) == ParameterSource.DEFAULT, "evaluate", name, wanted, "a value")
     if fid is not None:
         compare(fid, images, num, features, inception, json, **options)
         return
-    expect(images is None, "evaluate", "images", "to go with --fid", repr(images))
     num = 256 if num is None else num
     loaded = load_model("evaluate", options)
     config, kind, interface = loaded.model.config, loaded.model.config.get("condition"), loaded.interface

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ..errors import expect
+from ..errors import expect, renaming
 from .options import drawing, load_model
 from .outputs import try_writing, write
 from .sample import write_each
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..evaluation import Moments
+    from ..pretrained import Pretrained
     from ..training.data import ItemDataset
 
 _LEAST: Final = 2049  # images: a covariance of 2048 features has full rank from here on
 _USUAL: Final = 50_000  # images of a published FID
 _APART: Final = timedelta(hours=24)  # between the ends of the first process and the last
+_MEMORY: Final = 1 << 30  # bytes of decoded images
 
 
 def compare(
@@ -32,110 +38,116 @@ def compare(
     **options: Any,
 ) -> None:
     """Print FID, KID and the Inception Score of images, or of a model's after drawing them."""
-    import torch
-
     from ..checks import computing_device
     from ..distributed import joined, own_device
-    from ..evaluation import Moments
     from ..evaluation.inception import load_inception, scores, write_features
     from ..files.writing import write_json
 
-    model, said = options["model"], ""
+    place, shown = str(images), not options["quiet"]
     wanted = "to be given with --fid: a folder or an .npz of images, or where --model draws them"
     expect(images is not None, "evaluate", "images", wanted, "none")
-    known = _reference(reference)
-    device = own_device(computing_device("evaluate", options["device"]))
-    network = load_inception("evaluate", inception, device)
+    moments = _moments(reference)
+    known = _pictures("fid", reference) if moments is None else None
     try_writing("evaluate", "features", features / "1.safetensors")
     if json is not None:
         try_writing("evaluate", "json", json)
-    if model is not None:
-        loaded = load_model("evaluate", options)
-        plan, sampler = loaded.build_plan()
-        shape = loaded.interface.shape or (0, 0, 0)
-        _check_size("model", shape, known)
-        num = _USUAL if num is None else num
-        expect(num >= _LEAST, "evaluate", "num", f"to be at least {_LEAST} for --fid", num)
-        arguments = drawing(options) | {"share_gpu": options["device"] is not None}
-        write_each(loaded.sampler(plan), num, str(images), arguments)
-        said = f"; {model}, {plan.num_steps} steps ({sampler}), seed {options['seed']}"
-    drawn = _pictures("images", str(images), num)
-    _check_size("images", drawn.info.shape, known)
-    features.mkdir(parents=True, exist_ok=True)
+    device, drawn_by = own_device(computing_device("evaluate", options["device"])), None
     with joined("evaluate", _APART) as processes:
-
-        def files_of(dataset: ItemDataset) -> list[Path]:
-            from ..training.data import read_batch
-
-            def read(part: range) -> torch.Tensor:
-                return read_batch(dataset, part).images
-
-            return write_features(network, features, len(dataset), read, processes, progress=not options["quiet"])
-
-        files = files_of(drawn), known if isinstance(known, Moments) else files_of(known)
+        network = processes.machine_by_machine(lambda: load_inception("evaluate", inception, device))
+        if options["model"] is not None:
+            drawn_by = _draw(load_model("evaluate", options), place, num, known, options)
+        sets = [_pictures("images", place, num), *filter(None, [known])]
+        sizes = [each.info.shape[1:] for each in sets]
+        expect(sizes[0] == sizes[-1], "evaluate", "images", f"to have {list(sizes[-1])} pixels as --fid", list(sizes[0]))
+        features.mkdir(parents=True, exist_ok=True)
+        files = [
+            write_features(network, features, len(each), partial(_pixels, each), processes, progress=shown) for each in sets
+        ]
         if not processes.is_first:
             return
-    found = scores(*files)
-    kind = "FID" if network.is_standard else "Frechet distance"
-    numbers = [f"{kind} {found['frechet_distance']:.4f}"]
-    for short, key, digits in (("KID", "kernel_inception_distance", 6), ("Inception Score", "inception_score", 3)):
-        if f"{key}_mean" in found:
-            numbers.append(f"{short} {found[f'{key}_mean']:.{digits}f} ± {found[f'{key}_std']:.{digits}f}")
-    height, width = drawn.info.shape[1:]
-    against = f"the moments in {reference}" if isinstance(known, Moments) else f"{len(known)} of {reference}"
+    found = scores(files[0], files[1] if moments is None else moments)
+    height, width = sizes[0]
     record = {
-        "images": str(images),
-        "num": len(drawn),
+        "images": place,
+        "num": len(sets[0]),
         "reference": reference,
-        "reference_num": None if isinstance(known, Moments) else len(known),
+        "reference_num": None if known is None else len(known),
         "size": [height, width],
-        "resizing": "299x299, by torch-fidelity",
+        "resizing": "299x299 by torch-fidelity",
         "inception": network.digest,
-        "drawn_by": said.removeprefix("; ") or None,
+        "drawn_by": drawn_by,
     }
-    if not options["quiet"]:
-        about = f"{width}x{height} resized to 299x299 by torch-fidelity, weights {network.digest[:8]}{said}"
-        click.echo(f"{', '.join(numbers)}: {len(drawn)} images of {images} and {against}; {about}")
-        if isinstance(known, Moments):
+    if shown:
+        kinds = {
+            "FID" if network.is_standard else "Frechet distance": ("frechet_distance", ".4f"),
+            "KID": ("kernel_inception_distance_mean", ".6f"),
+            "Inception Score": ("inception_score_mean", ".3f"),
+        }
+        numbers = ", ".join(f"{name} {found[key]:{digits}}" for name, (key, digits) in kinds.items() if key in found)
+        against = f"the moments in {reference}" if known is None else f"{len(known)} of {reference}"
+        about = f"{width}x{height} resized to {record['resizing']}, weights {network.digest[:8]}"
+        said = "" if drawn_by is None else f"; {drawn_by}"
+        click.echo(f"{numbers}: {len(sets[0])} images of {place} and {against}; {about}{said}")
+        if known is None:
             click.echo("Moments of another extractor give another distance: those of EDM and guided-diffusion are such.")
     if json is not None:
         write(json, lambda path: write_json(path, record | found))
 
 
-def _reference(path: str) -> Moments | ItemDataset:
-    """Return the moments in an .npz with mu and sigma, or images."""
+def _draw(loaded: Pretrained, place: str, num: int | None, reference: ItemDataset | None, options: dict[str, Any]) -> str:
+    """Draw a model's images, and return how. Raise before, unless they can be compared."""
+    interface, num = loaded.interface, _USUAL if num is None else num
+    shape, ranges = interface.shape, loaded.model.config.get("data_range")
+    pictures = shape is not None and shape[0] in (1, 3) and not interface.condition_channels and ranges is None
+    wanted, got = "to draw pictures of a size, grey or in RGB, without a condition", f"shape {shape}, range {ranges}"
+    expect(pictures, "evaluate", "model", wanted, got)
+    size = None if reference is None else reference.info.shape[1:]
+    expect(shape and size in (None, shape[1:]), "evaluate", "model", f"to draw {size} pixels as --fid has", shape)
+    expect(num >= _LEAST, "evaluate", "num", f"to be at least {_LEAST} for --fid", num)
+    plan, sampler = loaded.build_plan()
+    with renaming("evaluate", {"out": "images"}):
+        write_each(loaded.sampler(plan), num, place, drawing(options) | {"share_gpu": options["device"] is not None})
+    return f"{options['model']}, {plan.num_steps} steps ({sampler}), seed {options['seed']}"
+
+
+def _moments(path: str) -> Moments | None:
+    """Return the moments in an .npz with mu and sigma. None for anything else, such as an .npz with images, too."""
+    import numpy as np
     import torch
 
     from ..evaluation import Moments
     from ..evaluation.inception import FEATURES
     from ..training.data.arrays import loaded_arrays
 
-    if path.lower().endswith(".npz"):
-        arrays = loaded_arrays(path)
-        if {"mu", "sigma"} <= arrays.keys():
-            mean, cov = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
-            fits = mean.shape == (FEATURES,) and cov.shape == (FEATURES, FEATURES)
-            wanted = f"to have mu [{FEATURES}] and sigma [{FEATURES}, {FEATURES}]"
-            expect(fits, "evaluate", "fid", wanted, f"{list(mean.shape)} and {list(cov.shape)}")
-            return Moments(mean, cov)
-    return _pictures("fid", path, None)
+    names: set[str] = set()
+    with suppress(Exception):  # what is damaged is refused as images
+        names = set(np.load(path).files)
+    if "arr_0" in names or not {"mu", "sigma"} <= names:
+        return None
+    arrays = loaded_arrays(path)
+    mean, cov = arrays["mu"], arrays["sigma"]
+    fits = mean.shape == (FEATURES,) and cov.shape == (FEATURES, FEATURES) and mean.dtype.kind == cov.dtype.kind == "f"
+    fits = fits and bool(np.isfinite(mean).all() and np.isfinite(cov).all())
+    wanted = f"to have finite floats mu [{FEATURES}] and sigma [{FEATURES}, {FEATURES}]"
+    expect(fits, "evaluate", "fid", wanted, f"{mean.dtype} {list(mean.shape)} and {cov.dtype} {list(cov.shape)}")
+    return Moments(*(torch.from_numpy(each.astype(np.float64)) for each in (mean, cov)))
 
 
-def _pictures(name: str, path: str, num: int | None) -> ItemDataset:
+def _pictures(name: str, path: str, num: int | None = None) -> ItemDataset:
     """Return pictures as a data set. Raise unless they are enough, of one size, grey or in RGB."""
     from ..training.data import load_dataset
 
-    dataset = load_dataset(path, data_range=None, memory=0, first=num)
-    expect(len(dataset) >= _LEAST, "evaluate", name, f"to have at least {_LEAST} images for FID", len(dataset))
-    channels = dataset.info.shape[0]
-    expect(channels in (1, 3), "evaluate", name, "to be grey or in RGB", f"{channels} channels")
+    with renaming("evaluate", {"name": name}):
+        dataset = load_dataset(path, memory=_MEMORY, first=num)
+    least = max(_LEAST, num or 0)
+    expect(len(dataset) >= least, "evaluate", name, f"to have {least} images or more", len(dataset))
+    info = dataset.info
+    pictures, got = info.data_range is None and info.shape[0] in (1, 3), f"{info.shape[0]} channels of {info.dtype}"
+    expect(pictures, "evaluate", name, "to be pictures of 256 levels, grey or in RGB", got)
     return dataset
 
 
-def _check_size(name: str, shape: tuple[int, ...], reference: Moments | ItemDataset) -> None:
-    """Raise unless images have the size of those of the reference."""
-    from ..evaluation import Moments
+def _pixels(dataset: ItemDataset, part: range) -> Tensor:
+    from ..training.data import read_batch
 
-    if not isinstance(reference, Moments):
-        size, of_reference = shape[1:], reference.info.shape[1:]
-        expect(size == of_reference, "evaluate", name, f"to have {list(of_reference)} pixels as the reference", list(size))
+    return read_batch(dataset, part).images

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import click
 
-from ..errors import expect
+from ..errors import expect, renaming
 from ..options import Declared, Ranges, options_of
 from ..predictions import Variance
 from ..samplers import PlanOptions
@@ -164,12 +164,11 @@ def load_model(command: str, options: dict[str, Any]) -> Pretrained:
     """Load the model that the options of `model_options` name, on the GPU of this process or the device that they name."""
     from ..checks import computing_device
     from ..distributed import own_device
-    from ..files.models import model_folder
     from ..pretrained import BUILTIN, load_folder
 
-    model = model_folder(command, "model", options["model"] or BUILTIN)
     device = own_device(computing_device(command, options["device"]))
-    return load_folder(model, device, dtype_of(options))
+    with renaming(command, {"path": "model"}):
+        return load_folder(options["model"] or BUILTIN, device, dtype_of(options))
 
 
 def dtype_of(options: dict[str, Any]) -> torch.dtype | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,12 +24,15 @@ from .options import PathOption
     type=PathOption(exists=True, dir_okay=False, path_type=Path),
     help="Show the figures of this JSON file of `evaluate` in the card.  [default: none]",
 )
-def push_command(model: Path, name: str, private: bool, license: str | None, evaluation: Path | None) -> None:
+@click.option("--device", help="Draw the card's picture on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]")
+def push_command(model: Path, name: str, device: str | None, **options: Any) -> None:
     """Upload a model to the Hugging Face hub.
 
     MODEL is a training run or a model's folder, and NAME is owner/name. The repository gets a card with a picture, the options
     of the training, and three lines to draw.
     """
+    from ..checks import computing_device
+
     with renaming("push", {"path": "model"}):
-        address = ddpm_fast.push_to_hub(model, name, private=private, license=license, evaluation=evaluation)
+        address = ddpm_fast.push_to_hub(model, name, device=computing_device("push", device), **options)
     click.echo(f"{address}: draw from it with ddpm-fast sample --model {name}")

@@ -19,7 +19,7 @@ from ..files.writing import write_tensors
 from ..nn.checkpoint import load_safetensors, load_tensors
 from ..resources import import_extra
 from ..sampling.progress import progress_bar
-from .frechet import Moments
+from .frechet import Moments, frechet_distance
 
 FEATURES: Final = 2048
 _BLOCK: Final = 32  # images that the network reads at once: its bits can depend on their number
@@ -42,6 +42,11 @@ class Inception:
     digest: str
 
     @property
+    def device(self) -> torch.device:
+        """The device of its weights."""
+        return next(self.network.parameters()).device
+
+    @property
     def is_standard(self) -> bool:
         """True for the weights by which FIDs are compared."""
         return self.digest.startswith(_DIGEST)
@@ -49,10 +54,11 @@ class Inception:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """Return the features and logits of uint8 images [N, 1 or 3, H, W], on the CPU. Grey is repeated."""
-        found, device = list[list[Tensor]](), next(self.network.parameters()).device
-        for block in pixels.expand(-1, 3, -1, -1).split(_BLOCK):
-            padded = torch.cat([block, block.new_zeros(_BLOCK - len(block), *block.shape[1:])])
-            found.append([each[: len(block)].cpu() for each in self.network(padded.to(device))])
+        found = list[list[Tensor]]()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for block in pixels.expand(-1, 3, -1, -1).split(_BLOCK):
+                padded = torch.cat([block, block.new_zeros(_BLOCK - len(block), *block.shape[1:])])
+                found.append([each[: len(block)].cpu() for each in self.network(padded.to(self.device))])
         features, logits = (torch.cat(each) for each in zip(*found, strict=True))
         return {"features": features, "logits": logits}
 
@@ -107,8 +113,8 @@ def write_features(
 ) -> list[Path]:
     """Write the features of images to safetensors files, each of 256 images. Those that are there are not computed again.
 
-    A file's name is a digest of the weights and the images, so a file is never that of others. Each process computes its share.
-    They see the same file system.
+    A file's name is a digest of the weights, the kind of device and the images, so a file is never that of others. Each process
+    computes its share. They see the same file system.
 
     Args:
         inception: The network.
@@ -126,7 +132,7 @@ def write_features(
     with progress_bar(sum(map(len, mine)), "inception", "image", shown=progress and processes.is_first) as bar:
         for part in mine:
             pixels = read(part).contiguous()
-            key = f"{inception.digest} {list(pixels.shape)}".encode() + pixels.numpy().tobytes()
+            key = f"{inception.digest} {inception.device.type} {list(pixels.shape)}".encode() + pixels.numpy().tobytes()
             file = folder / f"{hashlib.sha256(key).hexdigest()}.safetensors"
             if not file.is_file():
                 write_tensors(file, inception(pixels))
@@ -167,8 +173,6 @@ def scores(images: Sequence[Path], reference: Sequence[Path] | Moments) -> dict[
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
-
-    from .frechet import frechet_distance
 
     known = reference if isinstance(reference, Moments) else moments(reference)
     found: dict[str, Any] = {"frechet_distance": frechet_distance(moments(images), known)}

@@ -4,62 +4,59 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from ..errors import MissingPath, UnusablePath, expect
+from ..errors import MissingPath, UnusablePath
 from ..resources import import_extra, no_folder
-from .writing import read_json
 
-_SCHEDULER: Final = ("scheduler/scheduler_config.json", "scheduler_config.json")
+WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
+LEGACY_WEIGHTS: Final = "diffusion_pytorch_model.bin"
+SCHEDULER: Final = ("scheduler/scheduler_config.json", "scheduler_config.json")
+_DESCRIPTIONS: Final = (*SCHEDULER, "config.json", "unet/config.json", "model_index.json", "plan.json")
 _NAME: Final = re.compile(r"(?P<id>(?P<owner>\w[\w.-]*)/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
-_DESCRIPTIONS: Final = (*_SCHEDULER, "config.json", "unet/config.json", "model_index.json", "plan.json")
-_WEIGHTS: Final = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first one that there is
 
 
-def model_folder(caller: str, name: str, path: str | os.PathLike[str], *, network: bool = True) -> Path:
+def model_folder(caller: str, name: str, path: str | os.PathLike[str], check: Callable[[Path], object] | None = None) -> Path:
     """Return the folder of a model: a local one, or that of the snapshot of a hub's repository.
 
     A folder that exists wins. Else huggingface_hub downloads "owner/name" or "owner/name@revision" into its cache, unless there
-    is a folder `owner`. HF_HUB_OFFLINE, HF_HOME and a login count as in its other programs. Weights are downloaded only if
-    the configuration is that of a U-Net.
+    is a folder `owner`. HF_HUB_OFFLINE, HF_HOME and a login count as in its other programs.
 
     Args:
         caller: Name of the calling function for error messages.
         name: Name of the argument.
         path: The folder, or the name of the repository.
-        network: The network is wanted, and not the scheduler alone.
+        check: Raises if what the repository says without its weights is not wanted. It gets the snapshot. Then the weights are
+            downloaded. None: they are not.
 
     Raises:
         FileNotFoundError: There is no such folder, or the repository or its snapshot lacks a file.
         ImportError: huggingface_hub is missing.
         OSError: The repository is unknown, gated or out of reach.
-        ValueError: It holds another network.
     """
     text = os.fspath(path)
     named = _NAME.fullmatch(text)
     if os.path.isdir(path):
         return Path(path)
     if named is None or os.path.exists(path) or os.path.isdir(named["owner"]):
-        raise MissingPath(caller, name, "to be a folder that holds a model", no_folder(path))
-
-    def lacks(file: str) -> MissingPath:
-        return MissingPath(caller, name, f"to have {file}", f"{text!r}, whose files in {folder} lack it")
-
-    folder = _snapshot(caller, name, named, _DESCRIPTIONS)
-    if not network:
+        blocked = "; as there is a folder of that name, the hub is not asked" * (named is not None)
+        raise MissingPath(caller, name, "to be a folder that holds a model", no_folder(path) + blocked)
+    folder = _snapshot(caller, name, named, named["revision"], _DESCRIPTIONS)
+    if check is None:
         return folder
-    root = next((each for each in (folder / "unet", folder) if (each / "config.json").is_file()), None)
-    if root is None:
-        raise lacks("a U-Net, with unet/config.json or config.json")
-    read_json(caller, root / "config.json", lambda values: _check_class(values, text))
-    prefix = "unet/" if root != folder else ""
-    for file in _WEIGHTS:
-        if (_snapshot(caller, name, named, (*_DESCRIPTIONS, prefix + file)) / prefix / file).is_file():
+    if not any((folder / each).is_file() for each in ("config.json", "unet/config.json")):
+        raise MissingPath(caller, name, "to have a U-Net, with unet/config.json or config.json", f"{text!r}, without")
+    check(folder)
+    prefix = "unet/" if (folder / "unet").is_dir() else ""
+    for file in (prefix + WEIGHTS, prefix + LEGACY_WEIGHTS):
+        # The snapshot is the commit's. The name may have moved to another one.
+        if (_snapshot(caller, name, named, folder.name, (*_DESCRIPTIONS, file)) / file).is_file():
             return folder
-    raise lacks(" or ".join(prefix + file for file in _WEIGHTS))
+    wanted, got = f"to have {prefix}{WEIGHTS} or {prefix}{LEGACY_WEIGHTS}", f"{text!r}, whose files in {folder} lack both"
+    raise MissingPath(caller, name, wanted, got)
 
 
 def is_hub_name(text: str) -> bool:
@@ -70,27 +67,26 @@ def is_hub_name(text: str) -> bool:
 
 def scheduler_file(caller: str, folder: Path) -> Path:
     """Return the scheduler's configuration in a model's folder. Raise a FileNotFoundError if there is none."""
-    for file in _SCHEDULER:
+    for file in SCHEDULER:
         if (folder / file).is_file():
             return folder / file
-    raise FileNotFoundError(f"{caller}: expected {' or '.join(_SCHEDULER)} in {str(folder)!r}, which has neither")
+    raise FileNotFoundError(f"{caller}: expected {' or '.join(SCHEDULER)} in {str(folder)!r}, which has neither")
 
 
-def _check_class(values: dict[str, Any], text: str) -> None:
-    kind = values.get("_class_name", "UNet2DModel")
-    expect(kind == "UNet2DModel", "", "_class_name", f"to be UNet2DModel, of {text}", repr(kind))
-
-
-def _snapshot(caller: str, name: str, named: re.Match[str], files: tuple[str, ...]) -> Path:
+def _snapshot(caller: str, name: str, named: re.Match[str], revision: str | None, files: tuple[str, ...]) -> Path:
     """Return the folder of a repository's snapshot, with those of these files that it has."""
-    hub = import_extra("huggingface_hub", "hub")
-    with hub_errors(caller, name, named[0]):
-        return Path(hub.snapshot_download(named["id"], revision=named["revision"], allow_patterns=list(files)))
+    wanted, absent = "to be a folder or a model of the Hugging Face hub", f"{no_folder(named[0])}; on the hub, "
+    try:
+        hub = import_extra("huggingface_hub", "hub")
+    except ImportError as error:
+        raise ImportError(f"{caller}: expected {name} {wanted}, got {absent}{error}") from error
+    with hub_errors(caller, name, wanted, absent):
+        return Path(hub.snapshot_download(named["id"], revision=revision, allow_patterns=list(files)))
 
 
 @contextmanager
-def hub_errors(caller: str, name: str, text: str) -> Iterator[None]:
-    """Raise huggingface_hub's errors as an UnusablePath that names the argument and says what to do."""
+def hub_errors(caller: str, name: str, wanted: str, got: str) -> Iterator[None]:
+    """Raise huggingface_hub's errors as an UnusablePath that names the argument. `got` begins what came instead."""
     try:
         yield
     except Exception as error:  # those of the connection have many types
@@ -98,9 +94,8 @@ def hub_errors(caller: str, name: str, text: str) -> Iterator[None]:
         reasons = {
             "GatedRepoError": "it is gated: ask for access on its page, and log in with hf auth login",
             "RepositoryNotFoundError": "there is no such model, or it is private: log in with hf auth login",
-            "RevisionNotFoundError": f"it has no revision {text.partition('@')[2]!r}",
+            "RevisionNotFoundError": "it has no such revision",
             "LocalEntryNotFoundError": "which is out of reach or HF_HUB_OFFLINE set, and its cache does not have all of it",
         }
         reason = next((words for kind, words in reasons.items() if kind in kinds), f"{type(error).__name__}: {error}")
-        got = f"{no_folder(text)}; on the hub, {' '.join(reason.split())[:400]}"
-        raise UnusablePath(caller, name, "to be a folder or a model of the Hugging Face hub", got) from error
+        raise UnusablePath(caller, name, wanted, got + " ".join(reason.split())[:400]) from error

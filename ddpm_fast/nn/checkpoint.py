@@ -17,13 +17,11 @@ from torch import Tensor
 from ..checks import listed
 from ..dtypes import FLOATS
 from ..errors import InvalidValue, expect
-from ..files.models import model_folder
+from ..files.models import LEGACY_WEIGHTS, WEIGHTS, model_folder
 from ..files.writing import read_json, write_json, write_tensors
 from .config import DESCRIBING, OWN, UNetConfig
 
 _CONFIG = "config.json"
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_LEGACY_WEIGHTS = "diffusion_pytorch_model.bin"
 _CLASS_NAME = "UNet2DModel"  # what diffusers calls this network
 
 # Attention's names before diffusers 0.12, as in Google's published DDPMs.
@@ -46,10 +44,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str,
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or the configuration is not supported.
     """
-    folder = model_folder("from_pretrained", "path", path)
-    if (folder / "unet").is_dir():
-        folder = folder / "unet"
-    return _read_config("from_pretrained", folder), *_read_weights(folder)
+    folder = network_folder(model_folder("from_pretrained", "path", path, read_config))
+    return read_config(folder), *_read_weights(folder)
+
+
+def network_folder(folder: Path) -> Path:
+    """Return the folder of the network in that of a pipeline, which may be the same."""
+    return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
 def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: Mapping[str, Tensor]) -> None:
@@ -70,7 +71,7 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
     # Two files cannot be replaced at once: a configuration, once there, stays, and only the weights are replaced.
     new = not (folder / _CONFIG).exists()
     values = config.to_dict()
-    if not new and (present := _read_config("save_pretrained", folder).to_dict()) != values:
+    if not new and (present := read_config(folder, "save_pretrained").to_dict()) != values:
         changed = ", ".join(key for key in {**values, **present} if present.get(key) != values.get(key))
         raise InvalidValue(
             "save_pretrained",
@@ -78,7 +79,7 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
             "to be free or to hold a network of the same configuration",
             f"{os.fspath(path)!r} which differs in {changed}",
         )
-    write_tensors(folder / _WEIGHTS, weights, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, weights, metadata={"format": "pt"})
     if new:
         own = {key: values.pop(key) for key in DESCRIBING if key in values}
         write_json(folder / _CONFIG, {"_class_name": _CLASS_NAME} | values | ({OWN: own} if own else {}))
@@ -189,32 +190,34 @@ def check_finite(caller: str, path: str | os.PathLike[str], tensors: Mapping[str
         )
 
 
-def _read_config(caller: str, folder: Path) -> UNetConfig:
-    file = folder / _CONFIG
+def read_config(folder: Path, caller: str = "from_pretrained") -> UNetConfig:
+    """Return the configuration in a network's folder or a pipeline's, or raise the error that says what is wrong with it."""
+    file = network_folder(folder) / _CONFIG
     if not file.is_file():
-        raise FileNotFoundError(f"{caller}: expected {_CONFIG} in {os.fspath(folder)!r}, which has none")
+        raise FileNotFoundError(f"{caller}: expected {_CONFIG} in {str(file.parent)!r}, which has none")
 
     def parse(values: dict[str, Any]) -> UNetConfig:
         name = values.get("_class_name", _CLASS_NAME)
         expect(name == _CLASS_NAME, "", "_class_name", f"to be {_CLASS_NAME}", repr(name))
         own = values.get(OWN, {})
-        expect(isinstance(own, dict), "", OWN, "to be a JSON object", own)
+        described = isinstance(own, dict) and own.keys() <= set(DESCRIBING)
+        expect(described, "", OWN, f"to have keys among {', '.join(DESCRIBING)}", own)
         return UNetConfig.from_dict(values | own)
 
     return read_json(caller, file, parse)
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    if (file := folder / _WEIGHTS).is_file():
+    if (file := folder / WEIGHTS).is_file():
         weights = load_safetensors("from_pretrained", file)
-    elif (file := folder / _LEGACY_WEIGHTS).is_file():
+    elif (file := folder / LEGACY_WEIGHTS).is_file():
         weights = load_tensors("from_pretrained", file)
         if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
             got = f"names such as {listed(weights)}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
             raise InvalidValue("from_pretrained", repr(str(file)), "to hold a dict of tensors by name", got)
     else:
         raise FileNotFoundError(
-            f"from_pretrained: expected {_WEIGHTS} or {_LEGACY_WEIGHTS} in {os.fspath(folder)!r}, which has neither"
+            f"from_pretrained: expected {WEIGHTS} or {LEGACY_WEIGHTS} in {os.fspath(folder)!r}, which has neither"
         )
     named = {_LEGACY_PATTERN.sub(lambda m: m[1] + _LEGACY_NAMES[m[2]], name): tensor for name, tensor in weights.items()}
     if len(named) < len(weights):

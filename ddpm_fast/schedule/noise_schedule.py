@@ -261,7 +261,7 @@ class NoiseSchedule:
             ValueError: The file is damaged, or describes a schedule that is not supported. The message names it.
         """
         caller = "NoiseSchedule.from_pretrained"
-        folder = model_folder(caller, "path", path, network=False)
+        folder = model_folder(caller, "path", path)
         return read_json(caller, scheduler_file(caller, folder), schedule_from_config)
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:

@@ -20,7 +20,7 @@ from ..errors import InvalidValue, UnusablePath, expect
 from ..files.models import model_folder
 from ..files.writing import remove_leftovers, write_json, write_tensors
 from ..nn import UNet, UNetConfig
-from ..nn.checkpoint import check_finite, check_weights, load_safetensors
+from ..nn.checkpoint import check_finite, check_weights, load_safetensors, read_config
 from .checkpoint import WEIGHTS, Checkpoints, read_state
 from .export import write_scheduler
 from .log import COLUMNS
@@ -204,7 +204,7 @@ def _read_networks(init: Path) -> tuple[UNet, UNet]:
         network = UNet.from_pretrained(folder)
         return network, network
 
-    init = model_folder("train", "init", init)
+    init = model_folder("train", "init", init, read_config)
     checkpoints, found = Checkpoints(init), None
     with suppress(FileNotFoundError):
         found = checkpoints.read_newest("", read) if checkpoints.path.is_dir() else read(init)

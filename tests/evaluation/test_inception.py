@@ -93,11 +93,10 @@ def test_two_processes_write_the_files_of_one(small: Inception, tmp_path: Path) 
     class Two(Processes):
         def from_all(self, value: Any) -> list[Any]:
             names[self.rank] = value
-            return [names.get(rank, []) for rank in range(2)] if self.rank else [value, []]
+            return [names[0], value] if self.rank else [value, [""]]
 
     alone = written(small, images, tmp_path / "one")
-    with pytest.raises(IndexError):  # the second has not yet told its files
-        written(small, images, tmp_path / "two", Two(0, 2))
+    written(small, images, tmp_path / "two", Two(0, 2))  # does not yet know the files of the second
     together = written(small, images, tmp_path / "two", Two(1, 2))
     assert [file.name for file in together] == [file.name for file in alone]
     assert [file.read_bytes() for file in together] == [file.read_bytes() for file in alone]
@@ -210,20 +209,27 @@ def test_a_models_images_are_drawn_first(small: Inception, place: Path) -> None:
     [
         (["--fid=b.npz"], "--images to be given with --fid: a folder or an .npz of images, or where --model draws them"),
         (["--images=a.npz"], "--images to go with --fid"),
-        (["--fid=b.npz", "--images=few.npz"], "--images to have at least 2049 images for FID, got 7"),
-        (["--fid=few.npz", "--images=a.npz"], "--fid to have at least 2049 images for FID, got 7"),
-        (["--fid=b.npz", "--images=a.npz", "--num=9"], "--images to have at least 2049 images for FID, got 9"),
-        (["--fid=b.npz", "--images=wide.npz"], r"--images to have \[8, 8\] pixels as the reference, got \[8, 9\]"),
-        (["--fid=b.npz", "--images=numbers.npz"], "to be given for numbers"),
-        (["--fid=b.npz", "--images=alpha.npz"], "--images to be grey or in RGB, got 4 channels"),
+        (["--fid=b.npz", "--images=few.npz"], "--images to have 2049 images or more, got 7"),
+        (["--fid=few.npz", "--images=a.npz"], "--fid to have 2049 images or more, got 7"),
+        (["--fid=b.npz", "--images=a.npz", "--num=9"], "--images to have 2049 images or more, got 9"),
+        (["--fid=b.npz", "--images=a.npz", "--num=2101"], "--images to have 2101 images or more, got 2100"),
+        (["--fid=b.npz", "--images=nothing.npz"], "--images to be one of digits"),
+        (["--fid=b.npz", "--images=a.npz", "--variance=learned"], "--variance to be left out with --fid"),
+        (["--features=f"], "--features to go with --fid"),
+        (["--fid=b.npz", "--images=wide.npz"], r"--images to have \[8, 8\] pixels as --fid, got \[8, 9\]"),
+        (
+            ["--fid=b.npz", "--images=numbers.npz"],
+            "--images to be pictures of 256 levels, grey or in RGB, got 3 channels of torch.float32",
+        ),
+        (["--fid=b.npz", "--images=alpha.npz"], "--images to be pictures of 256 levels, grey or in RGB, got 4 channels"),
         (
             ["--fid=moments.npz", "--images=a.npz"],
-            r"--fid to have mu \[64\] and sigma \[64, 64\], got \[3\] and \[3, 3\]",
+            r"--fid to have finite floats mu \[64\] and sigma \[64, 64\], got float64 \[3\] and float64 \[3, 3\]",
         ),
-        (["--fid=b.npz", "--images=new", "--model=model", "--num=9"], "--num to be at least 2049 for --fid, got 9"),
+        (["--fid=b.npz", "--images=new", "--model=model", "--num-samples=9"], "--num to be at least 2049 for --fid, got 9"),
         (
             ["--fid=wide.npz", "--images=new", "--model=model"],
-            r"--model to have \[8, 9\] pixels as the reference, got \[8, 8\]",
+            r"--model to draw \(8, 9\) pixels as --fid has, got \(1, 8, 8\)",
         ),
     ],
 )
@@ -231,10 +237,11 @@ def test_what_cannot_be_compared_is_named_before_any_work(
     arguments: list[str], wanted: str, small: Inception, place: Path
 ) -> None:
     save_model(Path("model"), tiny_unet(), NoiseSchedule.linear(50))
+    save_model(Path("conditional"), tiny_unet(in_channels=2), NoiseSchedule.linear(50))
     shapes: dict[str, Any] = {"few": (7, 8, 8, 3), "wide": (2100, 8, 9, 3), "alpha": (2100, 8, 8, 4)}
     for name, shape in shapes.items():
         np.savez(f"{name}.npz", np.zeros(shape, np.uint8))
-    np.savez("numbers.npz", np.zeros((2100, 8, 8, 3), np.float32))
+    np.savez("numbers.npz", np.linspace(0, 1, 2100 * 192, dtype=np.float32).reshape(2100, 8, 8, 3))
     np.savez("moments.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
     assert re.search(wanted, " ".join(run("evaluate", *arguments, code=2).split()))
     assert small.network.calls == 0

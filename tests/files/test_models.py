@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +18,8 @@ from hub_server import Hub, commit_of, hub
 from runs import train
 from safetensors.torch import load_file
 
-from ddpm_fast import NoiseSchedule, UNet, load_folder, push_to_hub
+from ddpm_fast import NoiseSchedule, UNet, dpm_solver_plan, load_folder, push_to_hub
+from ddpm_fast.plan.sampling_plan import Fit
 
 SCHEDULE = NoiseSchedule.linear(50)
 WEIGHTS = "diffusion_pytorch_model"
@@ -83,7 +86,7 @@ def test_a_folder_of_that_name_wins(model: Path, cache: Path) -> None:
     put(cache, model)
     save_model(Path("owner/name"), tiny_unet(), NoiseSchedule.linear(70))
     assert NoiseSchedule.from_pretrained("owner/name").num_timesteps == 70
-    wanted = r"from_pretrained: expected path to be a folder .* got 'owner/nam', .* did you mean 'owner/name'\?"
+    wanted = r"got 'owner/nam', .* did you mean 'owner/name'\?; as there is a folder of that name, the hub is not asked$"
     with pytest.raises(FileNotFoundError, match=wanted):
         UNet.from_pretrained("owner/nam")
 
@@ -91,10 +94,10 @@ def test_a_folder_of_that_name_wins(model: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("left_out", "wanted"),
     [
-        (("config.json",), r"expected path to have a U-Net, with unet/config\.json or config\.json, got 'owner/name'"),
+        (("config.json",), r"expected path to have a U-Net, with unet/config\.json or config\.json, got 'owner/name', without"),
         (
             (f"{WEIGHTS}.safetensors",),
-            rf"expected path to have unet/{WEIGHTS}\.safetensors or unet/{WEIGHTS}\.bin, got 'owner/",
+            rf"expected path to have unet/{WEIGHTS}\.safetensors or unet/{WEIGHTS}\.bin, got 'owner/name', whose",
         ),
         (("scheduler_config.json",), r"expected scheduler/scheduler_config\.json or scheduler_config\.json in '.*owner--name"),
     ],
@@ -109,15 +112,18 @@ def test_a_part_of_a_model_is_not_found_but_named(left_out: tuple[str, ...], wan
 def test_another_network_is_named(model: Path, cache: Path) -> None:
     config = put(cache, model, f"{WEIGHTS}.safetensors") / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "UNet2DConditionModel"}))
-    with pytest.raises(ValueError, match=r"expected _class_name to be UNet2DModel, of owner/name, got 'UNet2DConditionModel'"):
+    with pytest.raises(
+        ValueError, match=r"expected _class_name to be UNet2DModel, got 'UNet2DConditionModel', in '.*owner--name"
+    ):
         load_folder("owner/name")
 
 
 def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"huggingface_hub is missing: install it with pip install 'ddpm_fast\[hub\]'"):
+    missing = r"huggingface_hub is missing: install it with pip install 'ddpm_fast\[hub\]'"
+    with pytest.raises(ImportError, match=f"load_folder: expected path to be .* got 'owner/name', .*; on the hub, {missing}"):
         load_folder("owner/name")
-    with pytest.raises(ImportError, match=r"'ddpm_fast\[hub\]'"):
+    with pytest.raises(ImportError, match=missing):
         push_to_hub("runs/mine", "owner/name")
 
 
@@ -157,7 +163,7 @@ def test_models_are_downloaded(server: Hub, model: Path, tmp_path: Path) -> None
     expected = "UnusablePath: load_folder: expected path to be a folder or a model of the Hugging Face hub, got "
     assert found["owner/name"] == found["owner/name@v2"] == "50"
     for name, reason in {
-        "owner/name@v3": "it has no revision 'v3'",
+        "owner/name@v3": "it has no such revision",
         "owner/none": "there is no such model, or it is private: log in",
         "owner/gated": "it is gated: ask for access",
     }.items():
@@ -175,23 +181,55 @@ def test_models_are_downloaded(server: Hub, model: Path, tmp_path: Path) -> None
     assert json.loads(whole.stdout) == "50"
 
 
+def push(server: Hub, folder: Path, *arguments: str) -> tuple[Path, str]:
+    """Push a model as owner/name, and return what the hub then has, as a folder, and its card."""
+    command = [sys.executable, "-m", "ddpm_fast", "push", str(folder), "owner/name", "--device=cpu", *arguments]
+    environment = server.environment(folder.parent / "cache")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{server.address}/owner/name/commit/")
+    pushed = folder.parent / "pushed"
+    shutil.rmtree(pushed, ignore_errors=True)
+    for path, content in server.files["owner/name"].items():
+        (pushed / path).parent.mkdir(parents=True, exist_ok=True)
+        (pushed / path).write_bytes(content)
+    card = (pushed / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    compile(code, "card", "exec")
+    return pushed, card
+
+
 def test_a_run_is_pushed_with_a_card_and_read_by_diffusers(server: Hub, tmp_path: Path) -> None:
     train(tmp_path / "run", steps=1, channels=[8], prediction="v_prediction")
-    (tmp_path / "figures.json").write_text(json.dumps({"num": 2, "bits_per_dim": {"total": 3.25}, "per_image": {"total": [3]}}))
-    command = [sys.executable, "-m", "ddpm_fast", "push", "run", "owner/name", "--license=mit", "--evaluation=figures.json"]
-    environment = server.environment(tmp_path / "cache")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{server.address}/owner/name/commit/")
-    for path, content in server.files["owner/name"].items():
-        (tmp_path / "pushed" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "pushed" / path).write_bytes(content)
-    card = (tmp_path / "pushed" / "README.md").read_text()
-    for part in ('license: "mit"', "![16 images that it draws](samples.png)", 'load_folder("owner/name")', "| step | 1 |"):
+    run_of = load_folder(tmp_path / "run")
+    plan = dpm_solver_plan(run_of.objective, 3, clip=run_of.clip)
+    object.__setattr__(plan, "fit", Fit("another plan", 1.0, 2.0, 1.0))
+    run_of.save_plan(plan, tmp_path / "run")
+    figures = {"num": 2, "bits_per_dim": {"total": 3.25}, "per_image": {"total": [3]}, "data": "/home/me/data"}
+    (tmp_path / "figures.json").write_text(json.dumps(figures))
+    pushed, card = push(server, tmp_path / "run", "--license=mit", f"--evaluation={tmp_path / 'figures.json'}")
+    for part in ("license: mit\n", "![16 images that it draws](samples.png)", 'load_folder("owner/name")', "| steps | 1 |"):
         assert part in card
     assert "| bits_per_dim total | 3.25 |" in card
-    assert "per_image" not in card
-    reading = f"from diffusers import DDPMPipeline; print(DDPMPipeline.from_pretrained({str(tmp_path / 'pushed')!r}))"
+    assert not re.search("per_image|/home|tmp", card)
+    reading = f"from diffusers import DiffusionPipeline as P; print(P.from_pretrained({str(pushed)!r}))"
+    environment = server.environment(tmp_path / "cache")
     read = subprocess.run([sys.executable, "-c", reading], env=environment, capture_output=True, text=True, check=True)
     assert "UNet2DModel" in read.stdout
     assert not [line for line in read.stderr.splitlines() if line and "%|" not in line]
-    assert load_folder(tmp_path / "pushed").objective == load_folder(tmp_path / "run").objective
+    loaded = load_folder(pushed)
+    assert loaded.objective == run_of.objective
+    assert loaded.plan is not None
+    assert loaded.plan.fit == plan.fit
+
+
+def test_a_folder_replaces_what_was_pushed_before(server: Hub, model: Path) -> None:
+    """The model has a condition, so its card has no picture."""
+    server.files["owner/name"] = {"plan.json": b"{}", "unet/old.bin": b"", "kept.txt": b""}
+    shutil.rmtree(model)
+    save_model(model, tiny_unet(in_channels=2), SCHEDULE)
+    (model / "unet" / ".env").write_text("secret")
+    pushed, card = push(server, model)
+    names = {"README.md", "kept.txt", "scheduler_config.json", "unet/config.json", f"unet/{WEIGHTS}.safetensors"}
+    assert set(contents(pushed)) == names
+    assert "c = ...  # conditions, float [16, 1, H, W]" in card
+    assert load_folder(pushed).interface.condition_channels == 1

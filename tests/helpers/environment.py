@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the processors
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name of a model is looked up in the cache alone
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.devnull  # it writes nothing
 
 import fresh_machine

@@ -39,7 +39,7 @@ class Hub(ThreadingHTTPServer):
     def environment(self, cache: os.PathLike[str]) -> dict[str, str]:
         """Return the variables of a process that uses this hub."""
         own = {"HF_ENDPOINT": self.address, "HF_HOME": os.fspath(cache), "HF_TOKEN": "hf_of_a_test", "NO_PROXY": "127.0.0.1"}
-        return os.environ | own | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return os.environ | own | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
 
 
 @contextmanager
@@ -136,6 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer_json({"files": files})
             return
         for line in map(json.loads, sent.splitlines()):
+            if line["key"] == "deletedFile":
+                del self.server.files[name][line["value"]["path"]]
             if line["key"] == "file":
                 self.server.files[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
         url = f"{self.server.address}/{name}/commit/{commit_of(name)}"
