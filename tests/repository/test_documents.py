@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import ddpm_fast
 from ddpm_fast import cli
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +151,13 @@ def test_readme_begins_with_what_ci_runs() -> None:
     assert re.search(r"setup EXTRAS=train\n", dry.stdout)  # what README's line for pip installs
 
 
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited == PROJECT["version"] == ddpm_fast.__version__
 
 
 def test_the_table_of_extras_is_complete() -> None:
