@@ -21,7 +21,7 @@ MAKEFLAGS += --no-print-directory
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations peers bench gpu-check gpu-tune docs format clean
+.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations peers bench gpu-check gpu-tune docs tour format clean
 
 .DEFAULT_GOAL := check
 
@@ -124,6 +124,10 @@ docs:  ## build the documentation in build/docs; fail on a broken link or a publ
 		DDPM_FAST_NO_NATIVE=1 $(RUN) -m pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 	@echo "the documentation is in build/docs/index.html"
+
+tour:  ## run examples/tour.py, and write its notebook and its page with their outputs, in three minutes
+	$(RUN) -c "import jupytext, nbclient, ipykernel, sklearn" 2>/dev/null || $(MAKE) setup EXTRAS=train,tour
+	$(RUN) .ci/tour.py
 
 format:  ## rewrite the sources in the project's style
 	$(RUN) -m ruff check --fix .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 OPTIONS = {
     "progressive_generation": ["--steps=6", "--num=2", "--columns=3", "--out=new/picture.png"],
     "shared_latents": ["--steps=10", "--num=2", "--out=new/picture.png"],
@@ -54,6 +57,24 @@ def check_rate_distortion(printed: str) -> None:
     assert table[-1, 1] == pytest.approx(total - reconstruction, abs=2e-4)
 
 
+def check_tour(printed: str) -> None:
+    """Expect the pictures of the page, and that the network has learned: less noise, fewer bits for the right labels."""
+    assert pictures(Path("runs/tour")) == pictures(ROOT / "docs" / "tour")
+    found = {name: float(number) for name, number in re.findall(r"^ *(\w+)(?: labels)?: (\d+\.\d+)", printed, re.MULTILINE)}
+    assert found["drawn"] < found["noise"] / 4
+    assert found["right"] < found["wrong"] < 8
+
+
+def pictures(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the size of each picture in a folder."""
+    sizes = {}
+    for path in folder.iterdir():
+        with Image.open(path) as image:
+            assert np.asarray(image).std() > 0
+            sizes[path.name] = image.size
+    return sizes
+
+
 def check_same_images(printed: str) -> None:
     assert float(printed.split("images: ")[1]) < 1e-4
 
@@ -64,6 +85,7 @@ CHECKS = {
     "shared_latents": lambda _: check_pictures(3, 4),
     "rate_distortion": check_rate_distortion,
     "emoji": check_emoji,
+    "tour": check_tour,
 }
 
 
@@ -73,11 +95,29 @@ CHECKS = {
 )
 def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOUR_STEPS", "120")  # a tenth
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # the tour would set it for later tests, too
     if name == "onnx_loop":
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     run(name, monkeypatch, *OPTIONS.get(name, []))
     CHECKS.get(name, str)(capsys.readouterr().out)
+
+
+def test_the_tour_is_written_again_after_a_change() -> None:
+    """The notebook and the page have the cells of the script. If they do not, run `make tour`."""
+    script = (ROOT / "examples" / "tour.py").read_text(encoding="utf-8")
+    kinds, cells = zip(*re.findall(r"^# %%(.*)\n((?:(?!# %%).*\n)*)", script, re.MULTILINE), strict=True)
+    code = [cell.strip() for kind, cell in zip(kinds, cells, strict=True) if not kind]
+    text = [re.sub(r"^# ?", "", cell.strip(), flags=re.MULTILINE) for kind, cell in zip(kinds, cells, strict=True) if kind]
+    notebook = json.loads((ROOT / "examples" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    for kind, wanted in ("code", code), ("markdown", text):
+        assert ["".join(cell["source"]) for cell in notebook if cell["cell_type"] == kind] == wanted
+    page = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    assert re.findall(r"^```python\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL) == code
+    shown = set(re.findall(r"^!\[.*?\]\(tour/(.*?)\)$", page, re.MULTILINE))
+    assert shown == pictures(ROOT / "docs" / "tour").keys()
+    assert sum("image/png" in str(cell.get("outputs")) for cell in notebook) == len(shown)
 
 
 def test_a_plot_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
