@@ -21,7 +21,7 @@ MAKEFLAGS += --no-print-directory
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations peers bench gpu-check gpu-tune docs tour format clean
+.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations peers bench gpu-check gpu-tune wheel docs tour format clean
 
 .DEFAULT_GOAL := check
 
@@ -115,6 +115,9 @@ gpu-check:  ## build, test and measure on a machine with an NVIDIA GPU, in nine 
 
 gpu-tune:  ## time sampling beside torch.compile's max-autotune, in at most an hour; it goes on where it was stopped
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py --tune $(OPTIONS)
+
+wheel:  ## build a wheel with all CPU and CUDA kernels in build/wheel/dist, and sample with it on a system that has only Python
+	$(PYTHON) .ci/wheel.py
 
 # Only docs/hooks.py and the docstrings are read, so nothing is compiled.
 docs:  ## build the documentation in build/docs; fail on a broken link or a public name without a page
