@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
@@ -110,8 +111,8 @@ class Pretrained:
     def build_plan(self, *, guidance_scale: float | None = None, **options: Unpack[PlanOptions]) -> tuple[SamplingPlan, str]:
         """Return the plan that options choose, and its name: a name of `SAMPLERS`, or "the model's plan".
 
-        Without options that ask for another, it is the model's plan if it has one, in its number of steps or fewer. A fitted
-        plan has one number of steps.
+        Without options that ask for another, it is the model's plan if it has one, in its number of steps or fewer. In fewer
+        steps, a fitted plan is one between its first and its last level that is not fitted.
 
         Args:
             guidance_scale: The scale with which it will draw, None for 1. A fitted plan is used at its own scale alone.
@@ -130,8 +131,7 @@ class Pretrained:
             if self.plan is not None and suits and set(chosen.values()) == {None}:
                 if steps in (None, self.plan.num_steps):
                     return self.plan, "the model's plan"
-                builder = self.plan.builder
-                fewer = None if builder is None or "levels" in builder.keywords else builder(num_steps=steps)
+                fewer = None if self.plan.builder is None else _in_steps(self.plan.builder, steps)
                 if fewer is not None and fewer.num_steps <= self.plan.num_steps:
                     return fewer, "the model's plan"
             return named_plan(self.objective, clip=self.clip, **options), chosen["sampler"] or DEFAULT_SAMPLER
@@ -219,6 +219,14 @@ class Pretrained:
         channels = self.interface.channels
         expect(images.shape[-3] == channels, caller, "images", f"to have {channels} channels", list(images.shape))
         return self.model.config.get("data_range") or [(0, 255)]
+
+
+def _in_steps(builder: partial[SamplingPlan], steps: int) -> SamplingPlan:
+    """Return the plan of a call in another number of steps, without what was fitted to its own."""
+    options = {name: value for name, value in builder.keywords.items() if name not in ("levels", "corrections")}
+    if (levels := builder.keywords.get("levels")) is not None:
+        options |= {"spacing": "karras", "sigma_max": levels[0], "sigma_min": levels[-1]}
+    return partial(builder.func, *builder.args, **options)(num_steps=steps)
 
 
 def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pretrained:

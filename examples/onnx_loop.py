@@ -49,3 +49,4 @@ drawn = torch.from_numpy(draw(ddpm_fast.initial_noise((10, 1, 32, 32), seeds).nu
 expected = garments.sampler()(10, seed=0, class_labels=labels.tolist(), progress=False)
 print(f"largest difference from the package's images: {(drawn - expected).abs().max():.1e}")
 ddpm_fast.save_grid(torch.cat([drawn, expected]), "onnx_loop.png", columns=10)
+print("onnx_loop.png: drawn by ONNX Runtime, and by the package")

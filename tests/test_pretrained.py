@@ -202,13 +202,15 @@ def test_a_model_brings_its_plan_and_others_draw_with_noise() -> None:
     common: Any = {"solver": "heun", "spacing": "karras"}
     own = common | {"sigma_min": 0.06, "sigma_max": 80.0}
     fitted = json.loads((BUILTIN / "plan.json").read_text())["arguments"]
+    unfitted = common | {"sigma_max": fitted["levels"][0], "sigma_min": fitted["levels"][-1]}
     with_plan = dataclasses.replace(builtin, plan=dpm_solver_plan(builtin.objective, 8, clip=builtin.clip, **own))
     other = dataclasses.replace(builtin, plan=None)  # the same schedule
     sde = common | {"eta": 1.0, "lambda_min": -5.1}
     cases: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
         (builtin, {}, "the model's plan", fitted),
         (builtin, {"steps": 6, "guidance_scale": 1.0}, "the model's plan", fitted),
-        (builtin, {"steps": 5}, "dpm++2m-sde", {"num_steps": 5} | sde),
+        (builtin, {"steps": 5}, "the model's plan", unfitted | {"num_steps": 5}),
+        (builtin, {"steps": 7}, "dpm++2m-sde", {"num_steps": 7} | sde),
         (builtin, {"guidance_scale": 2.0}, "dpm++2m-sde", {"num_steps": 20} | sde),
         (with_plan, {"guidance_scale": 2.0}, "the model's plan", {"num_steps": 8} | own),
         (with_plan, {"steps": 5, "sampler": None}, "the model's plan", {"num_steps": 5} | own),
@@ -259,7 +261,7 @@ def test_a_sampler_has_a_plan_or_the_options_that_choose_one() -> None:
             ["--num", "12", "--steps", "2"],
             {"steps": 2},
             [*range(10), 0, 1],
-            "12 images of 10 classes in turn in 2 steps (dpm++2m-sde)",
+            "12 images of 10 classes in turn in 2 steps (the model's plan)",
         ),
     ],
 )
@@ -377,8 +379,10 @@ def test_a_fitted_plan_is_used_for_its_weights_and_its_guidance(tmp_path: Path, 
         assert again.plan.fit == fitted.fit
     names = [again.build_plan(**options)[1] for options in ({}, {"steps": 3}, {"guidance_scale": 1.0})]
     assert set(names) == {"the model's plan"}
-    others = [again.build_plan(**options)[1] for options in ({"steps": 2}, {"steps": 4}, {"guidance_scale": 2.0})]
+    others = [again.build_plan(**options)[1] for options in ({"steps": 4}, {"guidance_scale": 2.0})]
     assert set(others) == {"dpm++2m-sde"}
+    fewer, name = again.build_plan(steps=2)
+    assert (name, fewer.num_steps, fewer.fit) == ("the model's plan", 2, None)
     assert again.sampler(guidance_scale=2.0).plan.is_random
     assert not caplog.records
     # The levels of the plan are not among those of this schedule.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ..errors import expect, renaming
+from ..errors import ArgumentError, expect, renaming
 from .options import drawing, load_model
 from .outputs import try_writing, write
 from .sample import write_each
@@ -48,6 +49,7 @@ def compare(
     expect(images is not None, "evaluate", "images", wanted, "none")
     moments = _moments(reference)
     known = _pictures("fid", reference) if moments is None else None
+    given = _pictures("images", place, num) if options["model"] is None else None
     try_writing("evaluate", "features", features / "1.safetensors")
     if json is not None:
         try_writing("evaluate", "json", json)
@@ -56,7 +58,7 @@ def compare(
         network = processes.machine_by_machine(lambda: load_inception("evaluate", inception, device))
         if options["model"] is not None:
             drawn_by = _draw(load_model("evaluate", options), place, num, known, options)
-        sets = [_pictures("images", place, num), *filter(None, [known])]
+        sets = [given or _pictures("images", place, num), *filter(None, [known])]
         sizes = [each.info.shape[1:] for each in sets]
         expect(sizes[0] == sizes[-1], "evaluate", "images", f"to have {list(sizes[-1])} pixels as --fid", list(sizes[0]))
         features.mkdir(parents=True, exist_ok=True)
@@ -137,8 +139,12 @@ def _pictures(name: str, path: str, num: int | None = None) -> ItemDataset:
     """Return pictures as a data set. Raise unless they are enough, of one size, grey or in RGB."""
     from ..training.data import load_dataset
 
-    with renaming("evaluate", {"name": name}):
+    expect(os.path.exists(path), "evaluate", name, "to be a folder or an .npz of images", f"{path!r}, which does not exist")
+    try:
         dataset = load_dataset(path, memory=_MEMORY, first=num)
+    except ArgumentError as error:
+        wanted = "to have images of one size" if error.name == "image_size" else error.expected
+        raise error.renamed(caller="evaluate", name=name, expected=wanted, got=error.got.partition(";")[0]) from None
     least = max(_LEAST, num or 0)
     expect(len(dataset) >= least, "evaluate", name, f"to have {least} images or more", len(dataset))
     info = dataset.info

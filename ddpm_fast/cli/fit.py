@@ -89,7 +89,10 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
         write(model / "fit" / f"{name}.png", save)
     if options["quiet"]:
         return
-    click.echo(str(fitted))
+    click.echo(f"{model / 'plan.json'}: {steps} steps, fitted to {fit.teacher}")
+    click.echo(
+        f"Distance from its images: {fit.error_before:.4g} before, {fit.error:.4g} now. Look at them in {model / 'fit'}."
+    )
     if len(real):
         features = {name: network_features(loaded.model, each) for name, each in (drawn | {"data": real}).items()}
         distances = {name: ddpm_fast.frechet_distance(features[name], features["data"]) for name in plans}

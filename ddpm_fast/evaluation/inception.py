@@ -84,7 +84,7 @@ def load_inception(caller: str, path: str | os.PathLike[str] | None, device: tor
             torch.hub.download_url_to_file(_URL, str(file), _DIGEST)
         except Exception as error:  # those of the connection have many types
             wanted = f"the weights of Inception in {str(file)!r} or from {_URL}"
-            remedy = f"put the file {_FILE}, whose SHA-256 begins with {_DIGEST}, there"
+            remedy = f"get the file elsewhere (its SHA-256 begins with {_DIGEST}), and put it there or pass it as --inception"
             raise OSError(f"{caller}: expected {wanted}, got: {error}; to do without that connection, {remedy}") from error
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()

@@ -42,7 +42,7 @@ def model_folder(caller: str, name: str, path: str | os.PathLike[str], check: Ca
     if os.path.isdir(path):
         return Path(path)
     if named is None or os.path.exists(path) or os.path.isdir(named["owner"]):
-        blocked = "; as there is a folder of that name, the hub is not asked" * (named is not None)
+        blocked = "" if named is None else f" (the hub is not asked, as there is a folder {named['owner']!r})"
         raise MissingPath(caller, name, "to be a folder that holds a model", no_folder(path) + blocked)
     folder = _snapshot(caller, name, named, named["revision"], _DESCRIPTIONS)
     if check is None:
@@ -75,7 +75,7 @@ def scheduler_file(caller: str, folder: Path) -> Path:
 
 def _snapshot(caller: str, name: str, named: re.Match[str], revision: str | None, files: tuple[str, ...]) -> Path:
     """Return the folder of a repository's snapshot, with those of these files that it has."""
-    wanted, absent = "to be a folder or a model of the Hugging Face hub", f"{no_folder(named[0])}; on the hub, "
+    wanted, absent = "to be a folder or a model of the Hugging Face hub", f"{no_folder(named[0])}; from the hub: "
     try:
         hub = import_extra("huggingface_hub", "hub")
     except ImportError as error:
@@ -95,7 +95,7 @@ def hub_errors(caller: str, name: str, wanted: str, got: str) -> Iterator[None]:
             "GatedRepoError": "it is gated: ask for access on its page, and log in with hf auth login",
             "RepositoryNotFoundError": "there is no such model, or it is private: log in with hf auth login",
             "RevisionNotFoundError": "it has no such revision",
-            "LocalEntryNotFoundError": "which is out of reach or HF_HUB_OFFLINE set, and its cache does not have all of it",
+            "LocalEntryNotFoundError": "not in its cache as a whole, and it cannot be reached, or HF_HUB_OFFLINE is set",
         }
         reason = next((words for kind, words in reasons.items() if kind in kinds), f"{type(error).__name__}: {error}")
         raise UnusablePath(caller, name, wanted, got + " ".join(reason.split())[:400]) from error

@@ -358,7 +358,7 @@ REFUSED = {
         ("--num 100000000000", r"'--num' / '--num-samples': 100000000000 is not in the range 1<=x<=4294967296"),
         ("--num 20000 --out a.webp", r"expected --out to end in \.png, as pictures in WEBP have at most 16383 pixels"),
         ("--num 3000 --out a.png --gif a.jpg", r"expected --gif to end in \.png, as pictures in JPEG"),
-        ("--model org/name", "expected --model to be a folder .*, got 'org/name', .*; on the hub, which is out of reach"),
+        ("--model org/name", "expected --model to be a folder .*, got 'org/name', .*; from the hub: not in its cache"),
         ("--model name", "expected --model to be a folder that holds a model, got 'name', which does not exist$"),
         ("--model ./trianed", r"expected --model .* got 'trianed', which does not exist; did you mean 'trained'\?$"),
         # folder.png holds no model

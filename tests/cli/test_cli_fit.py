@@ -30,7 +30,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_plan_is_written_where_sampling_finds_it(dtype: str, model: Path) -> None:
     said = run(*FIT, "--data=digits", f"--dtype={dtype}")
-    assert "fitted to dpm_solver_plan(num_steps=5" in said
+    assert "plan.json: 3 steps, fitted to dpm_solver_plan(num_steps=5" in said
+    assert re.search(r"Distance from its images: [\d.]+ before, [\d.]+ now\. Look at them in model/fit\.", said)
     assert re.search(r"Frechet distance from 32 real images, the nearest first: \S+ [\d.]+, \S+ [\d.]+, \S+ [\d.]+\n", said)
     assert json.loads((model / "plan.json").read_text())["fit"]["guidance_scale"] == 1.0
     for name in ("fitted", "teacher", "dpm++2m-sde"):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from commands import run, save_model
 from drawing import tiny_unet
+from PIL import Image
 from torch import Tensor, nn
 
 from ddpm_fast import NoiseSchedule, frechet_distance
@@ -213,7 +214,11 @@ def test_a_models_images_are_drawn_first(small: Inception, place: Path) -> None:
         (["--fid=few.npz", "--images=a.npz"], "--fid to have 2049 images or more, got 7"),
         (["--fid=b.npz", "--images=a.npz", "--num=9"], "--images to have 2049 images or more, got 9"),
         (["--fid=b.npz", "--images=a.npz", "--num=2101"], "--images to have 2101 images or more, got 2100"),
-        (["--fid=b.npz", "--images=nothing.npz"], "--images to be one of digits"),
+        (
+            ["--fid=b.npz", "--images=nothing.npz"],
+            "--images to be a folder or an .npz of images, got 'nothing.npz', which does not exist",
+        ),
+        (["--fid=b.npz", "--images=sizes"], "--images to have images of one size, got None with sizes"),
         (["--fid=b.npz", "--images=a.npz", "--variance=learned"], "--variance to be left out with --fid"),
         (["--features=f"], "--features to go with --fid"),
         (["--fid=b.npz", "--images=wide.npz"], r"--images to have \[8, 8\] pixels as --fid, got \[8, 9\]"),
@@ -238,6 +243,9 @@ def test_what_cannot_be_compared_is_named_before_any_work(
 ) -> None:
     save_model(Path("model"), tiny_unet(), NoiseSchedule.linear(50))
     save_model(Path("conditional"), tiny_unet(in_channels=2), NoiseSchedule.linear(50))
+    Path("sizes").mkdir()
+    for side in (8, 9):
+        Image.new("L", (side, 8)).save(f"sizes/{side}.png")
     shapes: dict[str, Any] = {"few": (7, 8, 8, 3), "wide": (2100, 8, 9, 3), "alpha": (2100, 8, 8, 4)}
     for name, shape in shapes.items():
         np.savez(f"{name}.npz", np.zeros(shape, np.uint8))
