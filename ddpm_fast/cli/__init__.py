@@ -33,8 +33,9 @@ def main() -> None:
     # environment alone.
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAIT_VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "passive"
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("ddpm_fast").setLevel(logging.INFO)
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    for name in ("httpx", "httpx2"):  # huggingface_hub's, which log each request
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @main.command("info")
