@@ -15,7 +15,7 @@ import torch
 from .checks import check_type
 from .errors import expect
 from .files.images import save_grid, shown_channels
-from .files.models import SCHEDULER, hub_errors, is_hub_name
+from .files.models import SCHEDULER, hub_errors, is_hub_name, model_folder
 from .files.writing import read_json, write_text
 from .options import checked
 from .pretrained import Pretrained, load_folder
@@ -66,7 +66,7 @@ def push_to_hub(
     HF_TOKEN.
 
     Args:
-        path: A training run, which is exported, or a model's folder.
+        path: A training run, which is exported, or a model's folder, or the name of another one on the hub.
         name: "owner/name".
         private: Make a new repository private.
         license: The license's name in the card, such as "mit". None: none is named.
@@ -85,9 +85,9 @@ def push_to_hub(
     for key, text in (("name", name), ("license", license or "")):
         check_type("push_to_hub", key, text, str)
     expect(is_hub_name(name), "push_to_hub", "name", "to be owner/name", repr(name))
-    hub, source = import_extra("huggingface_hub", "hub"), Path(path)
+    hub, source = import_extra("huggingface_hub", "hub"), model_folder("push_to_hub", "path", path)
     quality = {} if evaluation is None else read_json("push_to_hub", Path(evaluation), dict)
-    loaded = load_folder(source, device)
+    loaded = load_folder(path, device)
     wanted, got = "to be a repository that you may write to", f"{name!r}: "
     with hub_errors("push_to_hub", "name", wanted, got):
         hub.HfApi().create_repo(name, private=private, exist_ok=True)
