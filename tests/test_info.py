@@ -102,7 +102,7 @@ def test_command() -> None:
 
 def test_the_same_for_programs() -> None:
     facts = json.loads(run("info", "--json"))
-    assert facts["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(facts["packages"]["torch"])  # without +cpu, in some builds
     assert (facts["native"].get("error") is None) == (backend.native_error() is None)
     assert set(facts["ops"]["cpu"]) == set(OPS)
     assert facts["ops"]["cpu"]["q_sample"] == {each: OPS["q_sample"].why_not(each, torch.device("cpu")) for each in BACKENDS}

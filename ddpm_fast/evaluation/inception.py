@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -55,7 +56,8 @@ class Inception:
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """Return the features and logits of uint8 images [N, 1 or 3, H, W], on the CPU. Grey is repeated."""
         found = list[list[Tensor]]()
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        is_gpu = self.device.type == "cuda"
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if is_gpu else nullcontext():
             for block in pixels.expand(-1, 3, -1, -1).split(_BLOCK):
                 padded = torch.cat([block, block.new_zeros(_BLOCK - len(block), *block.shape[1:])])
                 found.append([each[: len(block)].cpu() for each in self.network(padded.to(self.device))])

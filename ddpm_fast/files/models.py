@@ -51,12 +51,14 @@ def model_folder(caller: str, name: str, path: str | os.PathLike[str], check: Ca
         raise MissingPath(caller, name, "to have a U-Net, with unet/config.json or config.json", f"{text!r}, without")
     check(folder)
     prefix = "unet/" if (folder / "unet").is_dir() else ""
-    for file in (prefix + WEIGHTS, prefix + LEGACY_WEIGHTS):
-        # The snapshot is the commit's. The name may have moved to another one.
-        if (_snapshot(caller, name, named, folder.name, (*_DESCRIPTIONS, file)) / file).is_file():
-            return folder
-    wanted, got = f"to have {prefix}{WEIGHTS} or {prefix}{LEGACY_WEIGHTS}", f"{text!r}, whose files in {folder} lack both"
-    raise MissingPath(caller, name, wanted, got)
+    weights = [prefix + WEIGHTS, prefix + LEGACY_WEIGHTS]
+    for file in [] if import_extra("huggingface_hub.constants", "hub").HF_HUB_OFFLINE else weights:
+        if not any((folder / each).is_file() for each in weights):
+            # The snapshot is the commit's. The name may have moved to another one.
+            _snapshot(caller, name, named, folder.name, (*_DESCRIPTIONS, file))
+    if not any((folder / each).is_file() for each in weights):
+        raise MissingPath(caller, name, f"to have {' or '.join(weights)}", f"{text!r}, whose files in {folder} lack both")
+    return folder
 
 
 def is_hub_name(text: str) -> bool:
