@@ -120,7 +120,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(extractor, "load_state_dict", lambda *_: None)
         state = extractor("test", ["2048"], feature_extractor_weights_path="").state_dict()
     generator = torch.Generator().manual_seed(0)
-    for name, weight in state.items():  # of a scale that keeps the features of different images apart
+    for name, weight in state.items():  # large enough to keep the features of different images apart
         if name.endswith("weight") and weight.dim() > 1:
             state[name] = torch.randn(weight.shape, generator=generator) * (2 / weight[0].numel()) ** 0.5
     torch.save(state, file)
