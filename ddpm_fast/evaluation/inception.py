@@ -176,8 +176,13 @@ def scores(images: Sequence[Path], reference: Sequence[Path] | Moments) -> dict[
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    known = reference if isinstance(reference, Moments) else moments(reference)
-    found: dict[str, Any] = {"frechet_distance": frechet_distance(moments(images), known)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the last digits of products and roots can depend on their number
+    try:
+        known = reference if isinstance(reference, Moments) else moments(reference)
+        found: dict[str, Any] = {"frechet_distance": frechet_distance(moments(images), known)}
+    finally:
+        torch.set_num_threads(threads)
     if not isinstance(reference, Moments):
         found |= kid_features_to_metric(read_features(images), read_features(reference), verbose=False)
     found |= isc_features_to_metric(read_features(images, "logits"))
