@@ -82,12 +82,12 @@ def push_to_hub(
         OSError: The hub refuses it or is out of reach.
         ImportError: huggingface_hub is missing.
     """
-    for key, text in (("name", name), ("license", license or "")):
+    for key, text in (("name", name), ("license", "" if license is None else license)):
         check_type("push_to_hub", key, text, str)
     expect(is_hub_name(name), "push_to_hub", "name", "to be owner/name", repr(name))
-    hub, source = import_extra("huggingface_hub", "hub"), model_folder("push_to_hub", "path", path)
+    hub = import_extra("huggingface_hub", "hub")
     quality = {} if evaluation is None else read_json("push_to_hub", Path(evaluation), dict)
-    loaded = load_folder(path, device)
+    loaded, source = load_folder(path, device), model_folder("push_to_hub", "path", path)
     wanted, got = "to be a repository that you may write to", f"{name!r}: "
     with hub_errors("push_to_hub", "name", wanted, got):
         hub.HfApi().create_repo(name, private=private, exist_ok=True)

@@ -76,7 +76,7 @@ def pictures(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def check_same_images(printed: str) -> None:
-    assert float(printed.split("images: ")[1]) < 1e-4
+    assert float(printed.split("images: ")[1].split()[0]) < 1e-4
 
 
 CHECKS = {
