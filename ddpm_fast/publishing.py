@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from .checks import check_type
-from .errors import expect
+from .errors import expect, renaming
 from .files.images import save_grid, shown_channels
 from .files.models import SCHEDULER, hub_errors, is_hub_name, model_folder
 from .files.writing import read_json, write_text
@@ -87,7 +87,8 @@ def push_to_hub(
     expect(is_hub_name(name), "push_to_hub", "name", "to be owner/name", repr(name))
     hub = import_extra("huggingface_hub", "hub")
     quality = {} if evaluation is None else read_json("push_to_hub", Path(evaluation), dict)
-    loaded, source = load_folder(path, device), model_folder("push_to_hub", "path", path)
+    with renaming("push_to_hub"):
+        loaded, source = load_folder(path, device), model_folder("", "path", path)
     wanted, got = "to be a repository that you may write to", f"{name!r}: "
     with hub_errors("push_to_hub", "name", wanted, got):
         hub.HfApi().create_repo(name, private=private, exist_ok=True)
