@@ -39,9 +39,8 @@ class Scheduler(Struct, frozen=True):
     clip_sample: bool | None = True
     clip_sample_range: Annotated[float, Meta(gt=0, le=sys.float_info.max)] = 1.0
     thresholding: bool = False
-    own: dict[str, Any] | None = declared(
-        default=None, name="_ddpm_fast"
-    )  # the schedule as `NoiseSchedule.from_config` checks it
+    # The schedule, as `NoiseSchedule.from_config` checks it.
+    own: dict[str, Any] | None = declared(default=None, name="_ddpm_fast")
 
     def __post_init__(self) -> None:
         expect(not self.thresholding, "", "thresholding", "to be false", "true")

@@ -122,8 +122,8 @@ def _moments(path: str) -> Moments | None:
     from ..training.data.arrays import loaded_arrays
 
     names: set[str] = set()
-    with suppress(Exception):  # what is damaged is refused as images
-        names = set(np.load(path).files)
+    with suppress(Exception), np.load(path) as opened:  # what is damaged is refused as images
+        names = set(opened.files)
     if "arr_0" in names or not {"mu", "sigma"} <= names:
         return None
     arrays = loaded_arrays(path)

@@ -106,6 +106,7 @@ def test_two_processes_write_the_files_of_one(small: Inception, tmp_path: Path) 
 def test_moments_are_those_of_all_features(small: Inception, tmp_path: Path) -> None:
     files = written(small, pixels(900), tmp_path)
     features, found = read_features(files).double(), moments(files)
+    # Sums in float64, in another order.
     torch.testing.assert_close(found.mean, features.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.cov, torch.cov(features.T), rtol=1e-9, atol=1e-11)
 
@@ -141,7 +142,7 @@ def test_features_are_those_of_torch_fidelity(weights: Path, monkeypatch: pytest
         expected = theirs(images)
     found = ours(images)
     assert found["features"].std(dim=0).mean() > 0.003  # far above the tolerance
-    for mine, other in zip(found.values(), expected, strict=True):
+    for mine, other in zip(found.values(), expected, strict=True):  # float32, in blocks of another size
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
     assert torch.equal(ours(images[4:])["features"], found["features"][4:])
 
