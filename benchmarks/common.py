@@ -255,7 +255,10 @@ def device_name(device: torch.device | str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     model = re.search(r"^model name\s*:\s*(.*\S)", _cpuinfo(), re.MULTILINE)
-    return model[1] if model else platform.processor() or platform.machine()
+    name = model[1] if model else platform.processor() or platform.machine()
+    # Clouds call every generation of it by one name.
+    generation = backend.FULL_RATE_BFLOAT16.get(backend.BUILD.get("processor", "")) if has_bf16() else None
+    return f"{name} ({generation})" if generation else name
 
 
 def cores() -> int:
