@@ -37,7 +37,7 @@ py::dict build_info() {
   info["isas"] = compiled_isas();
   info["processor_isa"] = processor_isa();
   info["processor"] = processor();
-  info["amx_bf16"] = has_amx_bf16();
+  info["tiles_why_not"] = why_not_tiles();
   info["cuda_archs"] = py::str(DDPM_FAST_CUDA_ARCHS).attr("split")();
   info["cuda_why_not"] = DDPM_FAST_CUDA_WHY_NOT;
 #ifdef _OPENMP

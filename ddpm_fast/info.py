@@ -70,7 +70,9 @@ def _device_lines() -> Iterator[str]:
 def _bfloat16_words(build: dict[str, Any]) -> str:
     reason = why_not_matrix_kernels(torch.device("cpu"), torch.bfloat16)
     if reason is not None:
-        return f"PyTorch's, because {reason}{': it pays' if BFLOAT16 is Bfloat16.MATRIX_UNITS else ''}"
+        return f"PyTorch's, because {reason}"
+    if BFLOAT16 is Bfloat16.MATRIX_UNITS:
+        return "products in bfloat16, on the tiles of AMX: it pays"
     if BFLOAT16 is not Bfloat16.FULL_RATE:
         return f"maps in bfloat16 and products in float32, because {BFLOAT16.value}: about as fast as float32"
     return f"products in bfloat16, at twice the rate of float32 on {FULL_RATE_BFLOAT16[build['processor']]}: it pays"
@@ -85,6 +87,8 @@ def _native_lines() -> Iterator[str]:
     yield f"version {build['version']}, compiler {build['compiler']}, OpenMP {'yes' if build['openmp'] else 'no'}"
     yield f"instruction set {build['isa']}, of {', '.join(build['isas'])} (DDPM_FAST_ISA caps it)"
     yield f"bfloat16 convolutions of a frozen network: {_bfloat16_words(build)}"
+    if build["tiles_why_not"].startswith("the system"):
+        yield f"AMX's tiles are not in use: {build['tiles_why_not']}"
     slow = why_not_best_isa()
     if slow is not None:
         yield slow

@@ -49,19 +49,26 @@ def test_the_table_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("isa", "amx", "processor", "words"),
+    ("isa", "processor", "words"),
     [
-        ("avx512_bf16", False, "AuthenticAMD 25", "products in bfloat16, at twice the rate of float32 on Zen 4"),
-        ("avx512_bf16", False, "GenuineIntel 6", "maps in bfloat16 and products in float32, because this processor's"),
-        ("avx2", False, "AuthenticAMD 25", "maps in bfloat16 and products in float32, because there are no"),
-        ("avx512_bf16", True, "GenuineIntel 6", "PyTorch's, because this CPU has matrix units for bfloat16"),
-        ("baseline", False, "", "PyTorch's, because"),
+        ("avx512_bf16", "AuthenticAMD 25", "products in bfloat16, at twice the rate of float32 on Zen 4"),
+        ("avx512_bf16", "GenuineIntel 6", "maps in bfloat16 and products in float32, because this processor's"),
+        ("avx2", "AuthenticAMD 25", "maps in bfloat16 and products in float32, because there are no"),
+        ("amx", "GenuineIntel 6", "products in bfloat16, on the tiles of AMX: it pays"),
+        ("baseline", "", "PyTorch's, because"),
     ],
 )
-def test_how_bfloat16_is_multiplied(isa: str, amx: bool, processor: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, isa=isa, amx_bf16=amx, processor=processor)
+def test_how_bfloat16_is_multiplied(isa: str, processor: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, isa=isa, processor=processor)
     monkeypatch.setattr(info, "native", lambda: SimpleNamespace(build_info=lambda: backend.BUILD))
     assert f"bfloat16 convolutions of a frozen network: {words}" in info.info()
+
+
+def test_tiles_that_the_system_refuses_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "native", lambda: SimpleNamespace(build_info=lambda: backend.BUILD))
+    for reason, named in (("this processor has none", False), ("the system refused them: Invalid argument", True), ("", False)):
+        pretend(monkeypatch, tiles_why_not=reason)
+        assert (f"AMX's tiles are not in use: {reason}" in info.info()) == named
 
 
 @pytest.mark.parametrize(

@@ -31,16 +31,25 @@
   OP(conv_winograd, ConvArgs)                    \
   OP(conv_winograd_large, ConvArgs)              \
   OP(conv_winograd_upsampled_gradient, ConvArgs) \
+  OP(conv_tiles, ConvArgs)                       \
   OP(resample, ResampleArgs)                     \
   OP(attention, AttentionArgs)                   \
   OP(attention_backward, AttentionBackwardArgs)  \
+  OP(attention_tiles, AttentionArgs)             \
   OP(time_terms, TimeTermsArgs)                  \
   OP(network_input, NetworkInputArgs)            \
   OP(count_step, CountStepArgs)                  \
   OP(pack_winograd, PackWinogradArgs)            \
   OP(conv_winograd_weight_gradient, ConvWinogradWeightGradientArgs)
 
-#define DDPM_FAST_CPU_WORKSPACES(OP) OP(attention, AttentionArgs)
+#define DDPM_FAST_CPU_WORKSPACES(OP) \
+  OP(attention, AttentionArgs)       \
+  OP(attention_tiles, AttentionArgs)
+
+// Kernels that use tiles (see cpu/tiles.h). The instruction set amx has its own, and all others of avx512_bf16.
+#define DDPM_FAST_TILE_OPS(OP) \
+  OP(conv_tiles, ConvArgs)     \
+  OP(attention_tiles, AttentionArgs)
 
 // Kernels of the CPU that a program may call. Every member of a team runs the whole function, so it may write memory only
 // in the body of a parallel_for, and has no ScratchUse::kCall buffer.
@@ -51,8 +60,10 @@
   OP(conv_direct, ConvArgs)                  \
   OP(conv_winograd, ConvArgs)                \
   OP(conv_winograd_large, ConvArgs)          \
+  OP(conv_tiles, ConvArgs)                   \
   OP(resample, ResampleArgs)                 \
   OP(attention, AttentionArgs)               \
+  OP(attention_tiles, AttentionArgs)         \
   OP(reverse_step, ReverseStepArgs)          \
   OP(count_step, CountStepArgs)
 

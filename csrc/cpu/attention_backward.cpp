@@ -82,9 +82,9 @@ void gradients_of_head(const AttentionBackwardArgs& a, Index head) {
     pack_pixels<T>(q, panel, q_pixels + panel * over_channels);
     pack_pixels<T>(dy, panel, dy_pixels + panel * over_channels);
   }
-  pack_channels<T>(q, 0, a.pixels, q_channels);
-  pack_channels<T>(dy, 0, a.pixels, dy_channels);
-  pack_channels<T>(k, 0, a.pixels, k_channels);
+  pack_channels<T>(q, 0, a.pixels, a.pixels, q_channels);
+  pack_channels<T>(dy, 0, a.pixels, a.pixels, dy_channels);
+  pack_channels<T>(k, 0, a.pixels, a.pixels, k_channels);
   const float* softmax = a.softmax + 2 * head * a.pixels;
   for (Index query = 0; query < across; ++query) {
     const bool is_one = query < a.pixels;

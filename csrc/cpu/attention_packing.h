@@ -53,16 +53,16 @@ DDPM_FAST_INLINE Floats load_steps(const T* from, int steps) {
 }
 
 // Packs a panel whose lanes are pixels, for sums over channels in products of type P.
-template <class P, class T>
+template <class P, int lanes = kPanel, class T>
 void pack_pixels(const Rows<const T>& rows, Index panel, float* to) {
   constexpr int width = kWidth<float>;
   const Index all_steps = rows.channels / kStep<P>;
-  for (Index first = 0; first < kPanel; first += width) {
+  for (Index first = 0; first < lanes; first += width) {
     for (Index step = 0; step < all_steps; step += width) {
       const int steps = static_cast<int>(smaller(width, all_steps - step));
       Floats square[width];
       for (int i = 0; i < width; ++i) {
-        const Index pixel = panel * kPanel + first + i;
+        const Index pixel = panel * lanes + first + i;
         if (pixel >= rows.pixels) {
           square[i] = Floats{};
         } else {
@@ -71,7 +71,7 @@ void pack_pixels(const Rows<const T>& rows, Index panel, float* to) {
         }
       }
       transpose(square);
-      for (int i = 0; i < steps; ++i) store(to + (step + i) * kPanel + first, square[i]);
+      for (int i = 0; i < steps; ++i) store(to + (step + i) * lanes + first, square[i]);
     }
   }
 }
@@ -82,18 +82,20 @@ DDPM_FAST_INLINE Floats joined(const Floats (&rows)[2]) {  // a bfloat16 is the 
   return reinterpret_cast<Floats>(reinterpret_cast<Words>(rows[0]) >> 16 | reinterpret_cast<Words>(rows[1]));
 }
 
-// Packs pixels first .. end - 1 of all panels whose lanes are channels, for sums over pixels in products of type P.
-template <class P, class T>
-void pack_channels(const Rows<const T>& rows, Index first, Index end, float* to) {
+// Packs pixels first .. end - 1 of all panels whose lanes are channels, for sums over `depth` pixels in products of type P.
+// Pixels that do not exist are 0.
+template <class P, int lanes = kPanel, class T>
+void pack_channels(const Rows<const T>& rows, Index first, Index end, Index depth, float* to) {
+  const Index steps = round_up(depth, kStep<P>) / kStep<P>;
   for (Index pixel = first; pixel < end; pixel += kStep<P>) {
-    for (Index c = 0; c < panels_of(rows.channels) * kPanel; c += kWidth<float>) {
-      const Index lanes = rows.channels - c;
+    for (Index c = 0; c < round_up(rows.channels, lanes); c += kWidth<float>) {
+      const Index channels = rows.channels - c;
       Floats step[kStep<P>] = {};
-      for (Index s = 0; s < smaller(kStep<P>, end - pixel) && lanes > 0; ++s) {
+      for (Index s = 0; s < smaller(kStep<P>, smaller(end, rows.pixels) - pixel) && channels > 0; ++s) {
         const T* from = rows[pixel + s] + c;
-        step[s] = lanes >= kWidth<float> ? load(from) : load(from, static_cast<int>(lanes));
+        step[s] = channels >= kWidth<float> ? load(from) : load(from, static_cast<int>(channels));
       }
-      store(to + c / kPanel * panel_size<P>(rows.pixels) + pixel / kStep<P> * kPanel + c % kPanel, joined(step));
+      store(to + (c / lanes * steps + pixel / kStep<P>)*lanes + c % lanes, joined(step));
     }
   }
 }

@@ -70,23 +70,27 @@ void zero_pixels(To* to, Index stride, Index pixels) {
 // Copies `columns` pixels of a row of x and skip, from column `first` on, and applies the norm and the activation. The
 // row and the columns may lie outside the map. Pixels outside are 0, without norm and activation.
 //
-// stride: elements per pixel in `to`, the number of channels rounded up.
+// stride: elements per pixel in `to`. If it is larger than the number of channels, the rest is 0.
+// first_channel: where the channels of x and skip begin that are copied, up to `stride` of them.
 template <class T, class To>
-void input_row(const ConvArgs& a, Index sample, Index row, Index first, Index columns, To* to, Index stride) {
+void input_row(const ConvArgs& a, Index sample, Index row, Index first, Index columns, To* to, Index stride,
+               Index first_channel = 0) {
   const Index before = smaller(columns, larger(0, -first)), end = smaller(columns, a.width - first);
   if (row < 0 || row >= a.height || end <= before) return zero_pixels(to, stride, columns);
   zero_pixels(to, stride, before);
   zero_pixels(to + end * stride, stride, columns - end);
   to += before * stride;
   const Index pixels = end - before, total = a.channels + a.skip_channels;
-  if (total < stride) zero_pixels(to, stride, pixels);
+  if (total - first_channel < stride) zero_pixels(to, stride, pixels);
   const Index at = (sample * a.height + row) * a.width + first + before;
-  const auto part = [&](const void* from, Index first_channel, Index channels) {
-    const T* start = static_cast<const T*>(from) + at * channels;
-    To* target = to + first_channel;
-    const float* affine = a.affine == nullptr ? nullptr : a.affine + sample * 3 * total + first_channel;
+  const auto part = [&](const void* from, Index before, Index channels) {
+    const Index begin = larger(first_channel, before), stop = smaller(first_channel + stride, before + channels);
+    if (begin >= stop) return;
+    const T* start = static_cast<const T*>(from) + at * channels + begin - before;
+    To* target = to + begin - first_channel;
+    const float* affine = a.affine == nullptr ? nullptr : a.affine + sample * 3 * total + begin;
     with_act(affine, a.silu, [&](auto normed, auto silu) {
-      copy_pixels<T, To, normed(), silu()>(target, stride, start, channels, pixels, channels, affine, total);
+      copy_pixels<T, To, normed(), silu()>(target, stride, start, channels, pixels, stop - begin, affine, total);
     });
   };
   part(a.x, 0, a.channels);

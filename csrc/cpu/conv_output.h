@@ -6,21 +6,21 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// Writes a panel of output channels.
-template <class T>
+// Writes a panel of output channels, of `vectors` vectors.
+template <class T, int vectors = kPanelVectors>
 class Output {
  public:
   Output(const ConvArgs& a, Index panel)
-      : y_(static_cast<T*>(a.y) + panel * kPanel),
-        residual_(a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + panel * kPanel),
+      : y_(static_cast<T*>(a.y) + panel * kChannels),
+        residual_(a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + panel * kChannels),
         divisor_(a.divisor),
         channels_(a.out_channels),
-        lanes_(a.out_channels - panel * kPanel) {
-    for (int v = 0; v < kPanelVectors; ++v) {
+        lanes_(a.out_channels - panel * kChannels) {
+    for (int v = 0; v < vectors; ++v) {
       const Index lanes = lanes_ - v * kWidth<float>;
       bias_[v] = Floats{};
       if (a.bias == nullptr || lanes <= 0) continue;
-      const float* bias = a.bias + panel * kPanel + v * kWidth<float>;
+      const float* bias = a.bias + panel * kChannels + v * kWidth<float>;
       bias_[v] = lanes >= kWidth<float> ? load(bias) : load(bias, static_cast<int>(lanes));
     }
   }
@@ -41,13 +41,15 @@ class Output {
   }
 
  private:
+  static constexpr Index kChannels = vectors * kWidth<float>;
+
   DDPM_FAST_INLINE Floats divided(Floats value) const { return divisor_ == 1 ? value : value / divisor_; }
 
   T* y_;
   const T* residual_;
   float divisor_;
   Index channels_, lanes_;
-  Floats bias_[kPanelVectors];
+  Floats bias_[vectors];
 };
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

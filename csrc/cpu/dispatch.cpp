@@ -1,10 +1,16 @@
 #include "cpu/dispatch.h"
 
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #ifdef DDPM_FAST_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace ddpm_fast {
@@ -43,6 +49,20 @@ KERNELS(avx512_bf16)
 #else
 NO_KERNELS(avx512_bf16)
 #endif
+#ifdef DDPM_FAST_HAS_amx
+#define REPLACE(name, Args) kernels.name = &name;
+namespace amx {
+DDPM_FAST_TILE_OPS(DECLARE)
+Kernels kernels() {
+  Kernels kernels = avx512_bf16::kernels();
+  DDPM_FAST_TILE_OPS(REPLACE)
+  return kernels;
+}
+}  // namespace amx
+#undef REPLACE
+#else
+NO_KERNELS(amx)
+#endif
 #undef NO_KERNELS
 #undef KERNELS
 #undef WORKSPACE
@@ -64,6 +84,26 @@ bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
+
+bool has_tiles() {
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // leaf 7; older compilers have no names for these bits
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0;
+}
+
+// Asks Linux once to let all threads of this process use tiles, whose registers are too large for threads that never
+// asked. Returns the number of the error, 0 if it does.
+int permission_for_tiles() {
+  static const int error = [] {
+#ifdef __linux__
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, and the state component's number
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 0 : errno;
+#else
+    return ENOSYS;
+#endif
+  }();
+  return error;
+}
 #endif
 
 // Returns the instruction sets from worst to best.
@@ -75,7 +115,9 @@ std::vector<Isa> isas() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   sets.push_back({"avx2", has_avx2, avx2::kernels});
   sets.push_back({"avx512", has_avx512, avx512::kernels});
-  sets.push_back({"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kernels});
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  sets.push_back({"avx512_bf16", has_bf16, avx512_bf16::kernels});
+  sets.push_back({"amx", has_bf16 && has_tiles() && permission_for_tiles() == 0, amx::kernels});
 #endif
   return sets;
 }
@@ -100,13 +142,14 @@ const Isa& best() {
 
 }  // namespace
 
-bool has_amx_bf16() {
+std::string why_not_tiles() {
 #ifdef DDPM_FAST_X86
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // leaf 7; older compilers have no names for these bits
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0;
+  if (!has_tiles()) return "this processor has none";
+  if (permission_for_tiles() != 0)
+    return std::string("the system refused them: ") + std::strerror(permission_for_tiles());
+  return "";
 #else
-  return false;
+  return "this processor has none";
 #endif
 }
 

@@ -15,6 +15,6 @@ std::string isa_in_use();     // the best set of this processor, up to the envir
 std::string processor_isa();  // the best set that this processor has, compiled or not
 std::vector<std::string> compiled_isas();  // worst first
 std::string processor();                   // vendor and number, such as "AuthenticAMD 25"; empty if it is no x86
-bool has_amx_bf16();  // whether there are matrix units for bfloat16; oneDNN uses them, these kernels do not
+std::string why_not_tiles();               // why this process cannot use AMX's tiles; empty if it can
 
 }  // namespace ddpm_fast

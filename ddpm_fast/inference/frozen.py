@@ -29,7 +29,7 @@ from .model import Model, inference_form, placed
 from .network import Network, held_tensors, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram, Value
-from .pytorch_layers import PyTorchLayers, has_prepacked
+from .pytorch_layers import PyTorchLayers
 from .step import StepState, write_beside_condition
 from .turns import Turns
 
@@ -124,10 +124,9 @@ class FrozenUNet:
 
     - Weights are packed at first use, for the method that suits the map's size. Those of Winograd's F(2x2, 3x3) need 16/9
       of the memory of 3x3 weights, and those of F(4x4, 3x3) 36/9. A layer keeps those of each method that it has used,
-      besides a copy of the model's weights.
+      besides a copy of the model's weights. With AMX's tiles there is one method, and no weight is transformed.
     - Norms and activations are applied while a convolution reads its input.
     - Skip connections are read in place, and residuals are added while the output is written.
-    - In bfloat16 on a CPU with AMX, oneDNN computes the convolutions. Weights are reordered once per input shape.
 
     On a GPU, and in other dtypes, weights are cast once and stored channels_last.
 
@@ -150,8 +149,7 @@ class FrozenUNet:
         dtype: Dtype of activations, and of weights but for those that are packed in float32 for bfloat16 activations.
         device: Device of weights and activations.
         digest: SHA-256 of the configuration and the weights from which it was made.
-        why_not_packed: The reason why PyTorch or oneDNN computes the convolutions. None if this package's
-            CPU kernels do.
+        why_not_packed: The reason why PyTorch computes the convolutions. None if this package's CPU kernels do.
     """
 
     def __init__(
@@ -163,7 +161,6 @@ class FrozenUNet:
         self.why_not_packed = conv_ops["direct"].why_not("native", device, dtype) if packed else "it is evaluated once"
         # Tensors of inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad(), torch.device(device):
-            self._by_onednn = packed and self.why_not_packed is not None and device.type == "cpu" and has_prepacked(dtype)
             self._layers = self._new_layers()
             network = read_network(model, dtype, device, num_timesteps, self._layers.stored)
         self._constants = _Constants(model._config, network)
@@ -244,7 +241,7 @@ class FrozenUNet:
         return NativeProgram(calls, inputs, output, threads=torch.get_num_threads())
 
     def _new_layers(self) -> Layers:
-        return PackedLayers(self.dtype) if self.why_not_packed is None else PyTorchLayers(self.dtype, self._by_onednn)
+        return PackedLayers(self.dtype) if self.why_not_packed is None else PyTorchLayers(self.dtype)
 
     def _built(self, layers: Layers, inputs: Sequence[Tensor]) -> tuple[list[Call], list[Buffer], Buffer]:
         """Return the calls, the inputs and the output of a program for inputs of these shapes."""

@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.attention import attention_op
-from ..ops.backend import product_dtype
+from ..ops.attention import attention_op, attention_tiles_op
+from ..ops.backend import BFLOAT16, Bfloat16, product_dtype
 from ..ops.group_norm_affine import group_norm_affine_op
 from ..ops.modes import runs_eagerly
-from ..ops.packed_conv import conv_ops, float_bias, method_of, pack_weights, step_of
+from ..ops.packed_conv import TILE_DEPTH, conv_ops, float_bias, method_of, pack_weights, step_of
 from ..ops.resample import resample_op
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder, Value
 
-# Fewest input channels and fewest output channels for Winograd's method. A network's first and last convolution have fewer and
-# use the direct sum. In the network of Ho et al. that takes 0.05 of 19 ms more in bfloat16 at batch 1, and the whole
-# network's error is 5% smaller.
+# Fewest input channels and fewest output channels for Winograd's method and for tiles. A network's first and last convolution
+# have fewer and use the direct sum. In the network of Ho et al. that takes 0.05 of 19 ms more in bfloat16 at batch 1, and the
+# whole network's error is 5% smaller.
 WINOGRAD_CHANNELS: Final = 16
 
 _HUGE_PAGE: Final = 2 << 20
@@ -42,6 +42,7 @@ class PackedLayers:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype, self._products = dtype, product_dtype(dtype)
+        self._by_tiles = dtype == torch.bfloat16 and BFLOAT16 is Bfloat16.MATRIX_UNITS
         self._packed: dict[tuple[Conv, str, bool], tuple[Tensor, Tensor | None]] = {}
         self._padded: dict[SelfAttention, tuple[Conv, Conv]] = {}
 
@@ -94,7 +95,10 @@ class PackedLayers:
         x, skip = _pair(maps)
         n, _, height, width = x.shape
         upsample = resample == "up"
-        if conv.kernel == 3 and conv.stride == 1 and min(conv.weight.shape[:2]) >= WINOGRAD_CHANNELS:
+        is_wide = min(conv.weight.shape[:2]) >= WINOGRAD_CHANNELS
+        if is_wide and self._by_tiles:
+            method = "tiles"
+        elif is_wide and conv.kernel == 3 and conv.stride == 1:
             method = method_of(n, conv.weight.shape[1], height, width, self._products, upsample=upsample)
         else:
             method = "direct"
@@ -117,12 +121,14 @@ class PackedLayers:
         """Append a self-attention layer with its residual connection."""
         n, _, height, width = x.shape
         if layer not in self._padded:
-            self._padded[layer] = _padded_heads(layer.qkv, layer.out, layer.num_heads, step_of(self._dtype))
+            step = TILE_DEPTH if self._by_tiles else step_of(self._dtype)
+            self._padded[layer] = _padded_heads(layer.qkv, layer.out, layer.num_heads, step)
         to_qkv, to_out = self._padded[layer]
         qkv = self.conv(builder, to_qkv, (x,), norm=layer.norm).as_pixels()  # [N, H W, 3 C]
         scale = (len(layer.out.weight) / layer.num_heads) ** -0.5
         shape = (n, height * width, qkv.shape[2] // 3)
-        h = builder.call(attention_op, qkv, layer.num_heads, scale, shape=shape, dtype=self._dtype)
+        op = attention_tiles_op if self._by_tiles else attention_op
+        h = builder.call(op, qkv, layer.num_heads, scale, shape=shape, dtype=self._dtype)
         return self.conv(builder, to_out, (h.as_map(height, width),), residual=(x,), divisor=layer.divisor)
 
     def _affine(
@@ -148,7 +154,8 @@ class PackedLayers:
     def _weights(self, conv: Conv, method: str, upsample: bool) -> tuple[Tensor, Tensor | None]:
         key = (conv, method, upsample)
         if key not in self._packed:
-            packed = _in_huge_pages(pack_weights(conv.weight, method, self._products, upsample=upsample))
+            dtype = self._dtype if method == "tiles" else self._products
+            packed = _in_huge_pages(pack_weights(conv.weight, method, dtype, upsample=upsample))
             self._packed[key] = (packed, None if conv.bias is None else float_bias(conv.bias))
         return self._packed[key]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -77,7 +77,6 @@ class Builder:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.kept: dict[Hashable, Any] = {}  # constants that several calls use
         self._count = 0
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Buffer:

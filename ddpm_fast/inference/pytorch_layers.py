@@ -1,20 +1,16 @@
 """Layers as calls of PyTorch's convolutions and matrix products, with this package's norms.
 
-They serve GPUs, dtypes without CPU kernels, and CPUs on which oneDNN beats the kernels.
+They serve GPUs, and CPUs or dtypes for which there are no kernels.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn.conv import doubled
-from ..ops.backend import MATRIX_DTYPES
 from ..ops.group_norm_silu import group_norm_silu
-from ..ops.modes import runs_eagerly
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder, Value
 
@@ -24,11 +20,10 @@ class PyTorchLayers:
 
     Args:
         dtype: Dtype of feature maps and weights.
-        by_onednn: Use oneDNN's convolutions with reordered weights; see `has_prepacked`.
     """
 
-    def __init__(self, dtype: torch.dtype, by_onednn: bool) -> None:
-        self._dtype, self._by_onednn = dtype, by_onednn
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         # A captured CUDA graph reads these as long as the network exists.
         self._biases: dict[tuple[Conv, Conv | None], Tensor | None] = {}
 
@@ -68,21 +63,11 @@ class PyTorchLayers:
         shape = (x.shape[0], len(conv.weight), *conv.size(*x.shape[2:]))
         bias = self._bias(conv, shortcut)
         (added,) = (None,) if residual is None else residual
-        if not self._by_onednn or 0 in x.shape:
-            h = builder.call(_convolved, x, conv, bias, shape=shape, dtype=self._dtype)
-            if added is None:
-                return h
-            weight = None if shortcut is None else shortcut.weight.flatten(1)
-            return builder.call(_with_residual, h, added, weight, divisor, shape=shape, dtype=self._dtype)
-        if shortcut is not None and added is not None:
-            added = builder.call(_product, added, shortcut.weight.flatten(1), shape=shape, dtype=self._dtype)
-        reordered = None
-        if runs_eagerly(conv.weight):  # a compiler's sizes may be symbols, which a key would make constants
-            key = (conv, tuple(x.shape))
-            if key not in builder.kept:
-                builder.kept[key] = _reordered(conv, x.shape)
-            reordered = builder.kept[key]
-        return builder.call(_convolved_by_onednn, x, added, conv, reordered, bias, divisor, shape=shape, dtype=self._dtype)
+        h = builder.call(_convolved, x, conv, bias, shape=shape, dtype=self._dtype)
+        if added is None:
+            return h
+        weight = None if shortcut is None else shortcut.weight.flatten(1)
+        return builder.call(_with_residual, h, added, weight, divisor, shape=shape, dtype=self._dtype)
 
     def resampled(self, builder: Builder, maps: tuple[Value, ...], resample: Resample) -> tuple[Buffer, ...]:
         """Append a resampling and return its result."""
@@ -145,11 +130,6 @@ def _with_residual(h: Tensor, residual: Tensor, weight: Tensor | None, divisor: 
     return _divided(h, divisor)
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply the channels of each pixel by a matrix [out, in]."""
-    return F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
-
-
 def _attended(
     h: Tensor,
     residual: Tensor,
@@ -172,58 +152,3 @@ def _attended(
 
 def _divided(x: Tensor, divisor: float) -> Tensor:
     return x if divisor == 1 else x.div_(divisor)
-
-
-# ---------------------------------------------------------------------------------------------------------------- oneDNN
-
-
-def has_prepacked(dtype: torch.dtype) -> bool:
-    """Return whether this PyTorch build has oneDNN convolutions with reordered weights for this CPU.
-
-    torch.compile calls them. They are not a public API.
-    """
-    if not torch.backends.mkldnn.is_available() or dtype not in MATRIX_DTYPES:
-        return False
-    try:
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return False
-        conv = Conv(torch.zeros(1, 1, 1, 1, dtype=dtype, device="cpu"), None)
-        x = torch.zeros(1, 1, 1, 1, dtype=dtype, device="cpu")
-        _convolved_by_onednn(x, x, conv, _reordered(conv, x.shape), None, 1.0)
-    except (AttributeError, RuntimeError):  # another version of PyTorch
-        return False
-    return True
-
-
-def _geometry(conv: Conv) -> tuple[list[int], list[int], list[int], int]:
-    """Return padding, stride, dilation and groups."""
-    return [conv.padding] * 2, [conv.stride] * 2, [1, 1], 1
-
-
-def _reordered(conv: Conv, shape: tuple[int, ...]) -> Tensor:
-    """Return the weights in oneDNN's order for an input of this shape.
-
-    In eager mode PyTorch reorders them at every call.
-    """
-    if conv.asymmetric:
-        n, channels, height, width = shape
-        shape = (n, channels, height + 1, width + 1)
-    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # torch's stub lacks some of its arguments
-    weight: Tensor = reorder(conv.weight.to_mkldnn(), *_geometry(conv), list(shape))
-    return weight
-
-
-def _convolved_by_onednn(
-    x: Tensor, added: Tensor | None, conv: Conv, reordered: Tensor | None, bias: Tensor | None, divisor: float
-) -> Tensor:
-    """Return (conv(x) + added) / divisor."""
-    if reordered is None or not runs_eagerly(x, added):
-        out = _convolved(x, conv, bias)
-        return _divided(out if added is None else out + added, divisor)
-    if conv.asymmetric:
-        x = F.pad(x, (0, 1, 0, 1))
-    ops = torch.ops.mkldnn
-    arguments = (reordered, bias, *_geometry(conv))
-    if added is None:
-        return _divided(ops._convolution_pointwise(x, *arguments, "none", [], ""), divisor)
-    return _divided(ops._convolution_pointwise.binary(x, added, *arguments, "add", None, None, [], None), divisor)

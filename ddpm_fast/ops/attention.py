@@ -132,6 +132,16 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
     return {"qkv": attention_backward_op(grads[0], results.y, results.softmax, a.qkv, a.num_heads, a.scale, backend=a.backend)}
 
 
+# Attention of bfloat16 by AMX's tiles, for frozen networks. Heads have whole tiles of channels.
+attention_tiles_op = FusedOp(
+    OpSpec(
+        "attention_tiles",
+        schema="Tensor qkv, int num_heads, float scale",
+        outputs={"y": _output},
+        fields=_SIZES | {"softmax": lambda a: None},
+        limits={"native": why_not_matrix_kernels},
+    )
+)
 attention_op = FusedOp(
     OpSpec(
         "attention",

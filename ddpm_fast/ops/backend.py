@@ -31,12 +31,12 @@ class Bfloat16(Enum):
     FLOAT32 = "there are no bfloat16 multiply instructions in use"
     UNKNOWN_RATE = "this processor's bfloat16 instructions are not known to be faster than those of float32"
     FULL_RATE = "its bfloat16 instructions make twice the products of those of float32"
-    MATRIX_UNITS = "this CPU has matrix units for bfloat16, which oneDNN uses and the kernels do not"
+    MATRIX_UNITS = "it has matrix units for bfloat16"
 
 
 def bfloat16_of(build: Mapping[str, Any]) -> Bfloat16:
     """Return the way of a processor for which the compiled module gives these facts. Without a module there are none."""
-    if build.get("amx_bf16"):
+    if build.get("isa") == "amx":
         return Bfloat16.MATRIX_UNITS
     if build.get("isa") != "avx512_bf16":
         return Bfloat16.FLOAT32
@@ -138,13 +138,11 @@ def why_not_matrix_kernels(device: torch.device, dtype: torch.dtype, arguments: 
         return f"it computes in float32 and bfloat16, not in {dtype}"
     if BUILD["isa"] == "baseline":
         return why_not_best_isa() or "it needs AVX2 or AVX-512, and the CPU kernels in use are for neither"
-    if dtype == torch.bfloat16 and BFLOAT16 is Bfloat16.MATRIX_UNITS:
-        return str(BFLOAT16.value)
     return None
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which this CPU computes convolutions of maps in `dtype` fastest."""
+    """Return the dtype in which this CPU computes convolutions of maps in `dtype` fastest without matrix units."""
     return torch.float32 if dtype == torch.bfloat16 and BFLOAT16 is not Bfloat16.FULL_RATE else dtype
 
 

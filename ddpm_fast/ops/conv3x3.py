@@ -166,7 +166,7 @@ def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     PyTorch is the default in these cases:
 
     - without gradients, because weights would be packed at every call (`freeze` packs them once)
-    - in bfloat16 on CPUs without instructions for it
+    - in bfloat16 on CPUs without instructions for it, and on CPUs with matrix units, which oneDNN uses
     - under torch.compile
     """
     given = [tensor for tensor in tensors if tensor is not None]
@@ -176,7 +176,7 @@ def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
         and any(tensor.requires_grad for tensor in given)
         and all(tensor.is_cpu and tensor.dtype in MATRIX_DTYPES for tensor in given)
         and why_not_matrix_kernels(given[0].device, dtype) is None
-        and (dtype == torch.float32 or BFLOAT16 is not Bfloat16.FLOAT32)
+        and (dtype == torch.float32 or BFLOAT16 in (Bfloat16.UNKNOWN_RATE, Bfloat16.FULL_RATE))
     )
 
 

@@ -1,6 +1,7 @@
 """Convolutions on packed weights, which `conv3x3` and the frozen network call on CPUs.
 
-The kernels are direct sums or Winograd's F(2x2, 3x3) and F(4x4, 3x3) (Lavin and Gray 2016).
+The kernels are direct sums, by vectors or by the tiles of AMX, or Winograd's F(2x2, 3x3) and F(4x4, 3x3) (Lavin and Gray
+2016).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ WINOGRAD_TILES: Final = 8
 # does not. A random network of 64 channels throughout would have 1.04 times the error of diffusers in channels_last, and one
 # of 80 channels has 0.86 times.
 LARGE_CHANNELS: Final = 80
+
+# Input channels of a product of AMX's tiles (csrc/cpu/tiles.h), and channels of whole tiles of output that threads share.
+TILE_DEPTH: Final = 32
 
 _CHANNELS_LAST: Final = torch.channels_last
 # G of F(4x4, 3x3), as csrc/cpu/winograd_transforms.h evaluates polynomials: a row has the powers of a point, divided by its
@@ -73,13 +77,15 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
     """Return weights in the order in which a kernel reads them: [panels, taps, in / step, panel, step].
 
     A panel is as many output channels as there are sums in registers. A step is the number of input
-    channels per multiply-add, 2 in bfloat16. Incomplete panels and steps are filled with 0.
+    channels per multiply-add, 2 in bfloat16. Incomplete panels and steps are filled with 0. For tiles the
+    order is [phases, out / 16, in / 32, taps of a phase, 16, 16, 2], where "out" and "in" are rounded up to 32.
 
     Args:
         weight: [out, in, k, k].
         method: "direct": taps are the k k pixels of the kernel. With `upsample`, they are the 4 pixels of the
             small map behind each pixel of a 2x2 output square. "winograd": G g G^T for k = 3, in 16 taps.
-            With `upsample`, 36: four phases of 9. "winograd_large": G g G^T in 36 taps.
+            With `upsample`, 36: four phases of 9. "winograd_large": G g G^T in 36 taps. "tiles": the taps of "direct",
+            which are four phases of 4 with `upsample`.
         dtype: Dtype of the result, float32 or bfloat16.
         upsample: Pack for a convolution after an upsampling by 2.
     """
@@ -95,6 +101,11 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
         taps = torch.einsum("pak,qbl,oikl->pqabio", rows, rows, wide).flatten(0, 3)
     else:
         taps = wide.permute(2, 3, 1, 0).flatten(0, 1)
+    if method == "tiles":
+        taps = F.pad(taps, (0, -taps.shape[2] % TILE_DEPTH, 0, -taps.shape[1] % TILE_DEPTH)).to(dtype)  # [taps, in, out]
+        phases, channels, out_channels = 4 if upsample else 1, *taps.shape[1:]
+        tiles = taps.view(phases, len(taps) // phases, channels // TILE_DEPTH, 16, 2, out_channels // 16, 16)
+        return tiles.permute(0, 5, 2, 1, 3, 6, 4).contiguous()
     panel, step = native().cpu.panel, step_of(dtype)
     taps = F.pad(taps, (0, -taps.shape[2] % panel, 0, -taps.shape[1] % step)).to(dtype)  # [taps, in, out]
     panels = taps.view(len(taps), taps.shape[1] // step, step, -1, panel)
@@ -159,10 +170,10 @@ def _kernel(method: str) -> FusedOp:
     )
 
 
-# "direct" takes kernels of 1x1 and 3x3 and strides 1 and 2, "winograd" 3x3 and stride 1. "winograd_large" takes 3x3, stride 1,
-# no upsampling, and weights that are packed in float32. The fourth maps the gradient of an upsampled convolution's output to
-# that of its small input. Its weights are packed flipped, with `upsample`.
-METHODS: Final = ("direct", "winograd", "winograd_large", "winograd_upsampled_gradient")
+# "direct" and "tiles" take kernels of 1x1 and 3x3 and strides 1 and 2, and "tiles" maps in bfloat16. "winograd" takes 3x3 and
+# stride 1. "winograd_large" takes 3x3, stride 1, no upsampling, and weights that are packed in float32. The last one maps the
+# gradient of an upsampled convolution's output to that of its small input. Its weights are packed flipped, with `upsample`.
+METHODS: Final = ("direct", "tiles", "winograd", "winograd_large", "winograd_upsampled_gradient")
 conv_ops: Final = {method: _kernel(method) for method in METHODS}
 
 weight_gradient_op = FusedOp(

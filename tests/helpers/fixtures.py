@@ -48,16 +48,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def matrix_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the kernels of convolution and attention available on any instruction set, even if PyTorch's are faster."""
+    """Make the kernels of convolution and attention by vectors available on any instruction set, even if others are faster."""
     if backend.native_error() is None:
         kernel_calls.pretend(monkeypatch, **kernel_calls.for_any_cpu())
 
 
 @pytest.fixture
 def no_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave bfloat16 to the kernels on CPUs with matrix units too, where it is PyTorch's."""
-    if backend.native_error() is None:
-        kernel_calls.pretend(monkeypatch, amx_bf16=False)
+    """Compute by vectors on CPUs with matrix units, too."""
+    if backend.BUILD.get("isa") == "amx":
+        kernel_calls.pretend(monkeypatch, isa="avx512_bf16")
 
 
 def leave_matrices_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_fast.ops import backend
 from ddpm_fast.ops.fused_op import FusedOp
 
-HAS_BFLOAT16 = backend.BUILD.get("isa") == "avx512_bf16"  # instructions, in the kernels that are in use
+HAS_BFLOAT16 = backend.BUILD.get("isa") in ("avx512_bf16", "amx")  # instructions, in the kernels that are in use
 MATRIX_OPS = ("group_norm_affine", "conv3x3", "attention")  # ops whose kernels are for CPUs only
 
 
@@ -22,14 +22,14 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **build: Any) -> None:
     """Let the compiled module say other facts of its build and processor."""
     for name, value in build.items():
         monkeypatch.setitem(backend.BUILD, name, value)
-    for module in ("ops.backend", "ops.conv3x3", "info"):
+    for module in ("ops.backend", "ops.conv3x3", "inference.packed_layers", "info"):
         monkeypatch.setattr(import_module(f"ddpm_fast.{module}"), "BFLOAT16", backend.bfloat16_of(backend.BUILD))
 
 
 def for_any_cpu() -> dict[str, Any]:
-    """Return the entries of `backend.BUILD` that make the kernels of convolution and attention serve any CPU."""
+    """Return the entries of `backend.BUILD` that make the kernels of convolution and attention by vectors serve any CPU."""
     isa = backend.BUILD["isa"]
-    return {"isa": "avx2" if isa == "baseline" else isa, "amx_bf16": False}
+    return {"isa": {"baseline": "avx2", "amx": "avx512_bf16"}.get(isa, isa)}
 
 
 def launch(module: Any, name: str, **values: Any) -> Any:

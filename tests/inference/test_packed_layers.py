@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from small_unets import relative_error
+from kernel_calls import pretend, with_threads
+from small_unets import VARIANTS, assert_as_right, make_inputs, make_unet, relative_error
 from torch import Tensor
 
+from ddpm_fast import freeze
 from ddpm_fast.inference import packed_layers
 from ddpm_fast.inference.network import Conv, Norm, Resample, SelfAttention
 from ddpm_fast.inference.packed_layers import PackedLayers
@@ -184,6 +186,51 @@ def test_each_method_serves_a_3x3_convolution(
             check(convolution, shape, types, norm, methods=(method,))
 
 
+# Shapes of whole tiles: outputs that threads share, pixels that threads share, a single tile of pixels, several samples in a block.
+TILED = [(1, 64, 0, 128, 16, 16), (2, 40, 24, 96, 32, 32), (1, 32, 0, 128, 4, 4), (6, 33, 0, 64, 8, 8)]
+
+
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+def test_tiles_serve_every_convolution(convolution: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, isa="amx")
+    monkeypatch.setattr(packed_layers, "WINOGRAD_CHANNELS", 0)
+    for shape in (*SHAPES, *TILED):
+        for norm in ("shift", "scale and shift", "linear", None):
+            check(convolution, shape, (torch.bfloat16, torch.bfloat16), norm, methods=("tiles",))
+
+
+@pytest.mark.parametrize("shape", TILED)
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+def test_tiles_give_the_same_bits_for_any_threads_and_batch(
+    convolution: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, isa="amx")
+    kernel, stride, asymmetric, resample = CONVOLUTIONS[convolution]
+    n, channels, skip_channels, out_channels, height, width = shape
+    layers, channels = PackedLayers(torch.bfloat16), channels + skip_channels
+    conv, norm = make_conv(channels, out_channels, kernel, stride=stride, asymmetric=asymmetric), make_norm(channels)
+    x = dense(torch.randn(n, channels, height, width, generator=torch.Generator().manual_seed(0)).bfloat16())
+
+    def out(x: Tensor) -> Tensor:
+        return run(lambda builder, x: layers.conv(builder, conv, (x,), norm=norm, resample=resample), x)
+
+    one = with_threads(1, lambda: out(x))
+    for threads in (2, 3, 7):
+        assert torch.equal(with_threads(threads, lambda: out(x)), one)
+    assert torch.equal(with_threads(2, lambda: out(x[-1:])), one[-1:])
+    assert {method for _, method, _ in layers._packed} == {"tiles"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tiles_serve_a_network(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, isa="amx")
+    model, config = make_unet(variant)
+    inputs, frozen = make_inputs(config, 3), freeze(model, torch.bfloat16)
+    assert_as_right(frozen(*inputs), model, *inputs)
+    assert frozen.why_not_packed is None
+    assert "tiles" in {method for _, method, _ in frozen._layers._packed}
+
+
 def test_the_method_follows_from_the_shape() -> None:
     single, half = torch.float32, torch.bfloat16
     for shape, products, upsample, expected in (
@@ -224,11 +271,14 @@ def test_programs_share_packed_weights() -> None:
 ATTENTIONS = [(1, 1, 1, 1, 2), (2, 3, 5, 1, 6), (1, 2, 8, 8, 40), (2, 1, 7, 9, 130), (2, 4, 4, 5, 3), (3, 4, 4, 4, 1)]
 
 
-@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize("dtype", [*MATRIX_DTYPES, "tiles"])
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("shape", ATTENTIONS)
 @torch.no_grad()
-def test_attention(shape: tuple[int, ...], normed: bool, dtype: torch.dtype) -> None:
+def test_attention(shape: tuple[int, ...], normed: bool, dtype: torch.dtype | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isinstance(dtype, str):
+        pretend(monkeypatch, isa="amx")
+        dtype = torch.bfloat16
     n, heads, height, width, head_dim = shape
     channels = heads * head_dim
     options = {"head_dim": head_dim, "num_groups": 1 if normed else None, "eps": 1e-5, "output_scale_factor": 1.5}

@@ -1,4 +1,4 @@
-"""Layers by PyTorch and by oneDNN's convolutions with weights reordered once."""
+"""Layers by PyTorch's convolutions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from small_unets import VARIANTS, assert_as_right, make_inputs, make_unet, relat
 from torch import Tensor
 
 from ddpm_fast import freeze
-from ddpm_fast.inference import pytorch_layers
 from ddpm_fast.inference.network import Conv
 from ddpm_fast.inference.program import Builder, PythonProgram
-from ddpm_fast.inference.pytorch_layers import PyTorchLayers, has_prepacked
-
-DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if has_prepacked(dtype)]
-needs_onednn = pytest.mark.skipif(not DTYPES, reason="this PyTorch, or this CPU, has no prepacked convolutions")
+from ddpm_fast.inference.pytorch_layers import PyTorchLayers
 
 
 def images(n: int, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,15 +53,12 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("by_onednn", [pytest.param(True, marks=needs_onednn), False], ids=["oneDNN", "PyTorch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @torch.no_grad()
-def test_a_convolution_an_addition_and_a_shortcut(name: str, dtype: torch.dtype, by_onednn: bool) -> None:
-    if by_onednn and dtype not in DTYPES:
-        pytest.skip("oneDNN has no such convolution")
+def test_a_convolution_an_addition_and_a_shortcut(name: str, dtype: torch.dtype) -> None:
     shape, options = CONVOLUTIONS[name]
-    layers = PyTorchLayers(dtype, by_onednn)
+    layers = PyTorchLayers(dtype)
     conv, x = make(layers, shape, **options), images(2, shape[1], dtype)  # type: ignore[arg-type]
     exact = exactly(conv, x)
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
@@ -82,54 +75,11 @@ def test_a_convolution_an_addition_and_a_shortcut(name: str, dtype: torch.dtype,
         assert relative_error(got, (exact + exactly(shortcut, added)) / -2) < 2 * tolerance
 
 
-@needs_onednn
-@torch.no_grad()
-def test_weights_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    count = []
-    real = pytorch_layers._reordered
-    monkeypatch.setattr(pytorch_layers, "_reordered", lambda *a: count.append(1) or real(*a))  # type: ignore[func-returns-value]
-    layers = PyTorchLayers(DTYPES[0], by_onednn=True)
-    count.clear()
-    conv, x = make(layers, (8, 8, 3, 3)), images(2, 8, DTYPES[0])
-    monkeypatch.delattr(pytorch_layers, "_convolved")  # it would reorder them at each call
-    run(layers, conv, x)  # calls the program twice
-    assert len(count) == 1
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.usefixtures("no_matrix_kernels")
-def test_a_network_by_onednn(variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-    real = pytorch_layers._convolved_by_onednn
-    monkeypatch.setattr(pytorch_layers, "_convolved_by_onednn", lambda *a: called.append(1) or real(*a))  # type: ignore[func-returns-value]
+def test_a_network(variant: str, dtype: torch.dtype) -> None:
     model, config = make_unet(variant)
     inputs, frozen = make_inputs(config, 3), freeze(model, dtype)
     assert frozen.why_not_packed == "as on a GPU"
-    called.clear()
     assert_as_right(frozen(*inputs), model, *inputs)
-    assert len(called) > 10
-
-
-def fail(*_: object) -> Tensor:
-    raise AttributeError("no such operator")
-
-
-@pytest.mark.usefixtures("no_matrix_kernels")
-@pytest.mark.parametrize(
-    ("missing", "name", "replacement", "dtype"),
-    [
-        (pytorch_layers, "_convolved_by_onednn", fail, torch.float32),
-        (torch.backends.mkldnn, "is_available", lambda: False, torch.float32),
-        (torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, torch.bfloat16),
-    ],
-    ids=["operator", "library", "bfloat16"],
-)
-def test_pytorchs_convolutions_serve_without_onednns(
-    missing: object, name: str, replacement: object, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(missing, name, replacement)
-    assert not has_prepacked(dtype)
-    model, config = make_unet("one-head-asymmetric")
-    inputs = make_inputs(config, 2)
-    assert_as_right(freeze(model, dtype)(*inputs), model, *inputs)

@@ -23,12 +23,14 @@ TESTS = (
     "ops/test_attention.py::test_scores_far_apart",
     "inference/test_packed_layers.py::test_norm_activation_convolution_and_addition",
     "inference/test_packed_layers.py::test_each_method_serves_a_3x3_convolution",
+    "inference/test_packed_layers.py::test_tiles_serve_every_convolution",
     "inference/test_packed_layers.py::test_attention",
+    "native/test_tiles.py",
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_lesser_instruction_sets(isa: str, pytestconfig: pytest.Config) -> None:
     """Each set takes two processes, because starting them takes most of the time."""
     build = backend.native().build_info()

@@ -351,8 +351,8 @@ def test_forks_parallel_regions_little_memory_and_one_processor() -> None:
 # ------------------------------------------------------------------------------------------------------------ interface
 
 NAMES = (
-    "time_terms, network_input, group_norm_affine, conv_direct, conv_winograd, conv_winograd_large, resample, attention, "
-    "reverse_step, count_step"
+    "time_terms, network_input, group_norm_affine, conv_direct, conv_winograd, conv_winograd_large, conv_tiles, resample, "
+    "attention, attention_tiles, reverse_step, count_step"
 )
 
 

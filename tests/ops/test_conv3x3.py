@@ -233,36 +233,31 @@ def test_a_networks_gradient_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("isa", "amx", "processor", "bfloat16_reason", "products"),
+    ("isa", "processor", "reason", "products", "trained"),
     [
-        ("avx2", False, "AuthenticAMD 25", None, torch.float32),
-        ("avx512", False, "AuthenticAMD 25", None, torch.float32),
-        ("avx512_bf16", False, "AuthenticAMD 25", None, torch.bfloat16),
-        ("avx512_bf16", False, "AuthenticAMD 26", None, torch.bfloat16),
-        ("avx512_bf16", False, "GenuineIntel 6", None, torch.float32),
-        ("avx512_bf16", True, "GenuineIntel 6", "matrix units for bfloat16", torch.float32),
-        ("baseline", False, "AuthenticAMD 25", "it needs AVX2 or AVX-512", torch.float32),
+        ("avx2", "AuthenticAMD 25", None, torch.float32, False),
+        ("avx512", "AuthenticAMD 25", None, torch.float32, False),
+        ("avx512_bf16", "AuthenticAMD 25", None, torch.bfloat16, True),
+        ("avx512_bf16", "AuthenticAMD 26", None, torch.bfloat16, True),
+        ("avx512_bf16", "GenuineIntel 6", None, torch.float32, True),
+        ("amx", "GenuineIntel 6", None, torch.float32, False),  # oneDNN is faster in bfloat16
+        ("baseline", "AuthenticAMD 25", "it needs AVX2 or AVX-512", torch.float32, False),
     ],
 )
 def test_processors_that_kernels_serve(
-    isa: str,
-    amx: bool,
-    processor: str,
-    bfloat16_reason: str | None,
-    products: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    isa: str, processor: str, reason: str | None, products: torch.dtype, trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(monkeypatch, isa=isa, processor_isa=isa, amx_bf16=amx, processor=processor)
-    for dtype, reason in (
-        (torch.float64, "it computes in float32 and bfloat16, not in torch.float64"),
-        (torch.bfloat16, bfloat16_reason),
-        (torch.float32, None if amx else bfloat16_reason),
-    ):
+    pretend(monkeypatch, isa=isa, processor_isa=isa, processor=processor)
+    float64 = "it computes in float32 and bfloat16, not in torch.float64"
+    for dtype, expected in ((torch.float64, float64), (torch.bfloat16, reason), (torch.float32, reason)):
         got = backend.why_not_matrix_kernels(CPU, dtype)
-        assert got is None if reason is None else reason in str(got)
+        assert got is None if expected is None else expected in str(got)
         assert {why_not("native", op, CPU, dtype) for op in MATRIX_OPS} == {got}
     assert backend.product_dtype(torch.bfloat16) == products
     assert backend.product_dtype(torch.float32) == torch.float32
+    weight = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
+    assert conv.is_trained_natively(torch.bfloat16, weight) == trained
+    assert conv.is_trained_natively(torch.float32, weight.detach().float().requires_grad_()) == (isa != "baseline")
 
 
 def test_reasons_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,108 @@
+"""AMX's tiles: the bits of their products, by the hardware and by the C++ that stands for it on other processors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_fast.ops import backend
+from ddpm_fast.ops.attention import attention_tiles_op
+from ddpm_fast.ops.packed_conv import conv_ops, pack_weights
+
+pytestmark = [
+    pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module"),
+    pytest.mark.usefixtures("matrix_kernels"),
+]
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out, _, kernel, _ = weight.shape
+    packed = pack_weights(weight, "tiles", torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    arguments = (x, None, None, False, packed, bias, None, 1.0, False, out, *x.shape[2:], kernel, 1, kernel // 2)
+    y: Tensor = conv_ops["tiles"](*arguments, backend="native")
+    return y
+
+
+def to_float32(exact: Fraction) -> float:
+    """Round to the nearest float32, ties to even, and subnormal numbers to 0."""
+    near = np.float32(float(exact))
+    candidates = (near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf)))
+    best = min(candidates, key=lambda each: (abs(Fraction(float(each)) - exact), int(each.view(np.uint32)) & 1))
+    return without_subnormals(float(best))
+
+
+def without_subnormals(value: float) -> float:
+    return value if abs(value) >= 2**-126 else 0.0
+
+
+def by_the_rule(x: list[float], weight: list[float]) -> float:
+    """Return the sum of products as tiles compute it, 32 at a time: even and odd ones, each one after the other."""
+    total = 0.0
+    for first in range(0, len(x), 32):
+        sums = [0.0, 0.0]
+        for i in range(first, first + 32):
+            product = Fraction(without_subnormals(x[i])) * Fraction(without_subnormals(weight[i]))
+            sums[i % 2] = to_float32(Fraction(sums[i % 2]) + product)
+        total = to_float32(Fraction(total) + Fraction(to_float32(Fraction(sums[0]) + Fraction(sums[1]))))
+    return total
+
+
+# Exponents of x and of the weights.
+RANGES = {"normal": (0, 0), "wide": (-30, 30), "subnormal": (-130, -110), "underflow": (-70, -55)}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_product_has_the_bits_of_the_rule(name: str) -> None:
+    """The bias takes away what the rule gives, in float32, so nothing is left if all bits are equal."""
+    if name == "underflow" and backend.BUILD["isa"] == "baseline":
+        pytest.skip("without fused multiply-add a product that underflows is rounded by itself")
+    low, high = RANGES[name]
+    generator = torch.Generator().manual_seed(len(name))
+
+    def draw(*shape: int, centre: float = 0.0) -> Tensor:
+        exponents = torch.randint(low, high + 1, shape, generator=generator)
+        return torch.ldexp(torch.randn(shape, generator=generator), exponents).mul(2.0**centre).bfloat16()
+
+    # Products of subnormal inputs are 0, so the weights are large.
+    x, weight = draw(1, 96, 1, 1), draw(32, 96, 1, 1, centre=125 if name == "subnormal" else 0)
+    rows, pixel = weight.flatten(1).double().tolist(), x.flatten().double().tolist()
+    expected = torch.tensor([by_the_rule(pixel, row) for row in rows])
+    assert torch.equal(convolved(x, weight), expected.bfloat16().view(1, 32, 1, 1))
+    assert convolved(x, weight, -expected).count_nonzero() == 0
+    assert (expected != 0).sum() > 20
+
+
+def results() -> list[Tensor]:
+    """Return what tiles compute, of every arrangement of tiles and of both kinds of input."""
+    generator, outs = torch.Generator().manual_seed(0), []
+    for n, channels, out, side, kernel in ((1, 64, 128, 16, 3), (1, 96, 128, 4, 3), (3, 32, 40, 7, 3), (2, 64, 64, 32, 1)):
+        x = torch.randn(n, channels, side, side, generator=generator).bfloat16()
+        weight = torch.randn(out, channels, kernel, kernel, generator=generator)
+        outs += [convolved(x * scale, weight * scale) for scale in (1, 2.0**-62)]
+    qkv = torch.randn(2, 70, 3 * 2 * 32, generator=generator).bfloat16()
+    return [*outs, attention_tiles_op(qkv, 2, 0.2, backend="native")]
+
+
+@pytest.mark.again
+@pytest.mark.skipif(backend.BUILD.get("isa") != "amx", reason="this processor has no tiles, or may not use them")
+def test_the_hardware_gives_the_bits_of_the_rule() -> None:
+    code = "from test_tiles import results; print([hash(r.view(int8).numpy().tobytes()) for r in results()])"
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", f"from torch import int8; {code}"],
+            env=os.environ | {"DDPM_FAST_ISA": isa, "PYTHONPATH": os.path.dirname(__file__), "PYTHONHASHSEED": "0"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for isa in ("amx", "avx512_bf16")
+    ]
+    assert printed[0] == printed[1]
