@@ -80,6 +80,8 @@ def compare(names: Sequence[str], job: Job, args: argparse.Namespace, missing: d
     kept = (False, True) if job.device == "cpu" and args.network != "tiny" else (False,)
     with ExitStack() as stack:
         processes = start(names, job, args.formats, kept, stack, missing)
+        if not processes:
+            return []
         taken = common.take_turns({each: partial(process.seconds, 1) for each, process in processes.items()}, args.rounds)
     return [
         {"training step": name, "memory kept": "yes" if kept else "no", "batch": job.batch}

@@ -37,7 +37,8 @@ py::dict build_info() {
   info["isas"] = compiled_isas();
   info["processor_isa"] = processor_isa();
   info["processor"] = processor();
-  info["tiles_why_not"] = why_not_tiles();
+  info["tiles"] = processor_has_tiles();
+  info["tiles_refused"] = tiles_refused();
   info["cuda_archs"] = py::str(DDPM_FAST_CUDA_ARCHS).attr("split")();
   info["cuda_why_not"] = DDPM_FAST_CUDA_WHY_NOT;
 #ifdef _OPENMP

@@ -87,8 +87,8 @@ def _native_lines() -> Iterator[str]:
     yield f"version {build['version']}, compiler {build['compiler']}, OpenMP {'yes' if build['openmp'] else 'no'}"
     yield f"instruction set {build['isa']}, of {', '.join(build['isas'])} (DDPM_FAST_ISA caps it)"
     yield f"bfloat16 convolutions of a frozen network: {_bfloat16_words(build)}"
-    if build["tiles_why_not"].startswith("the system"):
-        yield f"AMX's tiles are not in use: {build['tiles_why_not']}"
+    if build["tiles_refused"]:
+        yield f"AMX's tiles are not in use: {build['tiles_refused']}"
     slow = why_not_best_isa()
     if slow is not None:
         yield slow

@@ -198,7 +198,7 @@ struct ConvArgs {
   const void *x, *skip;  // [n, height, width, channels], [n, height, width, skip_channels]
   const float* affine;   // the result of group_norm_affine; if absent, there is no norm and no act
   bool silu;             // act is SiLU; it needs affine
-  const float* packed;   // weights in panels: see cpu/panel_product.h
+  const float* packed;   // weights in panels: see cpu/panel_product.h; for conv_tiles in tiles: see cpu/tiles.h
   DType packed_dtype;    // that of the maps, or float32: the dtype of products
   const float* bias;     // [out_channels]; may be absent
   const void* residual;  // [n, out_height, out_width, out_channels]; may be absent
@@ -207,14 +207,15 @@ struct ConvArgs {
   // conv_winograd needs kernel 3, stride 1 and padding 1. conv_winograd_large needs the same, upsample false and weights
   // packed in float32. conv_winograd_upsampled_gradient takes x, the gradient of an upsampled convolution's output, to
   // the gradient of the small map, y. It needs 3, 1, 1, upsample false and flipped weights, and x has twice the height
-  // and width of y.
+  // and width of y. conv_tiles needs maps in bfloat16.
   int kernel, stride;  // 1 or 3; 1 or 2
   int padding;         // zeros above and to the left; the size of the output decides those below and to the right
   bool upsample;       // repeat each pixel twice in both directions before the convolution
+  void* workspace;     // conv_tiles_workspace says how many bytes; the others have none
   StreamOrThreads stream_or_threads;
   DDPM_FAST_FIELDS(dtype, y, x, skip, affine, silu, packed, packed_dtype, bias, residual, divisor, n, height, width,
                    channels, skip_channels, out_height, out_width, out_channels, kernel, stride, padding, upsample,
-                   stream_or_threads)
+                   workspace, stream_or_threads)
 };
 
 // Nearest-neighbour upsampling by 2, or the mean of each 2x2 square of pixels:

@@ -43,6 +43,7 @@
   OP(conv_winograd_weight_gradient, ConvWinogradWeightGradientArgs)
 
 #define DDPM_FAST_CPU_WORKSPACES(OP) \
+  OP(conv_tiles, ConvArgs)           \
   OP(attention, AttentionArgs)       \
   OP(attention_tiles, AttentionArgs)
 

@@ -53,6 +53,12 @@ DDPM_FAST_INLINE void over_vectors(Index channels, Column column) {
 template <class T, class To, bool normed, bool silu_>
 void copy_pixels(To* to, Index to_stride, const T* from, Index from_stride, Index pixels, Index channels,
                  const float* affine, Index affine_stride) {
+  if constexpr (!normed && std::is_same_v<T, To>) {
+    for (Index i = 0; i < pixels; ++i) {
+      std::memcpy(to + i * to_stride, from + i * from_stride, static_cast<std::size_t>(channels) * sizeof(T));
+    }
+    return;
+  }
   over_vectors<T>(channels, [&](Index c, auto partial, int lanes) {
     Act<T, normed, silu_> act;
     act.template load_coefficients<partial()>(affine + c, affine_stride, lanes);
@@ -83,10 +89,11 @@ void input_row(const ConvArgs& a, Index sample, Index row, Index first, Index co
   const Index pixels = end - before, total = a.channels + a.skip_channels;
   if (total - first_channel < stride) zero_pixels(to, stride, pixels);
   const Index at = (sample * a.height + row) * a.width + first + before;
-  const auto part = [&](const void* from, Index before, Index channels) {
-    const Index begin = larger(first_channel, before), stop = smaller(first_channel + stride, before + channels);
+  const auto part = [&](const void* from, Index channels_before, Index channels) {
+    const Index begin = larger(first_channel, channels_before);
+    const Index stop = smaller(first_channel + stride, channels_before + channels);
     if (begin >= stop) return;
-    const T* start = static_cast<const T*>(from) + at * channels + begin - before;
+    const T* start = static_cast<const T*>(from) + at * channels + begin - channels_before;
     To* target = to + begin - first_channel;
     const float* affine = a.affine == nullptr ? nullptr : a.affine + sample * 3 * total + begin;
     with_act(affine, a.silu, [&](auto normed, auto silu) {

@@ -13,9 +13,8 @@ struct ConvPartition {
   Index parts;  // parts of the panels
 };
 
-inline ConvPartition partition_strips(Index strips, Index strips_in_block, Index out_channels, int threads,
-                                      Index panel = kPanel) {
-  const Index panels = (out_channels + panel - 1) / panel;
+inline ConvPartition partition_strips(Index strips, Index strips_in_block, Index out_channels, int threads) {
+  const Index panels = (out_channels + kPanel - 1) / kPanel;
   Index blocks = (strips + strips_in_block - 1) / strips_in_block, parts = 1;
   if (blocks >= threads) {
     blocks = smaller(strips, round_up(blocks, threads));

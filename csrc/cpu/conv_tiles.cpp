@@ -6,18 +6,22 @@
 // channels of these pixels take a few kilobytes.
 //
 // A convolution after an upsampling by 2 is four 2x2 convolutions of the small map, one for each phase: see
-// conv3x3_direct.cpp.
+// conv3x3_direct.cpp. A tile of one pixel of 16 samples could leave out taps beside small maps, which nothing here does.
 #include "cpu/conv_input.h"
 #include "cpu/conv_output.h"
-#include "cpu/conv_partition.h"
+#include "cpu/parallel.h"
 #include "cpu/tiles.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
+std::int64_t conv_tiles_workspace(const ConvArgs& a);
+
 namespace {
 
 constexpr int kMaxTaps = 9;
-constexpr Index kPairPanel = 2 * kTileSide;  // output channels that threads share, which weights are padded to
+constexpr Index kPanelTiles = 2;  // weights have whole panels of so many tiles of output channels
+
+constexpr Index quotient_up(Index value, Index unit) { return (value + unit - 1) / unit; }
 
 // A tile of output pixels.
 struct PixelTile {
@@ -26,19 +30,21 @@ struct PixelTile {
   Index pixels[kTileSide];  // their numbers in the output
 };
 
-// Rows of one sample that lie in the buffer together.
+// Rows of one sample that lie in a buffer together.
 struct Side {
   Index sample, top, rows;
+  Index at;  // first row in the buffer
 };
 
-// The buffer of normed input: [32-channel blocks][copies][remainders][rows][columns][32 channels].
+// A buffer of normed input: [32-channel blocks][copies][remainders][rows][columns][32 channels].
 // - With a 1x1 kernel, or if rows of output are whole tiles and the stride is 1, there is one copy. It has columns of
 //   padding, and the next column's tap begins one pixel later.
 // - Otherwise there is one copy for each column of the kernel. It has the pixels that this column reads, without
 //   padding, so a tile may go on in the next row.
 // - Rows are sorted by their remainder modulo the stride. So the rows that a tap reads follow each other.
 struct InputBuffer {
-  InputBuffer(const ConvArgs& args, Index most_rows, Index most_sides)
+  // strips: rows of output. sides: parts of samples to which they belong.
+  InputBuffer(const ConvArgs& args, Index strips, Index sides)
       : a(args),
         width(a.upsample ? a.width : a.out_width),
         padded(a.stride == 1 && (a.kernel == 1 || width % kTileSide == 0)),
@@ -46,10 +52,10 @@ struct InputBuffer {
         columns(padded ? width + a.kernel - 1 : width),
         read_columns((width - 1) * a.stride + a.kernel),
         more_rows((a.kernel - 1) / a.stride),
-        rows(most_rows + most_sides * more_rows),
+        rows(strips + sides * more_rows),
         row_bytes(columns * kTileRowBytes),
         block_bytes(copies * a.stride * rows * row_bytes),
-        blocks((a.channels + a.skip_channels + kTileDepth - 1) / kTileDepth) {}
+        blocks(quotient_up(a.channels + a.skip_channels, kTileDepth)) {}
 
   // Bytes of the buffer. The last tile may read pixels behind it.
   Index bytes() const { return blocks * block_bytes + kTileBytes; }
@@ -60,34 +66,34 @@ struct InputBuffer {
     return ((copy * a.stride + row % a.stride) * rows + row / a.stride) * row_bytes + start;
   }
 
-  // Fills the rows of a side, from row `at` of the buffer on.
-  void fill(char* buffer, BFloat16* one_row, const Side& side, Index at) const {
-    for (Index i = 0; i < (side.rows - 1) * a.stride + a.kernel; ++i) {
-      char* row = buffer + (i % a.stride * rows + at + i / a.stride) * row_bytes;
-      for (Index block = 0; block < blocks; ++block, row += block_bytes) {
-        BFloat16* const to = padded ? reinterpret_cast<BFloat16*>(row) : one_row;
-        input_row<BFloat16>(a, side.sample, side.top * a.stride - a.padding + i, -a.padding,
-                            padded ? columns : read_columns, to, kTileDepth, block * kTileDepth);
-        for (Index copy = 0; copy < (padded ? 0 : copies); ++copy) {
-          char* to_pixel = row + copy * a.stride * rows * row_bytes;
-          for (Index x = 0; x < columns; ++x, to_pixel += kTileRowBytes) {
-            std::memcpy(to_pixel, one_row + (x * a.stride + copy) * kTileDepth, kTileRowBytes);
-          }
+  Index input_rows(const Side& side) const { return (side.rows - 1) * a.stride + a.kernel; }
+
+  // Fills row i of the input rows of a side. `one_row` has read_columns pixels of 32 channels.
+  void fill(char* buffer, BFloat16* one_row, const Side& side, Index i) const {
+    char* row = buffer + (i % a.stride * rows + side.at + i / a.stride) * row_bytes;
+    for (Index block = 0; block < blocks; ++block, row += block_bytes) {
+      BFloat16* const to = padded ? reinterpret_cast<BFloat16*>(row) : one_row;
+      input_row<BFloat16>(a, side.sample, side.top * a.stride - a.padding + i, -a.padding,
+                          padded ? columns : read_columns, to, kTileDepth, block * kTileDepth);
+      for (Index copy = 0; copy < (padded ? 0 : copies); ++copy) {
+        char* to_pixel = row + copy * a.stride * rows * row_bytes;
+        for (Index x = 0; x < columns; ++x, to_pixel += kTileRowBytes) {
+          std::memcpy(to_pixel, one_row + (x * a.stride + copy) * kTileDepth, kTileRowBytes);
         }
       }
     }
   }
 
-  // Appends the tiles of a side, whose rows begin at row `at` of the buffer. Returns the end.
-  PixelTile* tiles_of(const Side& side, Index at, PixelTile* tile) const {
-    const Index all = side.rows * width, scale = a.upsample ? 2 : 1;
-    for (Index first = 0; first < all; first += kTileSide, ++tile) {
-      tile->from = at * row_bytes + (first / width * columns + first % width) * kTileRowBytes;
-      tile->count = static_cast<int>(smaller(kTileSide, all - first));
-      for (int i = 0; i < tile->count; ++i) {
-        const Index y = side.top + (first + i) / width, x = (first + i) % width;
-        tile->pixels[i] = (side.sample * a.out_height + y * scale) * a.out_width + x * scale;
-      }
+  Index tiles_of(const Side& side) const { return quotient_up(side.rows * width, kTileSide); }
+
+  PixelTile tile(const Side& side, Index number) const {
+    const Index first = number * kTileSide, scale = a.upsample ? 2 : 1;
+    PixelTile tile;
+    tile.from = side.at * row_bytes + (first / width * columns + first % width) * kTileRowBytes;
+    tile.count = static_cast<int>(smaller(kTileSide, side.rows * width - first));
+    for (int i = 0; i < tile.count; ++i) {
+      const Index y = side.top + (first + i) / width, x = (first + i) % width;
+      tile.pixels[i] = (side.sample * a.out_height + y * scale) * a.out_width + x * scale;
     }
     return tile;
   }
@@ -96,7 +102,7 @@ struct InputBuffer {
   Index width;  // output pixels of a row, or input pixels before an upsampling
   bool padded;
   Index copies, columns, read_columns;
-  Index more_rows;  // that a side reads beyond one for each row of output and remainder
+  Index more_rows;  // that a side has beyond one for each row of output, of each remainder
   Index rows, row_bytes, block_bytes, blocks;
 };
 
@@ -115,35 +121,40 @@ Taps taps_of(const ConvArgs& a, const InputBuffer& input, int phase) {
   return taps;
 }
 
-// Tiles of pixels times panels of weights.
+// Tiles of pixels times tiles of output channels.
 struct Products {
   const ConvArgs& a;
   const InputBuffer& input;
   const char* buffer;
   const PixelTile* tiles;
-  Index count;  // tiles, a multiple of those of a block
+  Index count;                     // tiles of pixels, a multiple of those of a block
+  Index first_output, end_output;  // multiples of those of a block
   Taps taps;
-  const char* weights;             // the phase's
-  Index first_output, end_output;  // tiles of output channels, multiples of those of a block
-  Index pixel_offset;              // from a pixel's first phase
-};
-
-// A tile store that comes more than about 0.7 us after the last one takes 0.3 us (Sapphire Rapids). So one is made after
-// every 32 channels, which nobody reads.
-struct alignas(64) Unread {
-  char bytes[kTileBytes];
+  const char* weights;  // the phase's
+  Index pixel_offset;   // from a pixel's first phase
 };
 
 // Computes blocks of rows x columns tiles. While the tiles of a block are multiplied, the sums of the last one are
-// written, a few pixels a step, and the weights of the next panel are fetched into the second-level cache.
+// written, a few pixels a step, and weights are fetched into the second-level cache: those of the next panel, or a few
+// kilobytes ahead if all are read once.
 template <int rows, int columns>
-DDPM_FAST_NOINLINE void multiply_blocks(const Products& products, Unread& unread) {
+DDPM_FAST_NOINLINE void multiply_blocks(const Products& products) {
   constexpr int vectors = columns * kTileSide / kWidth<float>, pixels = rows * kTileSide;
-  constexpr int pixels_a_step = columns == 1 ? 2 : 1;
-  using Sums = TileSums<rows, columns>;
+  constexpr Index kAheadBytes = 32 << 10;
+  using Block = TileSums<rows, columns>;
   const Products p = products;  // a copy, which no store can change
-  const Index column_bytes = p.input.blocks * p.taps.count * kTileBytes, steps = p.count / rows * p.input.blocks;
-  const Index lines = (columns * column_bytes / kTileRowBytes + steps * p.taps.count - 1) / (steps * p.taps.count);
+  const Index steps = p.input.blocks * p.taps.count, column_bytes = steps * kTileBytes;
+  const Index panel_bytes = columns * column_bytes, blocks_of_panel = p.count / rows;
+  const Index lines = quotient_up(panel_bytes / kTileRowBytes, steps * blocks_of_panel);
+  const int pixels_a_step = static_cast<int>(quotient_up(pixels, steps));
+  const char* ahead = p.weights + p.first_output * column_bytes;
+  const char* const end_ahead = p.weights + p.end_output * column_bytes;
+  const auto fetch = [&](Index more) {
+    for (; more > 0 && ahead < end_ahead; --more, ahead += kTileRowBytes) __builtin_prefetch(ahead, 0, 2);
+  };
+  fetch((blocks_of_panel == 1 ? smaller(kAheadBytes, panel_bytes) : panel_bytes) / kTileRowBytes);
+
+  FrequentStores stores;
   alignas(64) float sums[2][pixels * columns * kTileSide];
   Output<BFloat16, vectors> outputs[2] = {{p.a, p.first_output / columns}, {p.a, p.first_output / columns}};
   int turn = 0, written = pixels;  // nothing is left to write
@@ -161,99 +172,151 @@ DDPM_FAST_NOINLINE void multiply_blocks(const Products& products, Unread& unread
     }
   };
   for (Index output = p.first_output; output < p.end_output; output += columns) {
-    const char* const weights = p.weights + output * column_bytes;
-    const char* ahead = weights + columns * column_bytes;
-    const char* const end_ahead = output + columns < p.end_output ? ahead + columns * column_bytes : ahead;
     Output<BFloat16, vectors>& to = outputs[output / columns % 2];
     to = Output<BFloat16, vectors>(p.a, output / columns);
     for (Index tile = 0; tile < p.count; tile += rows) {
       const char* b[columns];
-      for (int j = 0; j < columns; ++j) b[j] = weights + j * column_bytes;
-      Sums::clear();
+      for (int j = 0; j < columns; ++j) b[j] = p.weights + (output + j) * column_bytes;
+      Block::clear();
       for (Index block = 0; block < p.input.blocks; ++block) {
         for (int tap = 0; tap < p.taps.count; ++tap) {
           const char* a[rows];
           for (int i = 0; i < rows; ++i) {
             a[i] = p.buffer + p.tiles[tile + i].from + block * p.input.block_bytes + p.taps.offset[tap];
           }
-          Sums::add(a, kTileRowBytes, b);
+          Block::add(a, kTileRowBytes, b);
           for (int j = 0; j < columns; ++j) b[j] += kTileBytes;
-          for (Index line = 0; line < lines && ahead < end_ahead; ++line, ahead += kTileRowBytes) {
-            __builtin_prefetch(ahead, 0, 2);
-          }
+          fetch(lines);
           write(pixels_a_step);
+          stores.after_step();
         }
-        store_tile<4>(unread.bytes, kTileRowBytes);
       }
       write(pixels);
-      Sums::store(sums[turn], columns * kTileSide);
+      Block::store(sums[turn], columns * kTileSide);
       turn ^= 1, written = 0, last = p.tiles + tile, last_output = &to;
     }
   }
   write(pixels);
 }
 
-}  // namespace
+// Multiplies `count` tiles of pixels with tiles of output channels, in all phases. There is memory for a tile more.
+//
+// Two by two tiles load the least. If few pixels share the weights, these are read as seldom as possible.
+void multiply(const ConvArgs& a, const InputBuffer& input, const char* buffer, PixelTile* tiles, Index count,
+              Index first_output, Index end_output, bool has_few_pixels) {
+  const bool in_fours = count == 1 && first_output % 4 == 0 && end_output % 4 == 0;
+  const bool by_fours = has_few_pixels && count % 4 == 0;
+  if (!in_fours && count % 2 != 0) tiles[count++] = {tiles->from, 0, {}};
+  Products products{a, input, buffer, tiles, count, first_output, end_output, {}, nullptr, 0};
+  const Index outputs = round_up(quotient_up(a.out_channels, kTileSide), kPanelTiles);
+  const TileUse in_use;
+  for (int phase = 0; phase < (a.upsample ? 4 : 1); ++phase) {
+    products.taps = taps_of(a, input, phase);
+    products.weights =
+        reinterpret_cast<const char*>(a.packed) + phase * outputs * input.blocks * products.taps.count * kTileBytes;
+    products.pixel_offset = phase / 2 * a.out_width + phase % 2;
+    if (in_fours) {
+      multiply_blocks<1, 4>(products);
+    } else if (by_fours) {
+      multiply_blocks<4, 1>(products);
+    } else {
+      multiply_blocks<2, 2>(products);
+    }
+  }
+}
 
-void conv_tiles(const ConvArgs& a) {
-  const int threads = a.stream_or_threads.threads(), phases = a.upsample ? 4 : 1;
-  // The map whose pixels have sums: the small map with upsampling, the output otherwise.
-  const Index height = a.upsample ? a.height : a.out_height, width = a.upsample ? a.width : a.out_width;
-  const Index strips = a.n * height;  // a strip is a row of one sample
-  if (strips * width * a.out_channels == 0) return;
-  const InputBuffer strip(a, 1, 0);
-  // A block has few enough strips for the second-level cache, and for every thread to get a block. But a thread reads all
-  // weights of its outputs, so it takes some of the outputs rather than a few tiles of pixels.
-  constexpr Index kInputBytes = 1 << 20, kFewestPixels = 256;
-  const Index fewest = larger(strips / threads, (kFewestPixels + width - 1) / width);
-  const Index strips_in_block = larger(1, smaller(fewest, kInputBytes / (strip.blocks * strip.block_bytes)));
-  const ConvPartition partition = partition_strips(strips, strips_in_block, a.out_channels, threads, kPairPanel);
-  const Index most = largest_block(partition), most_sides = (most - 1) / height + 2;
+Index height_of(const ConvArgs& a) { return a.upsample ? a.height : a.out_height; }
+
+// Returns the buffer of the whole input.
+InputBuffer whole_input(const ConvArgs& a) { return InputBuffer(a, a.n * height_of(a), a.n); }
+constexpr Index kMostShared = 8 << 20;  // bytes of it that threads share
+
+// Few pixels: all threads fill one buffer, and then each takes some of the outputs, so that one thread alone reads their
+// weights.
+void share_outputs(const ConvArgs& a, int threads) {
+  const InputBuffer input = whole_input(a);
+  const Index height = height_of(a);
+  char* const buffer = static_cast<char*>(a.workspace);
+  const auto side_of = [&](Index sample) { return Side{sample, 0, height, sample * (height + input.more_rows)}; };
+  const Index input_rows = input.input_rows(side_of(0));
+  const Index values = a.n * input_rows * input.read_columns * input.blocks * kTileDepth;
+  constexpr Index kValuesWorthAThread = 1 << 14;  // of which norm and SiLU take 3 us
+  const Index grain = quotient_up(a.n * input_rows * kValuesWorthAThread, larger(1, values));
+  parallel_for(a.n * input_rows, threads == 1 ? a.n * input_rows : grain, a.stream_or_threads, [&](Index i) {
+    Scratch scratch(ScratchUse::kSlice, Scratch::bytes<BFloat16>(input.read_columns * kTileDepth));
+    BFloat16* const one_row = scratch.take<BFloat16>(input.read_columns * kTileDepth);
+    input.fill(buffer, one_row, side_of(i / input_rows), i % input_rows);
+  });
+
+  const Index tiles_of_sample = input.tiles_of(side_of(0)), all_tiles = a.n * tiles_of_sample;
+  const Index outputs = round_up(quotient_up(a.out_channels, kTileSide), kPanelTiles);
+  const Index unit = all_tiles == 1 && outputs % 4 == 0 ? 4 : kPanelTiles, units = outputs / unit;
+  const Index parts = smaller(units, threads), pieces = smaller(all_tiles, quotient_up(threads, parts));
+  const Index most_tiles = quotient_up(all_tiles, pieces) + 1;
+  parallel_for(parts * pieces, threads == 1 ? parts * pieces : 1, a.stream_or_threads, [&](Index i) {
+    const Index part = i / pieces, piece = i % pieces;
+    Scratch scratch(ScratchUse::kSlice, Scratch::bytes<PixelTile>(most_tiles));
+    PixelTile* const tiles = scratch.take<PixelTile>(most_tiles);
+    Index count = 0;
+    for (Index t = piece * all_tiles / pieces; t < (piece + 1) * all_tiles / pieces; ++t) {
+      tiles[count++] = input.tile(side_of(t / tiles_of_sample), t % tiles_of_sample);
+    }
+    multiply(a, input, buffer, tiles, count, part * units / parts * unit, (part + 1) * units / parts * unit, true);
+  });
+}
+
+// Many pixels: a thread takes a block of strips at a time, for all outputs. A strip is a row of one sample.
+void share_pixels(const ConvArgs& a, int threads) {
+  const Index height = height_of(a), strips = a.n * height;
+  // Blocks leave room in the second-level cache for two panels of weights, and every thread gets as many.
+  constexpr Index kInputBytes = 640 << 10;
+  const Index fewest = quotient_up(strips * (InputBuffer(a, 1, 0).bytes() - kTileBytes), kInputBytes);
+  const Index blocks = smaller(strips, round_up(fewest, threads));
+  const Index most = quotient_up(strips, blocks), most_sides = (most - 1) / height + 2;
   const InputBuffer input(a, most, most_sides);
-  const Index most_tiles = most * width / kTileSide + most_sides + 1;
-  const int taps = a.upsample ? 4 : a.kernel * a.kernel;
-  const Index phase_bytes = partition.panels * kPairPanel / kTileSide * strip.blocks * taps * kTileBytes;
-  constexpr double kTimesAsFast = 16;  // as products of vectors, by which a thread's share is judged
-  const double multiplications = static_cast<double>(strips * width * phases * taps) *
-                                 static_cast<double>(strip.blocks * kTileDepth * a.out_channels) / kTimesAsFast;
-
-  for_each_share(partition, multiplications, a.stream_or_threads, [&](const ConvShare& share) {
+  const Index most_tiles = most * input.width / kTileSide + most_sides + 1;
+  parallel_for(blocks, threads == 1 ? blocks : 1, a.stream_or_threads, [&](Index i) {
+    const Index end = (i + 1) * strips / blocks;
     Scratch scratch(ScratchUse::kSlice, Scratch::bytes<char>(input.bytes()) +
                                             Scratch::bytes<BFloat16>(input.read_columns * kTileDepth) +
                                             Scratch::bytes<PixelTile>(most_tiles));
     char* const buffer = scratch.take<char>(input.bytes());
     BFloat16* const one_row = scratch.take<BFloat16>(input.read_columns * kTileDepth);
     PixelTile* const tiles = scratch.take<PixelTile>(most_tiles);
-    PixelTile* end = tiles;
-    // A block may have rows of several samples.
-    for (Index begin = share.first_strip, at = 0; begin < share.end_strip;) {
-      const Index top = begin % height, rows = smaller(share.end_strip - begin, height - top);
-      const Side side{begin / height, top, rows};
-      input.fill(buffer, one_row, side, at);
-      end = input.tiles_of(side, at, end);
+    Index count = 0, at = 0;
+    for (Index strip = i * strips / blocks; strip < end;) {  // a block may have rows of several samples
+      const Index top = strip % height, rows = smaller(end - strip, height - top);
+      const Side side{strip / height, top, rows, at};
+      for (Index row = 0; row < input.input_rows(side); ++row) input.fill(buffer, one_row, side, row);
+      for (Index tile = 0; tile < input.tiles_of(side); ++tile) tiles[count++] = input.tile(side, tile);
       at += rows + input.more_rows;
-      begin += rows;
+      strip += rows;
     }
-    const TileUse in_use;
-    Unread unread;
-    constexpr Index kOutputs = kPairPanel / kTileSide;
-    Products products{
-        a, input, buffer, tiles, end - tiles, {}, nullptr, share.first_panel * kOutputs, share.end_panel * kOutputs, 0};
-    const bool in_fours = products.first_output % 4 == 0 && products.end_output % 4 == 0;
-    for (int phase = 0; phase < phases; ++phase) {
-      products.taps = taps_of(a, input, phase);
-      products.weights = reinterpret_cast<const char*>(a.packed) + phase * phase_bytes;
-      products.pixel_offset = phase / 2 * a.out_width + phase % 2;
-      if (products.count == 1 && in_fours) {
-        multiply_blocks<1, 4>(products, unread);
-      } else if (products.count % 4 == 0 && partition.parts > 1) {
-        multiply_blocks<4, 1>(products, unread);
-      } else {
-        if (products.count % 2 != 0) tiles[products.count++] = {tiles->from, 0, {}};
-        multiply_blocks<2, 2>(products, unread);
-      }
-    }
+    multiply(a, input, buffer, tiles, count, 0, round_up(quotient_up(a.out_channels, kTileSide), kPanelTiles), false);
   });
+}
+
+}  // namespace
+
+void conv_tiles(const ConvArgs& a) {
+  const Index pixels = a.n * height_of(a) * (a.upsample ? a.width : a.out_width);
+  const Index channels = a.channels + a.skip_channels;
+  if (pixels * a.out_channels * channels == 0) return;
+  // Waking a thread takes as long as so many multiplications: 3 us at 2.5 TFLOP/s.
+  constexpr double kWorthAThread = 1 << 22;
+  const Index taps = a.upsample ? 16 : a.kernel * a.kernel;
+  const bool is_small =
+      static_cast<double>(pixels * taps) * static_cast<double>(channels * a.out_channels) < 2 * kWorthAThread;
+  const int threads = is_small ? 1 : a.stream_or_threads.threads();
+  constexpr Index kManyPixels =
+      256;  // for a thread: with fewer, reading the weights takes longer than filling a buffer
+  const bool can_share = conv_tiles_workspace(a) > 0;
+  pixels < kManyPixels * threads && can_share ? share_outputs(a, threads) : share_pixels(a, threads);
+}
+
+std::int64_t conv_tiles_workspace(const ConvArgs& a) {
+  const Index bytes = whole_input(a).bytes();
+  return bytes <= kMostShared ? bytes : 0;
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

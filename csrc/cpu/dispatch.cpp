@@ -91,20 +91,24 @@ bool has_tiles() {
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0;
 }
 
-// Asks Linux once to let all threads of this process use tiles, whose registers are too large for threads that never
-// asked. Returns the number of the error, 0 if it does.
-int permission_for_tiles() {
-  static const int error = [] {
-#ifdef __linux__
-    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, and the state component's number
-    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 0 : errno;
-#else
-    return ENOSYS;
 #endif
-  }();
+
+// Returns the system's error if this process asked for tiles and may not use them, else 0.
+int& refusal_of_tiles() {
+  static int error = 0;
   return error;
 }
+
+// Asks Linux to let all threads of this process use tiles, whose registers are too large for threads that never asked.
+bool may_use_tiles() {
+#if defined(DDPM_FAST_X86) && defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, and the state component's number
+  refusal_of_tiles() = syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 0 : errno;
+#else
+  refusal_of_tiles() = ENOSYS;
 #endif
+  return refusal_of_tiles() == 0;
+}
 
 // Returns the instruction sets from worst to best.
 std::vector<Isa> isas() {
@@ -117,7 +121,7 @@ std::vector<Isa> isas() {
   sets.push_back({"avx512", has_avx512, avx512::kernels});
   const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   sets.push_back({"avx512_bf16", has_bf16, avx512_bf16::kernels});
-  sets.push_back({"amx", has_bf16 && has_tiles() && permission_for_tiles() == 0, amx::kernels});
+  sets.push_back({"amx", has_bf16 && has_tiles() && refusal_of_tiles() == 0, amx::kernels});
 #endif
   return sets;
 }
@@ -128,7 +132,8 @@ const Isa& best() {
     Isa best_so_far{};
     for (const Isa& isa : isas()) {
       if (isa.kernels == nullptr) continue;
-      if (isa.supported) best_so_far = isa;
+      // Only who will use tiles asks for them: afterwards the system refuses small signal stacks.
+      if (isa.supported && (isa.name != std::string("amx") || may_use_tiles())) best_so_far = isa;
       if (cap != nullptr && isa.name == std::string(cap)) return best_so_far;
     }
     if (cap != nullptr && *cap != '\0') {
@@ -142,15 +147,23 @@ const Isa& best() {
 
 }  // namespace
 
-std::string why_not_tiles() {
+bool processor_has_tiles() {
 #ifdef DDPM_FAST_X86
-  if (!has_tiles()) return "this processor has none";
-  if (permission_for_tiles() != 0)
-    return std::string("the system refused them: ") + std::strerror(permission_for_tiles());
-  return "";
+  return has_tiles();
 #else
-  return "this processor has none";
+  return false;
 #endif
+}
+
+std::string tiles_refused() {
+  switch (refusal_of_tiles()) {
+    case 0:
+      return "";
+    case ENOSPC:
+      return "the signal stack of a thread is too small for their registers";
+    default:
+      return std::string("the system refused them, as Linux before 5.16 does: ") + std::strerror(refusal_of_tiles());
+  }
 }
 
 std::string processor() {

@@ -15,6 +15,7 @@ std::string isa_in_use();     // the best set of this processor, up to the envir
 std::string processor_isa();  // the best set that this processor has, compiled or not
 std::vector<std::string> compiled_isas();  // worst first
 std::string processor();                   // vendor and number, such as "AuthenticAMD 25"; empty if it is no x86
-std::string why_not_tiles();               // why this process cannot use AMX's tiles; empty if it can
+bool processor_has_tiles();                // AMX for bfloat16
+std::string tiles_refused();               // why this process may not use them; empty if it may, or did not ask
 
 }  // namespace ddpm_fast

@@ -122,6 +122,19 @@ DDPM_FAST_INLINE void add_product() {
 
 #endif
 
+// A tile store that comes more than about 0.7 us after the last one takes 0.3 us (Sapphire Rapids). So the products below
+// store a tile that nobody reads after every eighth step.
+class FrequentStores {
+ public:
+  DDPM_FAST_INLINE void after_step() {
+    if (++steps_ % 8 == 0) store_tile<4>(unread_, kTileRowBytes);
+  }
+
+ private:
+  alignas(64) char unread_[kTileBytes];
+  int steps_ = 0;
+};
+
 // Products of `rows` tiles with `columns` tiles, one depth of a tile at a time. The sums are in tiles 0 .. rows columns - 1,
 // row by row. Two by two, each loaded tile is used twice. Four by one reads the least of the second factor, and one by
 // four the least of the first.

@@ -17,14 +17,14 @@ from ..ops.attention import attention_op, attention_tiles_op
 from ..ops.backend import BFLOAT16, Bfloat16, product_dtype
 from ..ops.group_norm_affine import group_norm_affine_op
 from ..ops.modes import runs_eagerly
-from ..ops.packed_conv import TILE_DEPTH, conv_ops, float_bias, method_of, pack_weights, step_of
+from ..ops.packed_conv import conv_ops, float_bias, method_of, pack_weights, step_of
 from ..ops.resample import resample_op
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder, Value
 
-# Fewest input channels and fewest output channels for Winograd's method and for tiles. A network's first and last convolution
-# have fewer and use the direct sum. In the network of Ho et al. that takes 0.05 of 19 ms more in bfloat16 at batch 1, and the
-# whole network's error is 5% smaller.
+# Fewest input channels and fewest output channels for Winograd's method. A network's first and last convolution have fewer and
+# use the direct sum. In the network of Ho et al. that takes 0.05 of 19 ms more in bfloat16 at batch 1, and the whole
+# network's error is 5% smaller.
 WINOGRAD_CHANNELS: Final = 16
 
 _HUGE_PAGE: Final = 2 << 20
@@ -95,10 +95,9 @@ class PackedLayers:
         x, skip = _pair(maps)
         n, _, height, width = x.shape
         upsample = resample == "up"
-        is_wide = min(conv.weight.shape[:2]) >= WINOGRAD_CHANNELS
-        if is_wide and self._by_tiles:
+        if self._by_tiles:
             method = "tiles"
-        elif is_wide and conv.kernel == 3 and conv.stride == 1:
+        elif conv.kernel == 3 and conv.stride == 1 and min(conv.weight.shape[:2]) >= WINOGRAD_CHANNELS:
             method = method_of(n, conv.weight.shape[1], height, width, self._products, upsample=upsample)
         else:
             method = "direct"
@@ -121,8 +120,7 @@ class PackedLayers:
         """Append a self-attention layer with its residual connection."""
         n, _, height, width = x.shape
         if layer not in self._padded:
-            step = TILE_DEPTH if self._by_tiles else step_of(self._dtype)
-            self._padded[layer] = _padded_heads(layer.qkv, layer.out, layer.num_heads, step)
+            self._padded[layer] = _padded_heads(layer.qkv, layer.out, layer.num_heads, step_of(self._dtype))
         to_qkv, to_out = self._padded[layer]
         qkv = self.conv(builder, to_qkv, (x,), norm=layer.norm).as_pixels()  # [N, H W, 3 C]
         scale = (len(layer.out.weight) / layer.num_heads) ** -0.5

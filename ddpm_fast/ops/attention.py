@@ -17,7 +17,7 @@ from .derivative import gradients_of
 from .fused_op import FusedOp
 from .modes import is_transformed
 from .op_spec import Gradient, OpSpec
-from .packed_conv import step_of
+from .packed_conv import step_of, why_not_tiles
 
 # Fewest pixels for which a layer's training step is faster than with PyTorch's attention. Its time relative to PyTorch's
 # (256 channels in one head, batch 16, two cores with AVX-512 BF16):
@@ -132,14 +132,14 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
     return {"qkv": attention_backward_op(grads[0], results.y, results.softmax, a.qkv, a.num_heads, a.scale, backend=a.backend)}
 
 
-# Attention of bfloat16 by AMX's tiles, for frozen networks. Heads have whole tiles of channels.
+# Attention in bfloat16 by AMX's tiles, for frozen networks.
 attention_tiles_op = FusedOp(
     OpSpec(
         "attention_tiles",
         schema="Tensor qkv, int num_heads, float scale",
         outputs={"y": _output},
         fields=_SIZES | {"softmax": lambda a: None},
-        limits={"native": why_not_matrix_kernels},
+        limits={"native": lambda device, dtype, a: why_not_tiles(device, dtype) or _why_not_native(device, dtype, a)},
     )
 )
 attention_op = FusedOp(

@@ -16,7 +16,7 @@ from ..dtypes import opmath
 from ..errors import InvalidValue
 from .arguments import check_like
 from .autocast import autocast
-from .backend import BFLOAT16, MATRIX_DTYPES, Bfloat16, product_dtype, why_not_matrix_kernels
+from .backend import BFLOAT16, BUILD, MATRIX_DTYPES, Bfloat16, product_dtype, why_not_matrix_kernels
 from .derivative import gradients_of
 from .fused_op import FusedOp
 from .modes import is_transformed, runs_eagerly
@@ -166,7 +166,7 @@ def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     PyTorch is the default in these cases:
 
     - without gradients, because weights would be packed at every call (`freeze` packs them once)
-    - in bfloat16 on CPUs without instructions for it, and on CPUs with matrix units, which oneDNN uses
+    - in bfloat16 on CPUs without instructions for it, and on CPUs with AMX, which oneDNN uses
     - under torch.compile
     """
     given = [tensor for tensor in tensors if tensor is not None]
@@ -176,7 +176,7 @@ def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
         and any(tensor.requires_grad for tensor in given)
         and all(tensor.is_cpu and tensor.dtype in MATRIX_DTYPES for tensor in given)
         and why_not_matrix_kernels(given[0].device, dtype) is None
-        and (dtype == torch.float32 or BFLOAT16 in (Bfloat16.UNKNOWN_RATE, Bfloat16.FULL_RATE))
+        and (dtype == torch.float32 or (BFLOAT16 is not Bfloat16.FLOAT32 and not BUILD["tiles"]))
     )
 
 

@@ -26,7 +26,7 @@ WINOGRAD_TILES: Final = 8
 # of 80 channels has 0.86 times.
 LARGE_CHANNELS: Final = 80
 
-# Input channels of a product of AMX's tiles (csrc/cpu/tiles.h), and channels of whole tiles of output that threads share.
+# Input channels of a product of AMX's tiles (csrc/cpu/tiles.h). Weights for tiles have whole 32 output channels, too.
 TILE_DEPTH: Final = 32
 
 _CHANNELS_LAST: Final = torch.channels_last
@@ -92,15 +92,14 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
     if method == "winograd":
         packed: Tensor = pack_winograd_op(weight.detach().float(), dtype, False, upsample)
         return packed
-    wide = weight.detach().double()
     if method == "winograd_large":
-        rows = wide.new_tensor(_LARGE)
+        wide, rows = weight.detach().double(), weight.new_tensor(_LARGE, dtype=torch.float64)
         taps = torch.einsum("pk,ql,oikl->pqio", rows, rows, wide).flatten(0, 1)
     elif upsample:
-        rows = wide.new_tensor(_UPSAMPLED)
+        wide, rows = weight.detach().double(), weight.new_tensor(_UPSAMPLED, dtype=torch.float64)
         taps = torch.einsum("pak,qbl,oikl->pqabio", rows, rows, wide).flatten(0, 3)
     else:
-        taps = wide.permute(2, 3, 1, 0).flatten(0, 1)
+        taps = weight.detach().permute(2, 3, 1, 0).flatten(0, 1)
     if method == "tiles":
         taps = F.pad(taps, (0, -taps.shape[2] % TILE_DEPTH, 0, -taps.shape[1] % TILE_DEPTH)).to(dtype)  # [taps, in, out]
         phases, channels, out_channels = 4 if upsample else 1, *taps.shape[1:]
@@ -146,6 +145,13 @@ pack_winograd_op = FusedOp(
 # ---------------------------------------------------------------------------------------------------------------- kernels
 
 
+def why_not_tiles(device: torch.device, dtype: torch.dtype, arguments: Any = None) -> str | None:
+    """Return why kernels on tiles cannot run for this device and dtype, or None if they can. Most processors emulate tiles."""
+    if dtype != torch.bfloat16:
+        return f"it computes in bfloat16, not in {dtype}"
+    return why_not_matrix_kernels(device, dtype)
+
+
 def _empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     return torch.empty((x.shape[0], channels, height, width), dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
 
@@ -165,7 +171,7 @@ def _kernel(method: str) -> FusedOp:
                 "channels": lambda a: a.x.shape[1],
                 "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
             },
-            limits={"native": why_not_matrix_kernels},
+            limits={"native": why_not_tiles if method == "tiles" else why_not_matrix_kernels},
         )
     )
 

@@ -15,6 +15,7 @@ from ddpm_fast.ops import backend
 from ddpm_fast.ops.fused_op import FusedOp
 
 HAS_BFLOAT16 = backend.BUILD.get("isa") in ("avx512_bf16", "amx")  # instructions, in the kernels that are in use
+TRAINS_BFLOAT16 = HAS_BFLOAT16 and not backend.BUILD.get("tiles")  # oneDNN uses AMX
 MATRIX_OPS = ("group_norm_affine", "conv3x3", "attention")  # ops whose kernels are for CPUs only
 
 
@@ -29,7 +30,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **build: Any) -> None:
 def for_any_cpu() -> dict[str, Any]:
     """Return the entries of `backend.BUILD` that make the kernels of convolution and attention by vectors serve any CPU."""
     isa = backend.BUILD["isa"]
-    return {"isa": {"baseline": "avx2", "amx": "avx512_bf16"}.get(isa, isa)}
+    return {"isa": {"baseline": "avx2", "amx": "avx512_bf16"}.get(isa, isa), "tiles": False}
 
 
 def launch(module: Any, name: str, **values: Any) -> Any:

@@ -186,14 +186,13 @@ def test_each_method_serves_a_3x3_convolution(
             check(convolution, shape, types, norm, methods=(method,))
 
 
-# Shapes of whole tiles: outputs that threads share, pixels that threads share, a single tile of pixels, several samples in a block.
+# Shapes of whole tiles: outputs that threads share, pixels that they share, one tile of pixels, several samples in a block.
 TILED = [(1, 64, 0, 128, 16, 16), (2, 40, 24, 96, 32, 32), (1, 32, 0, 128, 4, 4), (6, 33, 0, 64, 8, 8)]
 
 
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
 def test_tiles_serve_every_convolution(convolution: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, isa="amx")
-    monkeypatch.setattr(packed_layers, "WINOGRAD_CHANNELS", 0)
     for shape in (*SHAPES, *TILED):
         for norm in ("shift", "scale and shift", "linear", None):
             check(convolution, shape, (torch.bfloat16, torch.bfloat16), norm, methods=("tiles",))

@@ -110,7 +110,7 @@ def test_build_info() -> None:
     assert build["version"] == ddpm_fast.__version__
     assert build["isas"][0] == "baseline"
     assert build["isa"] in build["isas"]
-    assert build["processor_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
+    assert build["processor_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
     assert bool(build["cuda_archs"]) != bool(build["cuda_why_not"])
 
 

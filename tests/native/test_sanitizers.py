@@ -20,6 +20,8 @@ CASES = (
     "tests/ops/test_independence.py",
     "tests/native/test_elementwise.py",
     "tests/native/test_group_norm.py",
+    "tests/native/test_tiles.py",
+    "tests/inference/test_packed_layers.py::test_tiles_serve_every_convolution",
 )
 OVERRUN = """
 import torch

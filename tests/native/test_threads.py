@@ -24,7 +24,7 @@ from torch import Tensor
 
 import ddpm_fast  # noqa: F401 (theirs)
 from ddpm_fast.ops import backend
-from ddpm_fast.ops.attention import attention_op
+from ddpm_fast.ops.attention import attention_op, attention_tiles_op
 from ddpm_fast.ops.fused_op import FusedOp
 from ddpm_fast.ops.group_norm_affine import group_norm_affine_op
 from ddpm_fast.ops.packed_conv import conv_ops, pack_weights
@@ -83,7 +83,13 @@ def network(dtype: torch.dtype = torch.float32, n: int = 3, size: int = 18, chan
     weight = randn(channels, channels, 3, 3) / 25
     packed = {
         method: pack_weights(weight, method.split()[0], dtype, upsample="up" in method)
-        for method in ("winograd", "direct", "winograd up", "direct up")
+        for method in (
+            "winograd",
+            "direct",
+            "winograd up",
+            "direct up",
+            *(("tiles", "tiles up") if dtype == torch.bfloat16 else ()),
+        )
     }
     qkv = pack_weights(randn(3 * channels, channels, 1, 1) / 8, "direct", dtype)
     joined = pack_weights(randn(channels, 2 * channels, 3, 3) / 36, "winograd", dtype)
@@ -106,6 +112,8 @@ def network(dtype: torch.dtype = torch.float32, n: int = 3, size: int = 18, chan
         heads = run(conv_ops["direct"], y, None, None, False, qkv, None, None, 1.0, False, 3 * channels, size, size, 1, 1, 0)
         heads = heads.permute(0, 2, 3, 1).flatten(1, 2)
         attended = run(attention_op, heads, 4, 0.25)
+        if "tiles" in packed:
+            results.append(run(attention_tiles_op, heads, 4, 0.25))
         mean = run(resample_op, y, affine, True, False)
         back = run(resample_op, mean, affine, False, True)
         return [*results, strided, both, y, heads, attended, mean, back]
@@ -141,7 +149,7 @@ def test_threads_and_programs_change_no_bit(dtype: torch.dtype) -> None:
     for threads in THREADS:
         assert_same(with_threads(threads, compute), expected)
         program, results = program_of(compute, threads)
-        assert len(program) == 12
+        assert len(program) == (15 if dtype == torch.bfloat16 else 12)  # with tiles or without
         for _ in range(3):
             for result in results:
                 result.fill_(torch.nan)

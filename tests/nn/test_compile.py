@@ -124,7 +124,6 @@ def test_a_frozen_network_is_that_of_eager_mode(options: str, dtype: torch.dtype
         torch.testing.assert_close(got, frozen(*inputs), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.usefixtures("no_matrix_units")  # PyTorch's own rounding differs between eager and compiled code
 @pytest.mark.slow
 def test_a_frozen_network_compiles_after_its_model() -> None:
     """They share code, and a graph that was made dynamic for one must not be taken for the other."""

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from kernel_calls import HAS_BFLOAT16
+from kernel_calls import HAS_BFLOAT16, TRAINS_BFLOAT16
 from small_unets import relative_error
 from torch import Tensor, nn
 
@@ -182,7 +182,7 @@ class TestWhereItServes:
             layer(x)
         copy.deepcopy(layer).requires_grad_(False)(x)
         layer(x[..., :5])  # too few pixels
-        for dtype in (torch.float16, *([] if HAS_BFLOAT16 else [torch.bfloat16])):
+        for dtype in (torch.float16, *([] if TRAINS_BFLOAT16 else [torch.bfloat16])):
             with torch.autocast("cpu", dtype):
                 layer(x)
         copy.deepcopy(layer).double()(x.double())

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from kernel_calls import HAS_BFLOAT16, MATRIX_OPS, pretend
+from kernel_calls import HAS_BFLOAT16, MATRIX_OPS, TRAINS_BFLOAT16, pretend
 from op_calls import make_call
 from op_cases import Case
 from parity import Expected, evaluate
@@ -161,7 +161,7 @@ class TestWhereItServes:
         with torch.no_grad():
             layer(x)
         copy.deepcopy(layer).requires_grad_(False)(x)
-        for dtype in (torch.float16, *([] if HAS_BFLOAT16 else [torch.bfloat16])):
+        for dtype in (torch.float16, *([] if TRAINS_BFLOAT16 else [torch.bfloat16])):
             with torch.autocast("cpu", dtype):
                 assert layer(x).dtype == dtype
         layer(torch.randn(8, 8, 8))  # no batch
@@ -233,21 +233,28 @@ def test_a_networks_gradient_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("isa", "processor", "reason", "products", "trained"),
+    ("isa", "tiles", "processor", "reason", "products", "trained"),
     [
-        ("avx2", "AuthenticAMD 25", None, torch.float32, False),
-        ("avx512", "AuthenticAMD 25", None, torch.float32, False),
-        ("avx512_bf16", "AuthenticAMD 25", None, torch.bfloat16, True),
-        ("avx512_bf16", "AuthenticAMD 26", None, torch.bfloat16, True),
-        ("avx512_bf16", "GenuineIntel 6", None, torch.float32, True),
-        ("amx", "GenuineIntel 6", None, torch.float32, False),  # oneDNN is faster in bfloat16
-        ("baseline", "AuthenticAMD 25", "it needs AVX2 or AVX-512", torch.float32, False),
+        ("avx2", False, "AuthenticAMD 25", None, torch.float32, False),
+        ("avx512", False, "AuthenticAMD 25", None, torch.float32, False),
+        ("avx512_bf16", False, "AuthenticAMD 25", None, torch.bfloat16, True),
+        ("avx512_bf16", False, "AuthenticAMD 26", None, torch.bfloat16, True),
+        ("avx512_bf16", False, "GenuineIntel 6", None, torch.float32, True),
+        ("avx512_bf16", True, "GenuineIntel 6", None, torch.float32, False),  # oneDNN is faster in bfloat16
+        ("amx", True, "GenuineIntel 6", None, torch.float32, False),
+        ("baseline", False, "AuthenticAMD 25", "it needs AVX2 or AVX-512", torch.float32, False),
     ],
 )
 def test_processors_that_kernels_serve(
-    isa: str, processor: str, reason: str | None, products: torch.dtype, trained: bool, monkeypatch: pytest.MonkeyPatch
+    isa: str,
+    tiles: bool,
+    processor: str,
+    reason: str | None,
+    products: torch.dtype,
+    trained: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pretend(monkeypatch, isa=isa, processor_isa=isa, processor=processor)
+    pretend(monkeypatch, isa=isa, tiles=tiles, processor_isa=isa, processor=processor)
     float64 = "it computes in float32 and bfloat16, not in torch.float64"
     for dtype, expected in ((torch.float64, float64), (torch.bfloat16, reason), (torch.float32, reason)):
         got = backend.why_not_matrix_kernels(CPU, dtype)

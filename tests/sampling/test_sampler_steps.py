@@ -34,8 +34,7 @@ class Called:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.usefixtures("no_matrix_units")
-def test_a_program_gives_the_bits_of_the_network_and_reverse_step(case: str, dtype: torch.dtype, no_matrix_units: None) -> None:
+def test_a_program_gives_the_bits_of_the_network_and_reverse_step(case: str, dtype: torch.dtype) -> None:
     network, plan, arguments = CASES[case]
     frozen = freeze(tiny_unet(**network), dtype, num_timesteps=20)
     images = draw(frozen, 5, plan, **arguments)
