@@ -92,7 +92,8 @@ void attention_tiles(const AttentionArgs& a) {
 }
 
 std::int64_t attention_tiles_workspace(const AttentionArgs& a) {
-  const Index values = a.n * a.num_heads * padded_pixels(a) * padded_channels(a);  // of keys, and as many of values
+  // The keys and the values of all heads.
+  const Index values = a.n * a.num_heads * padded_pixels(a) * padded_channels(a);
   return 2 * values * static_cast<Index>(sizeof(BFloat16));
 }
 

@@ -240,7 +240,7 @@ void share_outputs(const ConvArgs& a, int threads) {
   const auto side_of = [&](Index sample) { return Side{sample, 0, height, sample * (height + input.more_rows)}; };
   const Index input_rows = input.input_rows(side_of(0));
   const Index values = a.n * input_rows * input.read_columns * input.blocks * kTileDepth;
-  constexpr Index kValuesWorthAThread = 1 << 14;  // of which norm and SiLU take 3 us
+  constexpr Index kValuesWorthAThread = 1 << 14;  // norm and SiLU take 3 us for as many
   const Index grain = quotient_up(a.n * input_rows * kValuesWorthAThread, larger(1, values));
   parallel_for(a.n * input_rows, threads == 1 ? a.n * input_rows : grain, a.stream_or_threads, [&](Index i) {
     Scratch scratch(ScratchUse::kSlice, Scratch::bytes<BFloat16>(input.read_columns * kTileDepth));
