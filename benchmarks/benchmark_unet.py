@@ -108,9 +108,10 @@ def plot(rows: Sequence[dict[str, Any]], title: str) -> Any:
             axes.errorbar([row["batch"] for row in mine], [s.median for s in speeds], common.errors(speeds), **style)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(xlabel="batch size", ylim=(0, None), title=f"{title}, {dtype}")
-    panels[0][0].set_ylabel("images per second and step (median, quartiles)")
-    panels[0][0].legend(frameon=False)
+        axes.set(xlabel="batch size", title=f"{title}, {dtype}")
+    # After all panels, which share the axis. From here on it is no longer fitted to what is drawn.
+    panels[0][0].set(ylim=(0, None), ylabel="images per second and step (median, quartiles)")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 
