@@ -229,7 +229,7 @@ Index height_of(const ConvArgs& a) { return a.upsample ? a.height : a.out_height
 
 // Returns the buffer of the whole input.
 InputBuffer whole_input(const ConvArgs& a) { return InputBuffer(a, a.n * height_of(a), a.n); }
-constexpr Index kMostShared = 8 << 20;  // bytes of it that threads share
+constexpr Index kMostShared = 8 << 20;  // bytes of a buffer that threads share
 
 // Few pixels: all threads fill one buffer, and then each takes some of the outputs, so that one thread alone reads their
 // weights.
@@ -308,8 +308,8 @@ void conv_tiles(const ConvArgs& a) {
   const bool is_small =
       static_cast<double>(pixels * taps) * static_cast<double>(channels * a.out_channels) < 2 * kWorthAThread;
   const int threads = is_small ? 1 : a.stream_or_threads.threads();
-  constexpr Index kManyPixels =
-      256;  // for a thread: with fewer, reading the weights takes longer than filling a buffer
+  // With fewer pixels for a thread, reading the weights takes longer than filling a buffer together.
+  constexpr Index kManyPixels = 256;
   const bool can_share = conv_tiles_workspace(a) > 0;
   pixels < kManyPixels * threads && can_share ? share_outputs(a, threads) : share_pixels(a, threads);
 }
