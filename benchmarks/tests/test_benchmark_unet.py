@@ -11,6 +11,7 @@ import idioms
 import numpy as np
 import pytest
 import torch
+from common import Spread
 from peers import NETWORKS, OURS, Peer
 from processes import Job, PeerFailed
 from small_unets import SMALL
@@ -79,3 +80,16 @@ def test_peers_that_are_installed_compute_the_same(tmp_path: Path, monkeypatch: 
     sections = json.loads(out.read_text(encoding="utf-8"))
     assert [row["contestant"] for row in sections["unet_speed float32 batch 2"]["rows"]] == names
     assert out.with_name("results_unet_speed.png").is_file()
+
+
+def test_both_panels_of_the_plot_show_all_speeds() -> None:
+    speeds = {"float32": 10.0, "bf16": 100.0}
+    rows = [
+        {"dtype": dtype, "contestant": OURS, "batch": batch, "images/s": Spread(speed, speed, speed)}
+        for dtype, speed in speeds.items()
+        for batch in (1, 4)
+    ]
+    figure = benchmark_unet.plot(rows, "a network")
+    for axes in figure.axes:
+        assert axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > 100

@@ -29,7 +29,7 @@ Example:
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "small": (
-        "64x64 photographs become recognizable in five to ten minutes on two cores; --network base is larger, for a GPU",
+        "64x64 photographs become recognizable in about ten minutes on two cores; --network base is larger, for a GPU",
         {
             "channels": (16, 32, 64, 128),  # the width at full resolution costs most
             "layers": 1,
