@@ -293,18 +293,19 @@ struct CountStepArgs {
   DDPM_FAST_FIELDS(next_step, step, stream_or_threads)
 };
 
-// Weights packed for conv_winograd:
+// Weights packed for conv_winograd or, if `large`, for conv_winograd_large:
 //   G g G^T
 struct PackWinogradArgs {
   DType dtype;          // the dtype of packed: float32 or bfloat16
-  float* packed;        // panels of 16 matrices, or 36 with upsample: see cpu/winograd_transforms.h
+  float* packed;        // panels of 16 matrices, or 36 with upsample or large: see cpu/winograd_transforms.h
   const float* weight;  // [out_channels, channels, 3, 3], with these strides in elements:
   std::int64_t out_channels, channels, out_stride, stride, row_stride, column_stride;
   bool flipped;   // pack for the gradient of the input: exchange in and out, reverse the taps
   bool upsample;  // pack for a convolution after an upsampling by 2
+  bool large;     // pack for F(4x4, 3x3), without upsampling and in float32
   StreamOrThreads stream_or_threads;
   DDPM_FAST_FIELDS(dtype, packed, weight, out_channels, channels, out_stride, stride, row_stride, column_stride,
-                   flipped, upsample, stream_or_threads)
+                   flipped, upsample, large, stream_or_threads)
 };
 
 // The gradients of the weights and the bias of conv_winograd.

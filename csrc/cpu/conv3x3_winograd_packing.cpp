@@ -1,4 +1,4 @@
-// Packs weights for conv_winograd:
+// Packs weights for conv_winograd and conv_winograd_large:
 //   G g G^T
 #include "common/args.h"
 #include "cpu/panel_product.h"
@@ -44,9 +44,50 @@ void read_taps(const PackWinogradArgs& a, Index first, Index first_out, Index ou
   }
 }
 
-// side: side of the square of transformed weights.
-template <class T, class Kind, int side>
+// Transforms a kernel: first its columns, then its rows.
+template <class Kind, int positions>
+DDPM_FAST_INLINE void transform_weights(const Floats (&g)[9], Floats (&out)[positions]) {
+  constexpr int side = Kind::kWeightsSide;
+  Floats columns[3][side];
+  for (int j = 0; j < 3; ++j) Kind::weights({g[j], g[3 + j], g[6 + j]}, columns[j]);
+  for (int i = 0; i < side; ++i) {
+    Floats row[side];
+    Kind::weights({columns[0][i], columns[1][i], columns[2][i]}, row);
+    for (int j = 0; j < side; ++j) out[side * i + j] = row[j];
+  }
+}
+
+// The factors of F(4x4, 3x3) for the taps of a kernel. They are no float32: rounded, they would add an error that all
+// channels share.
+struct LargeFactors {
+  double of[36][9];
+  constexpr LargeFactors() : of{} {
+    for (int i = 0; i < 36; ++i) {
+      for (int tap = 0; tap < 9; ++tap) {
+        of[i][tap] = LargeTile::kWeights[i / 6][tap / 3] * LargeTile::kWeights[i % 6][tap % 3];
+      }
+    }
+  }
+};
+
+template <>
+DDPM_FAST_INLINE void transform_weights<LargeTile>(const Floats (&g)[9], Floats (&out)[36]) {
+  static constexpr LargeFactors factors;
+  Doubles taps[9][2];
+  for (int tap = 0; tap < 9; ++tap) widen(g[tap], taps[tap]);
+  for (int i = 0; i < 36; ++i) {
+    Doubles sums[2] = {};
+    for (int tap = 0; tap < 9; ++tap) {
+      const Doubles factor = broadcast(factors.of[i][tap]);
+      for (int half = 0; half < 2; ++half) sums[half] = fma(factor, taps[tap][half], sums[half]);
+    }
+    out[i] = narrow(sums);
+  }
+}
+
+template <class T, class Kind>
 void pack(const PackWinogradArgs& a) {
+  constexpr int side = Kind::kWeightsSide;
   const Index panels = (a.out_channels + kPanel - 1) / kPanel, size = panel_size<T>(a.channels);
   const Index chunks = (a.channels + kWidth<float> - 1) / kWidth<float>;
   parallel_for(panels * chunks, 8, a.stream_or_threads, [&](Index i) {
@@ -56,24 +97,17 @@ void pack(const PackWinogradArgs& a) {
     float* panel = a.packed + i / chunks * side * side * size;
     for (Index c = 0; c < smaller(kWidth<float>, round_up(a.channels - first, kStep<T>)); c += kStep<T>) {
       for (int v = 0; v < kPanelVectors; ++v) {
-        Floats all[kStep<T>][3][side];  // [step][column of the kernel][row]
+        Floats transformed[kStep<T>][side * side];
         for (int s = 0; s < kStep<T>; ++s) {
-          for (int j = 0; j < 3; ++j) {
-            Floats column[3];
-            for (int k = 0; k < 3; ++k) column[k] = load(taps[c + s][3 * k + j] + v * kWidth<float>);
-            Kind::weights(column, all[s][j]);
-          }
+          Floats g[9];
+          for (int tap = 0; tap < 9; ++tap) g[tap] = load(taps[c + s][tap] + v * kWidth<float>);
+          transform_weights<Kind>(g, transformed[s]);
         }
         for (int row = 0; row < side; ++row) {
-          Floats out[kStep<T>][side];
-          for (int s = 0; s < kStep<T>; ++s) {
-            const Floats values[3] = {all[s][0][row], all[s][1][row], all[s][2][row]};
-            Kind::weights(values, out[s]);
-          }
           for (int column = 0; column < side; ++column) {
             Floats values[kStep<T>];
-            for (int s = 0; s < kStep<T>; ++s) values[s] = out[s][column];
-            float* to = panel + position_of<side>(row, column) * size;
+            for (int s = 0; s < kStep<T>; ++s) values[s] = transformed[s][side * row + column];
+            float* to = panel + position_of<Kind>(row, column) * size;
             store_step(to + (first + c) / kStep<T> * kPanel, v, values);
           }
         }
@@ -93,9 +127,10 @@ void pack_winograd(const PackWinogradArgs& args) {
     a.row_stride = -a.row_stride;
     a.column_stride = -a.column_stride;
   }
+  if (a.large) return pack<float, LargeTile>(a);
   with_conv_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    a.upsample ? pack<T, UpsampledTile, 6>(a) : pack<T, SmallTile, 4>(a);
+    a.upsample ? pack<T, UpsampledTile>(a) : pack<T, SmallTile>(a);
   });
 }
 

@@ -60,6 +60,7 @@ using Vector = typename VectorType<T>::type;
 
 using Floats = Vector<float>;
 using Doubles = Vector<double>;
+typedef float HalfFloats __attribute__((vector_size(kVectorSize / 2)));
 typedef std::uint32_t Words __attribute__((vector_size(kVectorSize)));
 typedef std::uint16_t HalfWords __attribute__((vector_size(kVectorSize / 2)));
 
@@ -218,6 +219,20 @@ DDPM_FAST_INLINE HalfWords narrow(Floats v, Float16) {
   half = magnitude > 0x7F800000 ? Words{} + 0x7E00 : half;
   return __builtin_convertvector(half | sign, HalfWords);
 #endif
+}
+
+// The lower and the upper half of a vector in float64, and the vector of two halves, rounded.
+DDPM_FAST_INLINE void widen(Floats v, Doubles (&halves)[2]) {
+  HalfFloats raw[2];
+  std::memcpy(raw, &v, sizeof(v));
+  for (int i = 0; i < 2; ++i) halves[i] = __builtin_convertvector(raw[i], Doubles);
+}
+DDPM_FAST_INLINE Floats narrow(const Doubles (&halves)[2]) {
+  Floats v;
+  const HalfFloats raw[2] = {__builtin_convertvector(halves[0], HalfFloats),
+                             __builtin_convertvector(halves[1], HalfFloats)};
+  std::memcpy(&v, raw, sizeof(v));
+  return v;
 }
 
 // -------------------------------------------------------------------------------------------------- loads and stores

@@ -58,6 +58,7 @@ struct Strip {
 //   kScale: pixels from one pixel of a phase to the next
 //   kTerms: products of a sum, one for each phase of the input
 //   kPhaseApart: transformed values from phase to phase
+//   kWeightsSide: side of the transformed weights
 //   input: B^T d
 //   sums: A^T m
 //   weights: G g
@@ -66,7 +67,7 @@ struct Strip {
 // F(2x2, 3x3).
 struct SmallTile {
   static constexpr int kTile = 4, kAdvance = 2, kSide = 4, kSumsSide = 4, kOut = 2;
-  static constexpr int kOutputs = 1, kScale = 1, kTerms = 1, kPhaseApart = 0;
+  static constexpr int kOutputs = 1, kScale = 1, kTerms = 1, kPhaseApart = 0, kWeightsSide = 4;
 
   static DDPM_FAST_INLINE void input(const Floats (&d)[4], Floats (&out)[4]) {
     out[0] = d[0] - d[2];
@@ -93,12 +94,12 @@ struct SmallTile {
   }
 };
 
-// F(4x4, 3x3). Its weights are transformed where they are packed, in Python.
+// F(4x4, 3x3).
 struct LargeTile {
   static constexpr int kTile = 6, kAdvance = 4, kSide = 6, kSumsSide = 6, kOut = 4;
-  static constexpr int kOutputs = 1, kScale = 1, kTerms = 1, kPhaseApart = 0;
+  static constexpr int kOutputs = 1, kScale = 1, kTerms = 1, kPhaseApart = 0, kWeightsSide = 6;
 
-  // The points are 0, a, -a, b, -b and infinity.
+  // The points are 0, a, -a, b, -b and infinity. Their products below are exact.
   static constexpr float a = 0.625f, b = 1.5f;
 
   static DDPM_FAST_INLINE void input(const Floats (&d)[6], Floats (&out)[6]) {
@@ -120,13 +121,22 @@ struct LargeTile {
     out[2] = both(a * a, even_a, b * b, even_b);
     out[3] = both(a * a * a, odd_a, b * b * b, odd_b) + m[5];
   }
+
+  // G: the powers of a point, divided by its distances from the other points.
+  static constexpr double kAt0 = a * a * b * b, kAtA = 2 * a * a * (a * a - b * b), kAtB = 2 * b * b * (b * b - a * a);
+  static constexpr double kWeights[6][3] = {{1 / kAt0, 0, 0},
+                                            {1 / kAtA, a / kAtA, a * a / kAtA},
+                                            {1 / kAtA, -a / kAtA, a * a / kAtA},
+                                            {1 / kAtB, b / kAtB, b * b / kAtB},
+                                            {1 / kAtB, -b / kAtB, b * b / kAtB},
+                                            {0, 0, 1}};
 };
 
 // F(2x2, 2x2) of four phases. Values 0..2 belong to the first phase, 2..4 to the second. The weights have two taps for
 // each phase, and between them their sum, which is the sum of all taps.
 struct UpsampledTile {
   static constexpr int kTile = 4, kAdvance = 2, kSide = 5, kSumsSide = 3, kOut = 2;
-  static constexpr int kOutputs = 4, kScale = 2, kTerms = 1, kPhaseApart = 2;
+  static constexpr int kOutputs = 4, kScale = 2, kTerms = 1, kPhaseApart = 2, kWeightsSide = 6;
 
   static DDPM_FAST_INLINE void input(const Floats (&d)[4], Floats (&out)[5]) {
     out[0] = d[0] - d[1];
@@ -169,9 +179,9 @@ struct UpsampledGradientTile {
 };
 
 // Returns the index, among the matrices of a panel, of row and column of the transformed weights.
-template <int side>
+template <class Kind>
 constexpr int position_of(int row, int column) {
-  if constexpr (side == 4) return side * row + column;
+  if constexpr (Kind::kOutputs == 1) return Kind::kWeightsSide * row + column;
   return 9 * (row / 3 * 2 + column / 3) + row % 3 * 3 + column % 3;  // phase by phase
 }
 

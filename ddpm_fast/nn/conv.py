@@ -47,6 +47,22 @@ def upsampled(conv: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+def added(conv: nn.Module, x: Tensor, residual: Tensor, divisor: float) -> Tensor:
+    """Return (residual + conv(x)) / divisor: [N, in, H, W], [N, out, H, W] -> [N, out, H, W].
+
+    In a training step an unmodified `Conv3x3` adds and divides where it writes its output.
+    """
+    trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if trains and is_untouched(conv, Conv3x3) and _has_fused_geometry(conv) and x.dim() == 4:
+        return conv3x3(x, conv.weight, conv.bias, residual=residual, divisor=divisor)
+    return rescaled(residual + conv(x), divisor)
+
+
+def rescaled(x: Tensor, divisor: float) -> Tensor:
+    """Return x / divisor."""
+    return x if divisor == 1 else x / divisor
+
+
 def is_untouched(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     """Return whether `layer` is an unmodified `kind` without hooks."""
     return type(layer) is kind and why_watched(layer) is None

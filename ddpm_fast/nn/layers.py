@@ -16,7 +16,7 @@ from ..ops.attention import attention, is_attention_native
 from ..ops.group_norm_silu import group_norm_silu
 from ..ops.noise import noise
 from ..reference import STREAM_DROPOUT
-from .conv import Conv3x3, doubled, is_untouched, upsampled
+from .conv import Conv3x3, added, doubled, is_untouched, rescaled, upsampled
 
 
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:
@@ -159,10 +159,9 @@ class ResnetBlock(nn.Module):
                 h = F.dropout(h, self.dropout)
             else:
                 h = _dropout(h, self.dropout, dropout_seeds, self.dropout_stream)
-        h = self.conv2(h)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return _rescaled(x + h, self.output_scale_factor)
+        return added(self.conv2, h, x, self.output_scale_factor)
 
 
 class Attention(nn.Module):
@@ -194,6 +193,9 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
+    def _linears(self) -> tuple[nn.Module, ...]:
+        return *self._projections(), self.to_out[0]
+
     def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.to_q, self.to_k, self.to_v
 
@@ -203,28 +205,42 @@ class Attention(nn.Module):
         return torch.cat([linear.weight for linear in projections]), torch.cat([linear.bias for linear in projections])
 
     def _can_join(self, channels: int) -> bool:
-        """Return whether the projections are unmodified square nn.Linear layers with a bias."""
+        """Return whether all linear layers are unmodified square nn.Linear with a bias."""
         return all(
             is_untouched(linear, nn.Linear) and linear.weight.shape == (channels, channels) and linear.bias is not None
-            for linear in self._projections()
+            for linear in self._linears()
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output: [N, C, H, W] -> [N, C, H, W]."""
         n, c, height, width = x.shape
         h = x if self.group_norm is None else self.group_norm(x)
-        h = h.flatten(2).transpose(1, 2)  # [N, HW, C]; a view when x is channels_last
-
-        parameters = [parameter for linear in self._projections() for parameter in linear.parameters()]
-        if self._can_join(c) and is_attention_native(h, self.num_heads, *parameters):
-            h = attention(F.linear(h, *self._joined()), self.num_heads)
+        parameters = [parameter for linear in self._linears() for parameter in linear.parameters()]
+        if self._can_join(c) and is_attention_native(_pixels(h), self.num_heads, *parameters):
+            h = _pixels(_convolved(h, *self._joined()))  # [N, HW, 3 C]
+            h = attention(h, self.num_heads).transpose(1, 2).view(n, c, height, width)
+            h = _convolved(h, *self.to_out[0].parameters())
         else:
+            h = _pixels(h)
             q, k, v = (
                 linear(h).unflatten(2, (self.num_heads, c // self.num_heads)).transpose(1, 2) for linear in self._projections()
             )  # each [N, heads, HW, C / heads]
             h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        h = self.to_out[0](h)  # [N, HW, C]
-        return _rescaled(x + h.transpose(1, 2).view(n, c, height, width), self.output_scale_factor)
+            h = self.to_out[0](h).transpose(1, 2).view(n, c, height, width)
+        return rescaled(x + h, self.output_scale_factor)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Return x as [N, HW, C], a view when it is channels_last: [N, C, H, W] -> [N, HW, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return a linear layer of each pixel: [N, in, H, W] -> [N, out, H, W].
+
+    PyTorch's convolution on CPUs is oneDNN's. Its products in float32 are MKL's, which take twice as long on AMD.
+    """
+    return F.conv2d(x, weight[:, :, None, None], bias)
 
 
 class Downsample(nn.Module):
@@ -268,7 +284,3 @@ def _dropout(x: Tensor, p: float, seeds: Tensor, stream: int) -> Tensor:
     normals = noise(x.shape, seeds, stream=stream, device=x.device, memory_format=layout)
     bound = torch.special.ndtri(torch.tensor(p, dtype=torch.float64, device="cpu"))  # normals are below it with probability p
     return (x * (1 / (1 - p))).masked_fill(normals < bound, 0)
-
-
-def _rescaled(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1 else x / factor

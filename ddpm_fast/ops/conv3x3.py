@@ -21,9 +21,11 @@ from .derivative import gradients_of
 from .fused_op import FusedOp
 from .modes import is_transformed, runs_eagerly
 from .op_spec import Gradient, OpSpec
-from .packed_conv import conv_ops, float_bias, pack_weights, pack_winograd_op, suits_winograd, weight_gradient_op
+from .packed_conv import conv_ops, float_bias, method_of, pack_weights, suits_winograd, weight_gradient_op
 
 _CHANNELS_LAST: Final = torch.channels_last
+# Fewest tiles of a batch for F(4x4, 3x3). With fewer, packing 36/16 of the weights takes longer than the products save.
+_LARGE_TILES: Final = 128
 
 
 def conv3x3(
@@ -116,7 +118,7 @@ def _native(results: Any, a: Any) -> None:
     if a.silu and affine is None:  # kernels apply SiLU after an affine map
         channels = a.weight.shape[1]
         affine = torch.tensor([0.0, 1.0, 0.0], device=x.device)[None, :, None].expand(len(x), 3, channels).contiguous()
-    method = "winograd" if suits_winograd(x.shape[0], *x.shape[2:]) else "direct"
+    method = _method(a, a.weight.shape[1])
     packed = pack_weights(a.weight, method, product_dtype(x.dtype), upsample=a.upsample)
     bias = None if a.bias is None else float_bias(a.bias)
     out = (results.y,) if results.y.is_contiguous(memory_format=_CHANNELS_LAST) else ()
@@ -127,6 +129,13 @@ def _native(results: Any, a: Any) -> None:
     )[0]
     if not out:
         results.y.copy_(y)
+
+
+def _method(a: Any, channels: int) -> str:
+    """Return the method for sums over this many channels, with weights that are packed at each call."""
+    n, _, height, width = a.x.shape
+    products = product_dtype(a.x.dtype)
+    return method_of(n, channels, height, width, products, upsample=a.upsample, fewest_large=_LARGE_TILES)
 
 
 def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
@@ -142,8 +151,9 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
         return gradients | _gradients_by_reference(a, grad, needs)
     grad = divided
     if needs.x:
-        packed = pack_winograd_op(a.weight.detach().float(), product_dtype(a.x.dtype), True, a.upsample)
-        kernel = conv_ops["winograd_upsampled_gradient" if a.upsample else "winograd"]
+        method = "winograd_large" if _method(a, a.weight.shape[0]) == "winograd_large" else "winograd"
+        packed = pack_weights(a.weight, method, product_dtype(a.x.dtype), upsample=a.upsample, flipped=True)
+        kernel = conv_ops["winograd_upsampled_gradient" if a.upsample else method]
         gradients["x"] = kernel(grad, None, None, False, packed, None, None, 1.0, False, *a.x.shape[1:], 3, 1, 1)
     if needs.weight or needs.bias:
         gradients["weight"], gradients["bias"] = weight_gradient_op(a.x, grad, a.bias is not None, a.upsample)

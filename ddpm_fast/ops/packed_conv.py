@@ -30,12 +30,8 @@ LARGE_CHANNELS: Final = 80
 TILE_DEPTH: Final = 32
 
 _CHANNELS_LAST: Final = torch.channels_last
-# G of F(4x4, 3x3), as csrc/cpu/winograd_transforms.h evaluates polynomials: a row has the powers of a point, divided by its
-# distances from the other points.
-_POINTS: Final = (0.0, 0.625, -0.625, 1.5, -1.5)
-# Lists: torch.compile would take a tensor's sizes for symbols, and one of 2 for the size of a batch of 2.
-_LARGE: Final = [[p**k / math.prod(p - q for q in _POINTS if q != p) for k in range(3)] for p in _POINTS] + [[0.0, 0.0, 1.0]]
 # The input row, of two, that each of three taps reads after upsampling by 2: for even and for odd output rows.
+# Lists: torch.compile would take a tensor's sizes for symbols, and one of 2 for the size of a batch of 2.
 _UPSAMPLED: Final = [[[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]
 
 
@@ -48,22 +44,31 @@ def _tiles(n: int, height: int, width: int, side: int) -> int:
     return n * math.ceil(height / side) * math.ceil(width / side)
 
 
-def method_of(n: int, channels: int, height: int, width: int, products: torch.dtype, *, upsample: bool) -> str:
-    """Return the method by which a frozen network computes a 3x3 convolution of stride 1 fastest.
+def method_of(
+    n: int,
+    channels: int,
+    height: int,
+    width: int,
+    products: torch.dtype,
+    *,
+    upsample: bool,
+    fewest_large: int = WINOGRAD_TILES,
+) -> str:
+    """Return the method that computes a 3x3 convolution of stride 1 fastest.
 
     `height` and `width` are those of the map before an upsampling.
 
     - "direct": n maps have fewer than 8 tiles of 2x2 pixels.
-    - "winograd_large", F(4x4, 3x3): there are at least 80 input channels. n maps have at least 8 tiles of 4x4 pixels, and
-      at least three times as many of 2x2 pixels. Maps of 5x5, 6x6 and 9x9 pixels, for example, fill large tiles badly.
-      Products are in float32, because the transforms would cost accuracy in bfloat16. There is no upsampling.
+    - "winograd_large", F(4x4, 3x3): there are at least 80 input channels. n maps have at least `fewest_large` tiles of 4x4
+      pixels, and at least three times as many of 2x2 pixels. Maps of 5x5, 6x6 and 9x9 pixels, for example, fill large tiles
+      badly. Products are in float32, because the transforms would cost accuracy in bfloat16. There is no upsampling.
     - "winograd" in all other cases: F(2x2, 3x3), or F(2x2, 2x2) of each phase after an upsampling. The latter needs no
       more multiplications than F(4x4, 3x3).
     """
     if not suits_winograd(n, height, width):
         return "direct"
     small, large = (_tiles(n, height, width, side) for side in (2, 4))
-    fills_large = large >= WINOGRAD_TILES and 3 * large <= small
+    fills_large = large >= fewest_large and 3 * large <= small
     is_exact = products == torch.float32 and channels >= LARGE_CHANNELS
     return "winograd_large" if fills_large and is_exact and not upsample else "winograd"
 
@@ -73,7 +78,7 @@ def step_of(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.bfloat16 else 1
 
 
-def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: bool = False) -> Tensor:
+def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: bool = False, flipped: bool = False) -> Tensor:
     """Return weights in the order in which a kernel reads them: [panels, taps, in / step, panel, step].
 
     A panel is as many output channels as there are sums in registers. A step is the number of input
@@ -88,14 +93,13 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
             which are four phases of 4 with `upsample`.
         dtype: Dtype of the result, float32 or bfloat16.
         upsample: Pack for a convolution after an upsampling by 2.
+        flipped: Pack for the gradient of the input, by one of Winograd's methods: "in" and "out" change places.
     """
-    if method == "winograd":
-        packed: Tensor = pack_winograd_op(weight.detach().float(), dtype, False, upsample)
+    if method in ("winograd", "winograd_large"):
+        large = method == "winograd_large"
+        packed: Tensor = pack_winograd_op(weight.detach().float(), dtype, flipped, upsample, large)
         return packed
-    if method == "winograd_large":
-        wide, rows = weight.detach().double(), weight.new_tensor(_LARGE, dtype=torch.float64)
-        taps = torch.einsum("pk,ql,oikl->pqio", rows, rows, wide).flatten(0, 1)
-    elif upsample:
+    if upsample:
         wide, rows = weight.detach().double(), weight.new_tensor(_UPSAMPLED, dtype=torch.float64)
         taps = torch.einsum("pak,qbl,oikl->pqabio", rows, rows, wide).flatten(0, 3)
     else:
@@ -120,7 +124,8 @@ def _packed(arguments: Any) -> Tensor:
     weight: Tensor = arguments.weight
     out_channels, channels = weight.shape[1::-1] if arguments.flipped else weight.shape[:2]
     panel, step = native().cpu.panel, step_of(arguments.dtype)
-    shape = (-(-out_channels // panel), 36 if arguments.upsample else 16, -(-channels // step), panel, step)
+    taps = 36 if arguments.upsample or arguments.large else 16
+    shape = (-(-out_channels // panel), taps, -(-channels // step), panel, step)
     return weight.new_empty(shape, dtype=arguments.dtype)
 
 
@@ -128,7 +133,7 @@ def _packed(arguments: Any) -> Tensor:
 pack_winograd_op = FusedOp(
     OpSpec(
         "pack_winograd",
-        schema="Tensor weight, ScalarType dtype, bool flipped, bool upsample",
+        schema="Tensor weight, ScalarType dtype, bool flipped, bool upsample, bool large",
         outputs={"packed": _packed},
         fields={
             "out_channels": lambda a: a.weight.shape[0],

@@ -203,6 +203,7 @@ class TestWhereItServes:
         for change in (
             lambda layer: layer.to_k.register_forward_hook(lambda *_: seen.append("hook")),
             lambda layer: layer.to_k.register_full_backward_hook(lambda *_: seen.append("hook")),
+            lambda layer: layer.to_out[0].register_forward_hook(lambda *_: seen.append("hook")),
             lambda layer: setattr(layer, "to_v", nn.Linear(24, 24, bias=False)),
             lambda layer: setattr(layer, "to_v", Linear(24, 24)),
             lambda layer: setattr(layer, "to_v", nn.Sequential(nn.Linear(24, 24))),
@@ -210,5 +211,5 @@ class TestWhereItServes:
             changed = copy.deepcopy(layer)
             change(changed)
             changed(x).sum().backward()
-        assert seen == ["hook"] * 2
+        assert seen == ["hook"] * 3
         assert not attended(calls)

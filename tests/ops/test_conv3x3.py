@@ -23,6 +23,7 @@ from ddpm_fast.nn.conv import Conv3x3
 from ddpm_fast.nn.layers import Upsample
 from ddpm_fast.ops import backend, why_not
 from ddpm_fast.ops.backend import why_not_matrix_kernels
+from ddpm_fast.ops.packed_conv import pack_weights
 
 conv = import_module("ddpm_fast.ops.conv3x3")  # the attribute of this name is the op
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
@@ -38,6 +39,7 @@ SHAPES = [
     (2, 130, 33, 31, 18),
     (5, 64, 64, 4, 4),
     (1, 24, 40, 4, 146),  # a row of tiles in parts of two sizes
+    (3, 160, 96, 27, 29),  # by F(4x4, 3x3) in float32
 ]
 # The kernels are tested on any instruction set. `Conv3x3` uses them on some.
 on_any_cpu = pytest.mark.usefixtures("matrix_kernels")
@@ -107,7 +109,7 @@ def test_gradients_of_weights_are_float32_to_the_last(shape: tuple[int, ...], up
 @on_any_cpu
 @with_upsampling
 @pytest.mark.parametrize(
-    ("name", "unneeded"), [("weight", ["conv_ops", "pack_winograd_op"]), ("bias", []), ("x", ["weight_gradient_op"])]
+    ("name", "unneeded"), [("weight", ["conv_ops", "pack_weights"]), ("bias", []), ("x", ["weight_gradient_op"])]
 )
 def test_only_what_is_needed_is_computed(
     name: str, unneeded: list[str], upsample: bool, monkeypatch: pytest.MonkeyPatch
@@ -121,6 +123,22 @@ def test_only_what_is_needed_is_computed(
         monkeypatch.setattr(conv, op, None)
     (grad,) = torch.autograd.grad(y, leaf, cotangent)
     assert torch.equal(grad, all_gradients[name])
+
+
+@on_any_cpu
+@pytest.mark.parametrize("flipped", [False, True])
+def test_weights_of_large_tiles_are_rounded_once(flipped: bool) -> None:
+    weight = torch.randn(70, 90, 3, 3, generator=torch.Generator().manual_seed(0))
+    points = torch.tensor([0, 5 / 8, -5 / 8, 3 / 2, -3 / 2], dtype=torch.float64)
+    distances = (points[:, None] - points + torch.eye(5)).prod(dim=1)
+    infinity = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
+    rows = torch.cat((torch.stack((points**0, points, points**2), dim=1) / distances[:, None], infinity))
+    taps = (weight.flip(2, 3).transpose(0, 1) if flipped else weight).double()
+    exact = torch.einsum("pk,ql,oikl->opqi", rows, rows, taps).flatten(1, 2)  # [out, 36, in]
+    packed = pack_weights(weight, "winograd_large", torch.float32, flipped=flipped)  # [panels, 36, in, panel, 1]
+    outs = packed.squeeze(4).permute(0, 3, 1, 2).flatten(0, 1)
+    torch.testing.assert_close(outs[: len(exact)].double(), exact, rtol=torch.finfo(torch.float32).eps / 1.99, atol=0)
+    assert not outs[len(exact) :].any()
 
 
 def doubled_first(x: Tensor, layer: Conv3x3) -> Tensor:
@@ -154,6 +172,41 @@ class TestWhereItServes:
         grad, weight = layer.weight.grad, layer.weight
         assert grad is not None
         assert (grad.dtype, grad.stride()) == (weight.dtype, weight.stride())
+
+    @serves
+    @pytest.mark.parametrize(
+        ("n", "channels", "out_channels", "side", "forward", "backward"),
+        [
+            (8, 80, 80, 16, "_large", "_large"),  # 128 tiles of 4x4
+            (8, 80, 79, 16, "_large", ""),
+            (8, 79, 80, 16, "", "_large"),
+            (7, 80, 80, 16, "", ""),  # 112 tiles: packing more weights would take longer
+        ],
+    )
+    def test_a_large_batch_of_many_channels(
+        self, n: int, channels: int, out_channels: int, side: int, forward: str, backward: str, calls: list[str]
+    ) -> None:
+        layer = Conv3x3(channels, out_channels, 3, padding=1).to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
+        layer(torch.randn(n, channels, side, side, requires_grad=True)).sum().backward()
+        assert calls == [
+            *("pack_winograd", f"conv_winograd{forward}", "pack_winograd", f"conv_winograd{backward}"),
+            "conv_winograd_weight_gradient",
+        ]
+
+    @serves
+    @pytest.mark.parametrize("divisor", [1.0, 1.5])
+    def test_a_residual_is_added_where_the_output_is_written(self, layer: Conv3x3, calls: list[str], divisor: float) -> None:
+        x, residual = torch.randn(4, 8, 6, 6), map_of(4, 12, 6, 6, dtype=torch.float32).requires_grad_()
+        y = layers.added(layer, x, residual, divisor)
+        assert calls == FORWARD
+        assert type(y.grad_fn).__name__ == "DerivativeBackward"  # nothing comes after it
+        seen: list[Tensor] = []
+        layer.register_forward_hook(lambda _, inputs, output: seen.append(output))
+        hooked = layers.added(layer, x, residual, divisor)
+        torch.testing.assert_close(y, hooked)
+        torch.testing.assert_close(seen[0] + residual, hooked * divisor)
+        with torch.no_grad():
+            torch.testing.assert_close(layers.added(layer, x, residual, divisor), y)
 
     @pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")  # which PyTorch's own forward mode calls
     def test_what_is_pytorchs(self, layer: Conv3x3, calls: list[str]) -> None:
