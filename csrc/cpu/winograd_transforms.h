@@ -58,7 +58,7 @@ struct Strip {
 //   kScale: pixels from one pixel of a phase to the next
 //   kTerms: products of a sum, one for each phase of the input
 //   kPhaseApart: transformed values from phase to phase
-//   kWeightsSide: side of the transformed weights
+//   kWeightsSide: side of the transformed weights, for algorithms that weights are packed for
 //   input: B^T d
 //   sums: A^T m
 //   weights: G g
@@ -99,7 +99,7 @@ struct LargeTile {
   static constexpr int kTile = 6, kAdvance = 4, kSide = 6, kSumsSide = 6, kOut = 4;
   static constexpr int kOutputs = 1, kScale = 1, kTerms = 1, kPhaseApart = 0, kWeightsSide = 6;
 
-  // The points are 0, a, -a, b, -b and infinity. Their products below are exact.
+  // The points are 0, a, -a, b, -b and infinity. The products of a and b below are exact in float32.
   static constexpr float a = 0.625f, b = 1.5f;
 
   static DDPM_FAST_INLINE void input(const Floats (&d)[6], Floats (&out)[6]) {

@@ -1,4 +1,4 @@
-"""The 3x3 convolution as a layer, and upsampling before it."""
+"""The 3x3 convolution as a layer, upsampling before it, and the sum with a residual after it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
-from ..ops.conv3x3 import conv3x3
+from ..ops.autocast import in_autocast
+from ..ops.conv3x3 import conv3x3, is_trained_natively
 from .comparison import why_watched
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -41,7 +43,7 @@ def upsampled(conv: nn.Module, x: Tensor) -> Tensor:
         conv: A convolution.
         x: [N, in, H, W].
     """
-    if is_untouched(conv, Conv3x3) and _has_fused_geometry(conv) and x.dim() == 4:
+    if _is_kernels(conv) and x.dim() == 4:
         return conv3x3(x, conv.weight, conv.bias, upsample=True)
     out: Tensor = conv(doubled(x))
     return out
@@ -50,11 +52,13 @@ def upsampled(conv: nn.Module, x: Tensor) -> Tensor:
 def added(conv: nn.Module, x: Tensor, residual: Tensor, divisor: float) -> Tensor:
     """Return (residual + conv(x)) / divisor: [N, in, H, W], [N, out, H, W] -> [N, out, H, W].
 
-    In a training step an unmodified `Conv3x3` adds and divides where it writes its output.
+    In a training step on a CPU an unmodified `Conv3x3` adds and divides where it writes its output.
     """
-    trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if trains and is_untouched(conv, Conv3x3) and _has_fused_geometry(conv) and x.dim() == 4:
-        return conv3x3(x, conv.weight, conv.bias, residual=residual, divisor=divisor)
+    if _is_kernels(conv) and x.dim() == 4:
+        dtype = torch.get_autocast_dtype(x.device.type) if in_autocast(x) else x.dtype
+        fits = residual.dtype == dtype and residual.shape == (len(x), conv.out_channels, *x.shape[2:])
+        if fits and is_trained_natively(dtype, x, residual, conv.weight, conv.bias):
+            return conv3x3(x, conv.weight, conv.bias, residual=residual, divisor=divisor)
     return rescaled(residual + conv(x), divisor)
 
 
@@ -64,8 +68,9 @@ def rescaled(x: Tensor, divisor: float) -> Tensor:
 
 
 def is_untouched(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
-    """Return whether `layer` is an unmodified `kind` without hooks."""
-    return type(layer) is kind and why_watched(layer) is None
+    """Return whether a call of `layer` does what an unmodified `kind` does, and nobody watches it."""
+    is_called_alone = layer._compiled_call_impl is None and not torch_module._has_any_global_hook()
+    return type(layer) is kind and why_watched(layer) is None and is_called_alone
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -73,6 +78,11 @@ def doubled(x: Tensor) -> Tensor:
     if x.dim() != 4:  # PyTorch would double only the width of [C, H, W]
         raise InvalidValue("upsampling", "x", "to be [N, C, H, W]", f"shape {tuple(x.shape)}")
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _is_kernels(conv: nn.Module) -> TypeGuard[Conv3x3]:
+    """Return whether kernels may compute `conv`, with what comes before and after it."""
+    return is_untouched(conv, Conv3x3) and _has_fused_geometry(conv)
 
 
 def _has_fused_geometry(conv: nn.Conv2d) -> bool:

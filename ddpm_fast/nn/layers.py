@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention import attention, is_attention_native
+from ..ops.autocast import in_autocast
 from ..ops.group_norm_silu import group_norm_silu
 from ..ops.noise import noise
 from ..reference import STREAM_DROPOUT
@@ -193,9 +194,6 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def _linears(self) -> tuple[nn.Module, ...]:
-        return *self._projections(), self.to_out[0]
-
     def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.to_q, self.to_k, self.to_v
 
@@ -205,42 +203,43 @@ class Attention(nn.Module):
         return torch.cat([linear.weight for linear in projections]), torch.cat([linear.bias for linear in projections])
 
     def _can_join(self, channels: int) -> bool:
-        """Return whether all linear layers are unmodified square nn.Linear with a bias."""
+        """Return whether the projections are unmodified square nn.Linear layers with a bias."""
         return all(
             is_untouched(linear, nn.Linear) and linear.weight.shape == (channels, channels) and linear.bias is not None
-            for linear in self._linears()
+            for linear in self._projections()
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output: [N, C, H, W] -> [N, C, H, W]."""
         n, c, height, width = x.shape
         h = x if self.group_norm is None else self.group_norm(x)
-        parameters = [parameter for linear in self._linears() for parameter in linear.parameters()]
-        if self._can_join(c) and is_attention_native(_pixels(h), self.num_heads, *parameters):
-            h = _pixels(_convolved(h, *self._joined()))  # [N, HW, 3 C]
-            h = attention(h, self.num_heads).transpose(1, 2).view(n, c, height, width)
-            h = _convolved(h, *self.to_out[0].parameters())
+        h = h.flatten(2).transpose(1, 2)  # [N, HW, C]; a view when x is channels_last
+
+        parameters = [parameter for linear in self._projections() for parameter in linear.parameters()]
+        to_out = self.to_out[0]
+        if self._can_join(c) and is_attention_native(h, self.num_heads, *parameters):
+            h = attention(_linear(h, *self._joined()), self.num_heads)
+            h = _linear(h, to_out.weight, to_out.bias) if is_untouched(to_out, nn.Linear) else to_out(h)
         else:
-            h = _pixels(h)
             q, k, v = (
                 linear(h).unflatten(2, (self.num_heads, c // self.num_heads)).transpose(1, 2) for linear in self._projections()
             )  # each [N, heads, HW, C / heads]
-            h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            h = self.to_out[0](h).transpose(1, 2).view(n, c, height, width)
-        return rescaled(x + h, self.output_scale_factor)
+            h = to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return rescaled(x + h.transpose(1, 2).view(n, c, height, width), self.output_scale_factor)
 
 
-def _pixels(x: Tensor) -> Tensor:
-    """Return x as [N, HW, C], a view when it is channels_last: [N, C, H, W] -> [N, HW, C]."""
-    return x.flatten(2).transpose(1, 2)
+def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return F.linear: [N, L, in] -> [N, L, out].
 
-
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return a linear layer of each pixel: [N, in, H, W] -> [N, out, H, W].
-
-    PyTorch's convolution on CPUs is oneDNN's. Its products in float32 are MKL's, which take twice as long on AMD.
+    In float32 it is a 1x1 convolution of 16 maps. PyTorch computes that by oneDNN, and F.linear by MKL, which takes twice as
+    long on AMD. On one thread, MKL would compute the convolution of fewer maps, too.
     """
-    return F.conv2d(x, weight[:, :, None, None], bias)
+    rows, channels = h.shape[:2].numel(), h.shape[2]
+    if in_autocast(h) or h.dtype != torch.float32 or rows % 16 or not rows:
+        return F.linear(h, weight, bias)
+    maps = h.reshape(16, rows // 16, 1, channels).permute(0, 3, 1, 2)  # [16, in, N L / 16, 1], channels_last
+    y = F.conv2d(maps, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*h.shape[:2], len(weight))
 
 
 class Downsample(nn.Module):

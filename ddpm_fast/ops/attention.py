@@ -20,10 +20,10 @@ from .op_spec import Gradient, OpSpec
 from .packed_conv import step_of, why_not_tiles
 
 # Fewest pixels for which a layer's training step is faster than with PyTorch's attention. Its time relative to PyTorch's
-# (256 channels in one head, batch 16, two cores with AVX-512 BF16):
+# (256 channels in one head, batch 16, two cores with AVX-512 BF16; float32 on Zen 5):
 #   bfloat16: 0.75 at 16x16, 0.8 at 8x8 and 4x4
-#   float32: 0.9 at 16x16, 1.1 at 8x8
-FEWEST_PIXELS: Final = {torch.bfloat16: 0, torch.float32: 256}
+#   float32: 0.60 at 16x16, 0.69 at 8x8, 0.93 at 4x4, and with batch 4 0.64, 0.90, 1.42
+FEWEST_PIXELS: Final = {torch.bfloat16: 0, torch.float32: 64}
 
 
 def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backend: str | None = None) -> Tensor:

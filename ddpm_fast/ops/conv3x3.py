@@ -24,7 +24,8 @@ from .op_spec import Gradient, OpSpec
 from .packed_conv import conv_ops, float_bias, method_of, pack_weights, suits_winograd, weight_gradient_op
 
 _CHANNELS_LAST: Final = torch.channels_last
-# Fewest tiles of a batch for F(4x4, 3x3). With fewer, packing 36/16 of the weights takes longer than the products save.
+# Fewest tiles of a batch for F(4x4, 3x3). It packs 36/16 of the weights of F(2x2, 3x3). On two cores of Zen 5, for 256 channels
+# and both directions, that takes 1.0 ms more. The products save 0.9 ms for 64 tiles, and 1.9 for 128.
 _LARGE_TILES: Final = 128
 
 

@@ -129,6 +129,12 @@ def _packed(arguments: Any) -> Tensor:
     return weight.new_empty(shape, dtype=arguments.dtype)
 
 
+def _why_not_packed(device: torch.device, dtype: torch.dtype, arguments: Any = None) -> str | None:
+    if arguments is not None and arguments.large and (arguments.upsample or arguments.dtype != torch.float32):
+        return "F(4x4, 3x3) has weights in float32, and follows no upsampling"
+    return why_not_matrix_kernels(device, dtype)
+
+
 # Flipped weights are those of the input's gradient: in and out exchanged, taps in reverse order.
 pack_winograd_op = FusedOp(
     OpSpec(
@@ -143,7 +149,7 @@ pack_winograd_op = FusedOp(
             "row_stride": lambda a: a.weight.stride(2),
             "column_stride": lambda a: a.weight.stride(3),
         },
-        limits={"native": why_not_matrix_kernels},
+        limits={"native": _why_not_packed},
     )
 )
 

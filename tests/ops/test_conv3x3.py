@@ -39,7 +39,7 @@ SHAPES = [
     (2, 130, 33, 31, 18),
     (5, 64, 64, 4, 4),
     (1, 24, 40, 4, 146),  # a row of tiles in parts of two sizes
-    (3, 160, 96, 27, 29),  # by F(4x4, 3x3) in float32
+    (3, 163, 90, 27, 29),  # by F(4x4, 3x3) in float32
 ]
 # The kernels are tested on any instruction set. `Conv3x3` uses them on some.
 on_any_cpu = pytest.mark.usefixtures("matrix_kernels")
@@ -126,9 +126,10 @@ def test_only_what_is_needed_is_computed(
 
 
 @on_any_cpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
 @pytest.mark.parametrize("flipped", [False, True])
-def test_weights_of_large_tiles_are_rounded_once(flipped: bool) -> None:
-    weight = torch.randn(70, 90, 3, 3, generator=torch.Generator().manual_seed(0))
+def test_weights_of_large_tiles_are_rounded_once(flipped: bool, memory_format: torch.memory_format) -> None:
+    weight = torch.randn(70, 90, 3, 3, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
     points = torch.tensor([0, 5 / 8, -5 / 8, 3 / 2, -3 / 2], dtype=torch.float64)
     distances = (points[:, None] - points + torch.eye(5)).prod(dim=1)
     infinity = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
@@ -196,17 +197,46 @@ class TestWhereItServes:
     @serves
     @pytest.mark.parametrize("divisor", [1.0, 1.5])
     def test_a_residual_is_added_where_the_output_is_written(self, layer: Conv3x3, calls: list[str], divisor: float) -> None:
-        x, residual = torch.randn(4, 8, 6, 6), map_of(4, 12, 6, 6, dtype=torch.float32).requires_grad_()
-        y = layers.added(layer, x, residual, divisor)
-        assert calls == FORWARD
-        assert type(y.grad_fn).__name__ == "DerivativeBackward"  # nothing comes after it
-        seen: list[Tensor] = []
-        layer.register_forward_hook(lambda _, inputs, output: seen.append(output))
-        hooked = layers.added(layer, x, residual, divisor)
-        torch.testing.assert_close(y, hooked)
-        torch.testing.assert_close(seen[0] + residual, hooked * divisor)
+        x, residual = (map_of(4, c, 6, 6, dtype=torch.float32).requires_grad_() for c in (8, 12))
+
+        def run() -> list[Tensor]:
+            y = layers.added(layer, x, residual, divisor)
+            return [y, *torch.autograd.grad(y.square().sum(), [x, residual, *layer.parameters()])]
+
+        fused = run()
+        assert calls == [*FORWARD, "pack_winograd", "conv_winograd", "conv_winograd_weight_gradient"]
+        assert type(fused[0].grad_fn).__name__ == "DerivativeBackward"  # nothing comes after the convolution
         with torch.no_grad():
-            torch.testing.assert_close(layers.added(layer, x, residual, divisor), y)
+            torch.testing.assert_close(layers.added(layer, x, residual, divisor), fused[0])
+        outputs: list[Tensor] = []
+        layer.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+        torch.testing.assert_close(run(), fused)
+        torch.testing.assert_close(outputs[0] + residual, fused[0] * divisor)
+
+    @serves
+    def test_a_residual_of_another_make_is_added_by_pytorch(self, layer: Conv3x3) -> None:
+        x = map_of(4, 8, 6, 6, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layers.added(layer, x, torch.randn(4, 12, 6, 6), 1.0).dtype == torch.float32
+            assert layers.added(layer, x, torch.randn(4, 12, 6, 6).bfloat16(), 1.0).dtype == torch.bfloat16
+        assert layers.added(layer, x, torch.randn(4, 12, 6, 6).double(), 1.0).dtype == torch.float64
+        assert layers.added(layer, x, torch.randn(12, 1, 1), 1.0).shape == (4, 12, 6, 6)
+
+    @serves
+    @pytest.mark.parametrize("how", ["global hook", "compiled"])
+    def test_calls_that_are_watched_are_made(self, layer: Conv3x3, how: str) -> None:
+        x, residual = map_of(4, 8, 6, 6, dtype=torch.float32), map_of(4, 12, 6, 6, dtype=torch.float32)
+        seen: list[nn.Module] = []
+        if how == "global hook":
+            hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: seen.append(module))
+            try:
+                layers.added(layer, x, residual, 1.0)
+            finally:
+                hook.remove()
+        else:
+            layer.compile(backend=lambda graph, _: seen.append(layer) or graph.forward)
+            layers.added(layer, x, residual, 1.0)
+        assert seen == [layer]
 
     @pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")  # which PyTorch's own forward mode calls
     def test_what_is_pytorchs(self, layer: Conv3x3, calls: list[str]) -> None:
@@ -270,9 +300,10 @@ def test_what_is_no_map_is_not_upsampled() -> None:
 
 
 @serves
-def test_a_networks_gradient_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, config = make_unet("heads", block_out_channels=[32, 64, 64])
-    x, t, _ = make_inputs(config, 4)
+@pytest.mark.parametrize(("channels", "n"), [([32, 64, 64], 4), ([80, 80, 80], 8)])
+def test_a_networks_gradient_is_pytorchs(channels: list[int], n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = make_unet("heads", block_out_channels=channels)
+    x, t, _ = make_inputs(config, n)
 
     def gradient(model: UNet) -> Tensor:
         gradients = torch.autograd.grad(model(x.to(model.conv_in.weight.dtype), t).square().mean(), list(model.parameters()))
