@@ -481,6 +481,8 @@ def parse(
     for name, option in (shared | dict(options)).items():
         parser.add_argument(name, **option)
     args = parser.parse_args(arguments)
+    if args.out not in (None, RECORDED) and args.out.is_dir():
+        parser.error(f"argument --out: expected a JSON file, got the folder {args.out}")
     if getattr(args, "plot", None):
         pyplot()  # before any work
     return args

@@ -19,6 +19,12 @@ def test_wrong_results_have_no_speed() -> None:
             common.require_parity("q_sample", wrong, baseline, truth)
 
 
+def test_a_folder_for_the_results_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        common.parse("", ["--out", str(tmp_path)], {})
+    assert f"--out: expected a JSON file, got the folder {tmp_path}" in capsys.readouterr().err
+
+
 def test_everybody_takes_a_turn_in_every_round() -> None:
     order: list[str] = []
 

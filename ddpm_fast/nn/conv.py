@@ -43,7 +43,7 @@ def upsampled(conv: nn.Module, x: Tensor) -> Tensor:
         conv: A convolution.
         x: [N, in, H, W].
     """
-    if _is_kernels(conv) and x.dim() == 4:
+    if _may_fuse(conv, x):
         return conv3x3(x, conv.weight, conv.bias, upsample=True)
     out: Tensor = conv(doubled(x))
     return out
@@ -54,7 +54,7 @@ def added(conv: nn.Module, x: Tensor, residual: Tensor, divisor: float) -> Tenso
 
     In a training step on a CPU an unmodified `Conv3x3` adds and divides where it writes its output.
     """
-    if _is_kernels(conv) and x.dim() == 4:
+    if _may_fuse(conv, x):
         dtype = torch.get_autocast_dtype(x.device.type) if in_autocast(x) else x.dtype
         fits = residual.dtype == dtype and residual.shape == (len(x), conv.out_channels, *x.shape[2:])
         if fits and is_trained_natively(dtype, x, residual, conv.weight, conv.bias):
@@ -80,9 +80,9 @@ def doubled(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def _is_kernels(conv: nn.Module) -> TypeGuard[Conv3x3]:
-    """Return whether kernels may compute `conv`, with what comes before and after it."""
-    return is_untouched(conv, Conv3x3) and _has_fused_geometry(conv)
+def _may_fuse(conv: nn.Module, x: Tensor) -> TypeGuard[Conv3x3]:
+    """Return whether kernels may compute `conv` of x, with what comes before and after it."""
+    return is_untouched(conv, Conv3x3) and _has_fused_geometry(conv) and x.dim() == 4
 
 
 def _has_fused_geometry(conv: nn.Conv2d) -> bool:
