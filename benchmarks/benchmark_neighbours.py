@@ -25,7 +25,7 @@ from peers import NETWORKS, OURS, split
 from processes import Job, Process, export
 
 EVALUATIONS, STEPS = 20, 4  # seconds of work, for 16 and for 32 images
-TRAINS, PASSIVE = "training", "training, passive"  # threads wait as OMP_WAIT_POLICY says
+TRAINS, PASSIVE = "training", "training-passive"  # without and with OMP_WAIT_POLICY=passive
 
 
 @contextmanager
@@ -42,13 +42,12 @@ def neighbours(count: int) -> Iterator[None]:
 
 def seconds(name: str, job: Job, rounds: int) -> dict[int, common.Spread]:
     """Return the seconds of a row's work, by number of neighbours."""
-    trains, policy = name in (TRAINS, PASSIVE), os.environ.pop("OMP_WAIT_POLICY", None)
-    if trains:
+    peer, calls, policy = name, EVALUATIONS, os.environ.pop("OMP_WAIT_POLICY", None)
+    if name in (TRAINS, PASSIVE):
         job, peer, calls = replace(job, batch=2 * job.batch, table="peers.TRAINING"), OURS, STEPS
-    else:
-        export(name, job)
-        peer, calls = name, EVALUATIONS
     try:
+        if peer == name:
+            export(name, job)
         if name == PASSIVE:
             os.environ["OMP_WAIT_POLICY"] = "passive"
         process = Process(peer, job)

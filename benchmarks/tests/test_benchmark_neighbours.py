@@ -38,13 +38,17 @@ def test_work_beside_neighbours(tmp_path: Path, policy: str | None, monkeypatch:
     monkeypatch.setattr(benchmark_neighbours, "Process", Worker)
     monkeypatch.setattr(benchmark_neighbours, "export", lambda name, job: None)
     monkeypatch.setattr(common, "cores", lambda: 2)
-    monkeypatch.setenv("OMP_WAIT_POLICY", policy or "")
-    if policy is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
     job = Job(str(tmp_path), 16, 32)
     for name in (OURS, benchmark_neighbours.TRAINS, benchmark_neighbours.PASSIVE):
         taken = benchmark_neighbours.seconds(name, job, 1)
         assert {count: spread.median for count, spread in taken.items()} == {0: 0, 1: 1, 2: 2}
         assert all(loop.poll() is not None for loop in loops)
         assert os.environ.get("OMP_WAIT_POLICY") == policy
+    monkeypatch.delattr(benchmark_neighbours, "export")
+    with pytest.raises(NameError):
+        benchmark_neighbours.seconds(OURS, job, 1)
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
     assert started == [(OURS, 16, None), (OURS, 32, None), (OURS, 32, "passive")]

@@ -57,8 +57,8 @@ DDPM_FAST_INLINE void transform_weights(const Floats (&g)[9], Floats (&out)[posi
   }
 }
 
-// The factors of F(4x4, 3x3) for the taps of a kernel. Float32 cannot hold them. Rounded, they would add an error that
-// all channels share.
+// The factors of F(4x4, 3x3) for the taps of a kernel. Rounded to float32, they would add an error that all channels
+// share.
 struct LargeFactors {
   double of[36][9];
   constexpr LargeFactors() : of{} {

@@ -52,13 +52,16 @@ def upsampled(conv: nn.Module, x: Tensor) -> Tensor:
 def added(conv: nn.Module, x: Tensor, residual: Tensor, divisor: float) -> Tensor:
     """Return (residual + conv(x)) / divisor: [N, in, H, W], [N, out, H, W] -> [N, out, H, W].
 
-    In a training step on a CPU an unmodified `Conv3x3` adds and divides where it writes its output.
+    Where kernels compute a training step, an unmodified `Conv3x3` adds and divides where it writes its output.
     """
-    if _may_fuse(conv, x):
-        dtype = torch.get_autocast_dtype(x.device.type) if in_autocast(x) else x.dtype
-        fits = residual.dtype == dtype and residual.shape == (len(x), conv.out_channels, *x.shape[2:])
-        if fits and is_trained_natively(dtype, x, residual, conv.weight, conv.bias):
-            return conv3x3(x, conv.weight, conv.bias, residual=residual, divisor=divisor)
+    dtype = torch.get_autocast_dtype(x.device.type) if in_autocast(x) else x.dtype
+    if (
+        _may_fuse(conv, x)
+        and is_trained_natively(dtype, x, residual, conv.weight, conv.bias)
+        and residual.dtype == dtype
+        and residual.shape == (len(x), conv.out_channels, *x.shape[2:])
+    ):
+        return conv3x3(x, conv.weight, conv.bias, residual=residual, divisor=divisor)
     return rescaled(residual + conv(x), divisor)
 
 
@@ -69,8 +72,9 @@ def rescaled(x: Tensor, divisor: float) -> Tensor:
 
 def is_untouched(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     """Return whether a call of `layer` does what an unmodified `kind` does, and nobody watches it."""
-    is_called_alone = layer._compiled_call_impl is None and not torch_module._has_any_global_hook()
-    return type(layer) is kind and why_watched(layer) is None and is_called_alone
+    if layer._compiled_call_impl is not None or torch_module._has_any_global_hook():
+        return False
+    return type(layer) is kind and why_watched(layer) is None
 
 
 def doubled(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..ops.attention import attention, is_attention_native
 from ..ops.autocast import in_autocast
 from ..ops.group_norm_silu import group_norm_silu
+from ..ops.modes import PLAIN_TYPES
 from ..ops.noise import noise
 from ..reference import STREAM_DROPOUT
 from .conv import Conv3x3, added, doubled, is_untouched, rescaled, upsampled
@@ -232,10 +233,11 @@ def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return F.linear: [N, L, in] -> [N, L, out].
 
     In float32 it is a 1x1 convolution of 16 maps. PyTorch computes that by oneDNN, and F.linear by MKL, which takes twice as
-    long on AMD. On one thread, MKL would compute the convolution of fewer maps, too.
+    long on AMD. (Intel's processors were not measured.) On one thread, MKL would compute the convolution of fewer maps, too.
     """
     rows, channels = h.shape[:2].numel(), h.shape[2]
-    if in_autocast(h) or h.dtype != torch.float32 or rows % 16 or not rows:
+    is_plain = type(weight) in PLAIN_TYPES and h.dtype == weight.dtype == torch.float32 and not in_autocast(h)
+    if not is_plain or rows % 16 or not rows:
         return F.linear(h, weight, bias)
     maps = h.reshape(16, rows // 16, 1, channels).permute(0, 3, 1, 2)  # [16, in, N L / 16, 1], channels_last
     y = F.conv2d(maps, weight[:, :, None, None], bias)

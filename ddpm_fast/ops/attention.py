@@ -20,9 +20,10 @@ from .op_spec import Gradient, OpSpec
 from .packed_conv import step_of, why_not_tiles
 
 # Fewest pixels for which a layer's training step is faster than with PyTorch's attention. Its time relative to PyTorch's
-# (256 channels in one head, batch 16, two cores with AVX-512 BF16; float32 on Zen 5):
-#   bfloat16: 0.75 at 16x16, 0.8 at 8x8 and 4x4
-#   float32: 0.60 at 16x16, 0.69 at 8x8, 0.93 at 4x4, and with batch 4 0.64, 0.90, 1.42
+# (256 channels in one head, two cores with AVX-512 BF16; float32 on Zen 5):
+#   bfloat16, batch 16: 0.75 at 16x16, 0.8 at 8x8 and 4x4
+#   float32, batch 16: 0.60 at 16x16, 0.69 at 8x8, 0.93 at 4x4
+#   float32, batch 4: 0.64 at 16x16, 0.90 at 8x8, 1.42 at 4x4
 FEWEST_PIXELS: Final = {torch.bfloat16: 0, torch.float32: 64}
 
 
@@ -37,7 +38,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
         num_heads: Number of heads, a divisor of C.
         scale: Factor of the scores. None: 1 / sqrt(C / num_heads).
         backend: "native" or "reference". None: "native" for a training step on a CPU in bfloat16, or in
-            float32 with 256 pixels or more, else "reference". Native kernels take float32 and bfloat16, the
+            float32 with 64 pixels or more, else "reference". Native kernels take float32 and bfloat16, the
             latter with an even number of channels in a head.
 
     Returns:

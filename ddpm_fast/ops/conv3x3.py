@@ -24,8 +24,8 @@ from .op_spec import Gradient, OpSpec
 from .packed_conv import conv_ops, float_bias, method_of, pack_weights, suits_winograd, weight_gradient_op
 
 _CHANNELS_LAST: Final = torch.channels_last
-# Fewest tiles of a batch for F(4x4, 3x3). It packs 36/16 of the weights of F(2x2, 3x3). On two cores of Zen 5, for 256 channels
-# and both directions, that takes 1.0 ms more. The products save 0.9 ms for 64 tiles, and 1.9 for 128.
+# Fewest tiles of a batch for F(4x4, 3x3). It packs 36/16 times as many weights as F(2x2, 3x3). On two cores of Zen 5, for 256
+# channels and both directions, that takes 1.0 ms more. The products save 0.9 ms for 64 tiles, and 1.9 for 128.
 _LARGE_TILES: Final = 128
 
 
@@ -152,7 +152,8 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
         return gradients | _gradients_by_reference(a, grad, needs)
     grad = divided
     if needs.x:
-        method = "winograd_large" if _method(a, a.weight.shape[0]) == "winograd_large" else "winograd"
+        method = _method(a, a.weight.shape[0])
+        method = "winograd" if method == "direct" else method  # whose weights have no flipped form
         packed = pack_weights(a.weight, method, product_dtype(a.x.dtype), upsample=a.upsample, flipped=True)
         kernel = conv_ops["winograd_upsampled_gradient" if a.upsample else method]
         gradients["x"] = kernel(grad, None, None, False, packed, None, None, 1.0, False, *a.x.shape[1:], 3, 1, 1)

@@ -17,9 +17,9 @@ from .backend import native, why_not_matrix_kernels
 from .fused_op import FusedOp
 from .op_spec import OpSpec
 
-# Fewest tiles of a batch for which F(2x2, 3x3) is faster than the direct sum, and F(4x4, 3x3) faster than F(2x2, 3x3). With
-# fewer tiles, reading the weights takes most of the time. F(2x2, 3x3) reads 16/9 of the direct sum's weights, or 36/16 after
-# an upsampling, and F(4x4, 3x3) reads 36/9.
+# Fewest tiles of a batch for which F(2x2, 3x3) is faster than the direct sum, and F(4x4, 3x3) faster than F(2x2, 3x3), if
+# weights are packed once. With fewer tiles, reading the weights takes most of the time. F(2x2, 3x3) reads 16/9 of the direct
+# sum's weights, or 36/16 after an upsampling, and F(4x4, 3x3) reads 36/9.
 WINOGRAD_TILES: Final = 8
 # Fewest input channels for F(4x4, 3x3). PyTorch's error falls with the number of terms of a sum, and that of the transforms
 # does not. A random network of 64 channels throughout would have 1.04 times the error of diffusers in channels_last, and one
@@ -99,6 +99,7 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
         large = method == "winograd_large"
         packed: Tensor = pack_winograd_op(weight.detach().float(), dtype, flipped, upsample, large)
         return packed
+    assert not flipped
     if upsample:
         wide, rows = weight.detach().double(), weight.new_tensor(_UPSAMPLED, dtype=torch.float64)
         taps = torch.einsum("pak,qbl,oikl->pqabio", rows, rows, wide).flatten(0, 3)

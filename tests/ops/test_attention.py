@@ -12,12 +12,14 @@ import torch
 from kernel_calls import HAS_BFLOAT16, TRAINS_BFLOAT16
 from small_unets import relative_error
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ddpm_fast
 from ddpm_fast.nn.layers import Attention
 from ddpm_fast.ops import backend
 from ddpm_fast.ops.backend import MATRIX_DTYPES, why_not_matrix_kernels
 
+layers = import_module("ddpm_fast.nn.layers")
 conv3x3 = import_module("ddpm_fast.ops.conv3x3")  # the attributes of these names are the ops
 attention = import_module("ddpm_fast.ops.attention")
 pytestmark = pytest.mark.skipif(
@@ -226,3 +228,34 @@ class TestWhereItServes:
             changed(x).sum().backward()
         assert seen == ["hook"] * 2
         assert not attended(calls)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_layers_of_float32_are_convolutions_of_16_maps(with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps: list[int] = []
+
+    def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        maps.append(len(x))
+        return torch.conv2d(x, weight, bias)
+
+    monkeypatch.setattr(layers.F, "conv2d", conv2d)
+    weight, bias = torch.randn(24, 8, requires_grad=True), torch.randn(24, requires_grad=True) if with_bias else None
+
+    def run(linear: Callable[..., Tensor], h: Tensor) -> list[Tensor]:
+        y = linear(h, weight, bias)
+        return [y, *torch.autograd.grad(y.square().sum(), [h, weight, *([] if bias is None else [bias])])]
+
+    for h, expected in (
+        (torch.randn(4, 36, 8), [16]),
+        (torch.randn(1, 8, 64).transpose(1, 2), [16]),  # as a contiguous map has it
+        (torch.randn(3, 35, 8), []),
+        (torch.randn(0, 64, 8), []),
+    ):
+        maps.clear()
+        torch.testing.assert_close(run(layers._linear, h.requires_grad_()), run(F.linear, h))
+        assert maps == expected
+    for dtype, cast in ((torch.bfloat16, False), (torch.float32, True), (torch.float64, False)):
+        h, wide = torch.randn(1, 64, 8, dtype=dtype), weight.detach().to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            assert torch.equal(layers._linear(h, wide, None), F.linear(h, wide))
+    assert not maps

@@ -22,8 +22,8 @@ from ddpm_fast.nn import conv as layers
 from ddpm_fast.nn.conv import Conv3x3
 from ddpm_fast.nn.layers import Upsample
 from ddpm_fast.ops import backend, why_not
-from ddpm_fast.ops.backend import why_not_matrix_kernels
-from ddpm_fast.ops.packed_conv import pack_weights
+from ddpm_fast.ops.backend import BackendUnavailable, why_not_matrix_kernels
+from ddpm_fast.ops.packed_conv import pack_weights, pack_winograd_op
 
 conv = import_module("ddpm_fast.ops.conv3x3")  # the attribute of this name is the op
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
@@ -142,6 +142,13 @@ def test_weights_of_large_tiles_are_rounded_once(flipped: bool, memory_format: t
     assert not outs[len(exact) :].any()
 
 
+@on_any_cpu
+@pytest.mark.parametrize(("dtype", "upsample"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_weights_that_large_tiles_cannot_have(dtype: torch.dtype, upsample: bool) -> None:
+    with pytest.raises(BackendUnavailable, match="has weights in float32, and follows no upsampling"):
+        pack_winograd_op(torch.randn(8, 8, 3, 3), dtype, False, upsample, True, backend="native")
+
+
 def doubled_first(x: Tensor, layer: Conv3x3) -> Tensor:
     return conv3x3(x, layer.weight, layer.bias, upsample=True, backend="reference")
 
@@ -234,7 +241,12 @@ class TestWhereItServes:
             finally:
                 hook.remove()
         else:
-            layer.compile(backend=lambda graph, _: seen.append(layer) or graph.forward)
+
+            def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+                seen.append(layer)
+                return graph.forward
+
+            layer.compile(backend=backend)
             layers.added(layer, x, residual, 1.0)
         assert seen == [layer]
 
