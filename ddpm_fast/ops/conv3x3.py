@@ -153,7 +153,7 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
     grad = divided
     if needs.x:
         method = _method(a, a.weight.shape[0])
-        method = "winograd" if method == "direct" else method  # whose weights have no flipped form
+        method = "winograd" if method == "direct" else method  # "direct" has no flipped weights
         packed = pack_weights(a.weight, method, product_dtype(a.x.dtype), upsample=a.upsample, flipped=True)
         kernel = conv_ops["winograd_upsampled_gradient" if a.upsample else method]
         gradients["x"] = kernel(grad, None, None, False, packed, None, None, 1.0, False, *a.x.shape[1:], 3, 1, 1)

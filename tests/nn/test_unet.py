@@ -177,7 +177,8 @@ def test_seeds_decide_what_dropout_drops(variant: str, layout: torch.memory_form
 
 @pytest.mark.slow
 def test_dropout_by_seeds_compiles() -> None:
-    model, config = make_unet(dropout=0.3)
+    # Without attention at 8x8, which kernels compute in eager mode and PyTorch in compiled code.
+    model, config = make_unet(dropout=0.3, down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3)
     x, t, _ = make_inputs(config, 2)
     compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, t, dropout_seeds=sample_seeds(3, 2)), model(x, t, dropout_seeds=sample_seeds(3, 2)))
