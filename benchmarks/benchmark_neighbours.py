@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with run.going_on(name):
                 taken = seconds(name, job, args.rounds)
                 rows.append({"beside neighbours": name} | {f"{count} busy": spread for count, spread in taken.items()})
-                print(f"{name}: {', '.join(f'{spread.median:.3g} s' for spread in taken.values())}")
+                print(f"{name}: {', '.join(f'{spread.median:.3g} s' for spread in taken.values())}", flush=True)
     run.save(
         f"neighbours {args.precision}", rows, "seconds beside busy neighbours: median [quartiles]", **{"left out": missing}
     )

@@ -10,7 +10,7 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from ..errors import InvalidValue
-from ..ops.autocast import in_autocast
+from ..ops.autocast import autocast_dtype
 from ..ops.conv3x3 import conv3x3, is_trained_natively
 from .comparison import why_watched
 
@@ -54,7 +54,7 @@ def added(conv: nn.Module, x: Tensor, residual: Tensor, divisor: float) -> Tenso
 
     Where kernels compute a training step, an unmodified `Conv3x3` adds and divides where it writes its output.
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if in_autocast(x) else x.dtype
+    dtype = autocast_dtype(x)
     if (
         _may_fuse(conv, x)
         and is_trained_natively(dtype, x, residual, conv.weight, conv.bias)

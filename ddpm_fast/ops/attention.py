@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_float, check_int, check_number
 from ..errors import InvalidValue
-from .autocast import autocast, in_autocast
+from .autocast import autocast, autocast_dtype, in_autocast
 from .backend import why_not_matrix_kernels
 from .conv3x3 import is_trained_natively
 from .derivative import gradients_of
@@ -72,9 +72,8 @@ def is_attention_native(h: Tensor, num_heads: int, *parameters: Tensor | None) -
         num_heads: Number of heads.
         parameters: Weights and biases of the projections.
     """
-    casts = in_autocast(h)
-    dtype = torch.get_autocast_dtype(h.device.type) if casts else h.dtype
-    same = casts or all(parameter is None or parameter.dtype == dtype for parameter in parameters)
+    dtype = autocast_dtype(h)
+    same = in_autocast(h) or all(parameter is None or parameter.dtype == dtype for parameter in parameters)
     return same and is_trained_natively(dtype, h, *parameters) and _suits(dtype, h.shape[1], h.shape[2] // num_heads)
 
 

@@ -138,6 +138,7 @@ def test_weights_of_large_tiles_are_rounded_once(flipped: bool, memory_format: t
     exact = torch.einsum("pk,ql,oikl->opqi", rows, rows, taps).flatten(1, 2)  # [out, 36, in]
     packed = pack_weights(weight, "winograd_large", torch.float32, flipped=flipped)  # [panels, 36, in, panel, 1]
     outs = packed.squeeze(4).permute(0, 3, 1, 2).flatten(0, 1)
+    # Half a unit in the last place, and a little for the roundings of float64.
     torch.testing.assert_close(outs[: len(exact)].double(), exact, rtol=torch.finfo(torch.float32).eps / 1.99, atol=0)
     assert not outs[len(exact) :].any()
 
