@@ -46,7 +46,7 @@ def peak(dtype: torch.dtype, rounds: int) -> float:
 def words_of(call: Call) -> tuple[str, str, float]:
     """Return the kernel, the shapes and the multiplications and additions of a call."""
     name = getattr(call.function, "name", "")
-    if name == "attention":
+    if name.startswith("attention"):
         (_, heads, _), (n, pixels, channels) = call.arguments, call.out.shape  # type: ignore[union-attr]
         return name, f"{pixels} pixels, {heads} x {channels // heads} channels", 4.0 * n * pixels**2 * channels
     if not name.startswith("conv_"):
@@ -54,11 +54,11 @@ def words_of(call: Call) -> tuple[str, str, float]:
     x, skip, *_, upsample, out_channels, height, width, kernel, stride, padding = call.arguments
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     n, side, products = x.shape[0], 1, float(kernel**2)
-    if name != "conv_direct":
+    if name not in ("conv_direct", "conv_tiles"):
         side, products = TILES["upsampled" if upsample else name]
     elif upsample:
         products = 16  # four phases of 2x2
-    elif kernel == 3 and height * width <= SMALL:
+    elif name == "conv_direct" and kernel == 3 and height * width <= SMALL:
         products = math.prod(_inside(*each, stride, padding) for each in ((x.shape[2], height), (x.shape[3], width)))
         products /= height * width
     small = (height // 2, width // 2) if upsample else (height, width)

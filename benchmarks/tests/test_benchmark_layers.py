@@ -31,6 +31,8 @@ pytestmark = [
         ("direct", (4, 4), 3, 2, False, 11**2),
         ("direct", (8, 8), 1, 1, False, 64),
         ("direct", (16, 16), 3, 1, True, 256 * 4),
+        ("tiles", (4, 4), 3, 1, False, 16 * 9),  # tiles take every tap
+        ("tiles", (16, 16), 3, 1, True, 256 * 4),
         ("winograd", (8, 8), 3, 1, False, 16 * 16),
         ("winograd", (7, 7), 3, 1, False, 16 * 16),
         ("winograd", (16, 16), 3, 1, True, 16 * 36),
