@@ -87,9 +87,10 @@ DDPM_FAST_INLINE Floats joined(const Floats (&rows)[2]) {  // a bfloat16 is the 
 template <class P, int lanes = kPanel, class T>
 void pack_channels(const Rows<const T>& rows, Index first, Index end, Index depth, float* to) {
   const Index steps = round_up(depth, kStep<P>) / kStep<P>;
-  for (Index pixel = first; pixel < end; pixel += kStep<P>) {
-    for (Index c = 0; c < round_up(rows.channels, lanes); c += kWidth<float>) {
-      const Index channels = rows.channels - c;
+  // Channels are the outer loop, because the panels of one pixel may all lie in the same set of the cache.
+  for (Index c = 0; c < round_up(rows.channels, lanes); c += kWidth<float>) {
+    const Index channels = rows.channels - c;
+    for (Index pixel = first; pixel < end; pixel += kStep<P>) {
       Floats step[kStep<P>] = {};
       for (Index s = 0; s < smaller(kStep<P>, smaller(end, rows.pixels) - pixel) && channels > 0; ++s) {
         const T* from = rows[pixel + s] + c;

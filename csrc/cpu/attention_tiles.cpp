@@ -18,7 +18,7 @@ Index padded_channels(const AttentionArgs& a) { return round_up(a.head_dim, kQue
 // to = rows panels, for the rows of a block. A panel has 16 columns.
 void multiply_rows(float* to, Index stride, Index columns, const BFloat16* rows, Index depth, const BFloat16* panels,
                    FrequentStores& stores) {
-  using Block = TileSums<2, 2>;
+  using Block = TileSums<2>;
   const Index row_bytes = depth * static_cast<Index>(sizeof(BFloat16)), panel_bytes = kTileSide * row_bytes;
   for (Index column = 0; column < columns; column += 2 * kTileSide) {
     const char* a[2] = {reinterpret_cast<const char*>(rows), reinterpret_cast<const char*>(rows + kTileSide * depth)};

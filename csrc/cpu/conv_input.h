@@ -59,11 +59,24 @@ void copy_pixels(To* to, Index to_stride, const T* from, Index from_stride, Inde
     }
     return;
   }
-  over_vectors<T>(channels, [&](Index c, auto partial, int lanes) {
+  Index c = 0;
+  if constexpr (sizeof(To) == 2) {  // two vectors at a time, which one instruction narrows
+    for (; c + 2 * kWidth<T> <= channels; c += 2 * kWidth<T>) {
+      Act<T, normed, silu_> first, second;
+      first.template load_coefficients<false>(affine + c, affine_stride, 0);
+      second.template load_coefficients<false>(affine + c + kWidth<T>, affine_stride, 0);
+      for (Index i = 0; i < pixels; ++i) {
+        const T* pixel = from + i * from_stride + c;
+        store(to + i * to_stride + c, first(load(pixel)), second(load(pixel + kWidth<T>)));
+      }
+    }
+  }
+  over_vectors<T>(channels - c, [&](Index rest, auto partial, int lanes) {
+    const Index at = c + rest;
     Act<T, normed, silu_> act;
-    act.template load_coefficients<partial()>(affine + c, affine_stride, lanes);
+    act.template load_coefficients<partial()>(affine + at, affine_stride, lanes);
     for (Index i = 0; i < pixels; ++i) {
-      store<partial()>(to + i * to_stride + c, act(load<partial()>(from + i * from_stride + c, lanes)), lanes);
+      store<partial()>(to + i * to_stride + at, act(load<partial()>(from + i * from_stride + at, lanes)), lanes);
     }
   });
 }

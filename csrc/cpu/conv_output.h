@@ -25,6 +25,26 @@ class Output {
     }
   }
 
+  // Writes all vectors of the panel at a pixel.
+  DDPM_FAST_INLINE void write(Index pixel, const float* sums) const {
+    if (lanes_ < kChannels) {
+      for (int v = 0; v < vectors; ++v) write(pixel, v, load(sums + v * kWidth<float>));
+      return;
+    }
+    Floats values[vectors];
+    const Index at = pixel * channels_;
+    for (int v = 0; v < vectors; ++v) values[v] = load(sums + v * kWidth<float>) + bias_[v];
+    if (residual_ != nullptr) {
+      for (int v = 0; v < vectors; ++v) values[v] += load(residual_ + at + v * kWidth<float>);
+    }
+    for (int v = 0; v + 1 < vectors; v += 2) {
+      store(y_ + at + v * kWidth<float>, divided(values[v]), divided(values[v + 1]));
+    }
+    if constexpr (vectors % 2 != 0) {
+      store(y_ + at + (vectors - 1) * kWidth<float>, divided(values[vectors - 1]));
+    }
+  }
+
   // Writes vector v of the panel at a pixel:
   //   (sum + bias + residual) / divisor
   DDPM_FAST_INLINE void write(Index pixel, int v, Floats sum) const {

@@ -19,7 +19,8 @@ std::int64_t conv_tiles_workspace(const ConvArgs& a);
 namespace {
 
 constexpr int kMaxTaps = 9;
-constexpr Index kPanelTiles = 2;  // weights have whole panels of so many tiles of output channels
+constexpr Index kPanelTiles = 2;  // tiles of output channels of a panel of weights
+constexpr Index kPanelChannels = kPanelTiles * kTileSide;
 
 constexpr Index quotient_up(Index value, Index unit) { return (value + unit - 1) / unit; }
 
@@ -70,18 +71,49 @@ struct InputBuffer {
 
   // Fills row i of the input rows of a side. `one_row` has read_columns pixels of 32 channels.
   void fill(char* buffer, BFloat16* one_row, const Side& side, Index i) const {
-    char* row = buffer + (i % a.stride * rows + side.at + i / a.stride) * row_bytes;
+    char* const row = buffer + (i % a.stride * rows + side.at + i / a.stride) * row_bytes;
+    with_act(a.affine, a.silu, [&](auto normed, auto silu) {
+      fill_row<normed(), silu()>(row, one_row, side.sample, side.top * a.stride - a.padding + i);
+    });
+  }
+
+  // Fills a row of the buffer with row y of a sample, which may lie outside the map.
+  template <bool normed, bool silu>
+  void fill_row(char* row, BFloat16* one_row, Index sample, Index y) const {
+    const Index wanted = padded ? columns : read_columns, total = a.channels + a.skip_channels;
+    const bool is_inside = y >= 0 && y < a.height;
+    const Index before = is_inside ? smaller(wanted, a.padding) : wanted, end = smaller(wanted, a.width + before);
+    const Index at = (sample * a.height + y) * a.width;
+    const float* const affine = normed ? a.affine + sample * 3 * total : nullptr;
     for (Index block = 0; block < blocks; ++block, row += block_bytes) {
       BFloat16* const to = padded ? reinterpret_cast<BFloat16*>(row) : one_row;
-      input_row<BFloat16>(a, side.sample, side.top * a.stride - a.padding + i, -a.padding,
-                          padded ? columns : read_columns, to, kTileDepth, block * kTileDepth);
-      for (Index copy = 0; copy < (padded ? 0 : copies); ++copy) {
-        char* to_pixel = row + copy * a.stride * rows * row_bytes;
+      zero(to, 0, before);
+      zero(to, end, wanted);
+      const Index first = block * kTileDepth, stop = smaller(first + kTileDepth, total);
+      if (is_inside && stop - first < kTileDepth) zero(to, before, end);
+      // Copies channels first .. stop - 1, as far as they are in a source that has the channels from `start` on.
+      const auto copy = [&](const void* source, Index start, Index channels) {
+        const Index from = larger(first, start), until = smaller(stop, start + channels);
+        if (from >= until) return;
+        copy_pixels<BFloat16, BFloat16, normed, silu>(
+            to + before * kTileDepth + from - first, kTileDepth,
+            static_cast<const BFloat16*>(source) + at * channels + from - start, channels, end - before, until - from,
+            normed ? affine + from : nullptr, total);
+      };
+      if (is_inside) copy(a.x, 0, a.channels);
+      if (is_inside && a.skip != nullptr) copy(a.skip, a.channels, a.skip_channels);
+      for (Index column = 0; column < (padded ? 0 : copies); ++column) {
+        char* to_pixel = row + column * a.stride * rows * row_bytes;
         for (Index x = 0; x < columns; ++x, to_pixel += kTileRowBytes) {
-          std::memcpy(to_pixel, one_row + (x * a.stride + copy) * kTileDepth, kTileRowBytes);
+          std::memcpy(to_pixel, one_row + (x * a.stride + column) * kTileDepth, kTileRowBytes);
         }
       }
     }
+  }
+
+  // Sets pixels begin .. end - 1 of a row to 0.
+  static DDPM_FAST_INLINE void zero(BFloat16* row, Index begin, Index end) {
+    for (; begin < end; ++begin) std::memset(row + begin * kTileDepth, 0, kTileRowBytes);
   }
 
   Index tiles_of(const Side& side) const { return quotient_up(side.rows * width, kTileSide); }
@@ -121,107 +153,98 @@ Taps taps_of(const ConvArgs& a, const InputBuffer& input, int phase) {
   return taps;
 }
 
-// Tiles of pixels times tiles of output channels.
+// Tiles of pixels times panels of output channels.
 struct Products {
   const ConvArgs& a;
   const InputBuffer& input;
   const char* buffer;
   const PixelTile* tiles;
-  Index count;                     // tiles of pixels, a multiple of those of a block
-  Index first_output, end_output;  // multiples of those of a block
+  Index count;  // tiles of pixels, a multiple of those of a block
+  Index first_panel, end_panel;
   Taps taps;
   const char* weights;  // the phase's
   Index pixel_offset;   // from a pixel's first phase
 };
 
-// Computes blocks of rows x columns tiles. While the tiles of a block are multiplied, the sums of the last one are
-// written, a few pixels a step, and weights are fetched into the second-level cache: those of the next panel, or a few
-// kilobytes ahead if all are read once.
-template <int rows, int columns>
+// Computes blocks of `rows` tiles of pixels and a panel. While the tiles of a block are multiplied, the sums of the last
+// one are written, a few pixels a step, and weights are fetched into the second-level cache.
+template <int rows>
 DDPM_FAST_NOINLINE void multiply_blocks(const Products& products) {
-  constexpr int vectors = columns * kTileSide / kWidth<float>, pixels = rows * kTileSide;
-  constexpr Index kAheadBytes = 32 << 10;
-  using Block = TileSums<rows, columns>;
+  constexpr int vectors = kPanelChannels / kWidth<float>;
+  constexpr unsigned pixels = rows * kTileSide;
+  using Block = TileSums<rows>;
   const Products p = products;  // a copy, which no store can change
-  const Index steps = p.input.blocks * p.taps.count, column_bytes = steps * kTileBytes;
-  const Index panel_bytes = columns * column_bytes, blocks_of_panel = p.count / rows;
-  const Index lines = quotient_up(panel_bytes / kTileRowBytes, steps * blocks_of_panel);
+  const Index steps = p.input.blocks * p.taps.count, panel_bytes = steps * kPanelTiles * kTileBytes;
   const int pixels_a_step = static_cast<int>(quotient_up(pixels, steps));
-  const char* ahead = p.weights + p.first_output * column_bytes;
-  const char* const end_ahead = p.weights + p.end_output * column_bytes;
-  const auto fetch = [&](Index more) {
-    for (; more > 0 && ahead < end_ahead; --more, ahead += kTileRowBytes) __builtin_prefetch(ahead, 0, 2);
+  // If few blocks read a panel, the first one fetches what follows, because the others take too little time. Many
+  // blocks fetch the next panel in equal parts. To fetch the next convolution's weights was no faster, and slower from
+  // 1 MB on, because memory is as busy there.
+  constexpr Index kFewBlocks = 4, kAheadBytes = 32 << 10, kStepBytes = kPanelTiles * kTileBytes;
+  const Index blocks_of_panel = p.count / rows;
+  const bool are_few = blocks_of_panel <= kFewBlocks;
+  const char* ahead = p.weights + p.first_panel * panel_bytes;
+  const char* const end_ahead = p.weights + p.end_panel * panel_bytes;
+  const auto fetch = [&](Index bytes) {
+    for (; bytes > 0 && ahead < end_ahead; bytes -= kTileRowBytes, ahead += kTileRowBytes)
+      __builtin_prefetch(ahead, 0, 2);
   };
-  fetch((blocks_of_panel == 1 ? smaller(kAheadBytes, panel_bytes) : panel_bytes) / kTileRowBytes);
+  fetch(are_few ? smaller(kAheadBytes, panel_bytes) : panel_bytes);
+  const Index fetched_a_step = are_few ? kStepBytes : quotient_up(kStepBytes, blocks_of_panel);
 
   FrequentStores stores;
-  alignas(64) float sums[2][pixels * columns * kTileSide];
-  Output<BFloat16, vectors> outputs[2] = {{p.a, p.first_output / columns}, {p.a, p.first_output / columns}};
-  int turn = 0, written = pixels;  // nothing is left to write
+  alignas(64) float sums[2][pixels * kPanelChannels];
+  Output<BFloat16, vectors> outputs[2] = {{p.a, p.first_panel}, {p.a, p.first_panel}};
+  int turn = 0;
+  unsigned written = pixels;  // nothing is left to write
   const PixelTile* last = nullptr;
   const Output<BFloat16, vectors>* last_output = nullptr;
   const auto write = [&](int more) {
     for (; more > 0 && written < pixels; --more, ++written) {
       const PixelTile& tile = last[written / kTileSide];
-      const int i = written % kTileSide;
-      if (i >= tile.count) continue;
-      const float* from = sums[turn ^ 1] + written * columns * kTileSide;
-      for (int v = 0; v < vectors; ++v) {
-        last_output->write(tile.pixels[i] + p.pixel_offset, v, load(from + v * kWidth<float>));
-      }
+      const unsigned i = written % kTileSide;
+      if (i >= static_cast<unsigned>(tile.count)) continue;
+      last_output->write(tile.pixels[i] + p.pixel_offset, sums[turn ^ 1] + written * kPanelChannels);
     }
   };
-  for (Index output = p.first_output; output < p.end_output; output += columns) {
-    Output<BFloat16, vectors>& to = outputs[output / columns % 2];
-    to = Output<BFloat16, vectors>(p.a, output / columns);
+  for (Index panel = p.first_panel; panel < p.end_panel; ++panel) {
+    Output<BFloat16, vectors>& to = outputs[panel % 2];
+    to = Output<BFloat16, vectors>(p.a, panel);
     for (Index tile = 0; tile < p.count; tile += rows) {
-      const char* b[columns];
-      for (int j = 0; j < columns; ++j) b[j] = p.weights + (output + j) * column_bytes;
+      const char* weights = p.weights + panel * panel_bytes;
       Block::clear();
       for (Index block = 0; block < p.input.blocks; ++block) {
-        for (int tap = 0; tap < p.taps.count; ++tap) {
+        for (int tap = 0; tap < p.taps.count; ++tap, weights += kPanelTiles * kTileBytes) {
           const char* a[rows];
           for (int i = 0; i < rows; ++i) {
             a[i] = p.buffer + p.tiles[tile + i].from + block * p.input.block_bytes + p.taps.offset[tap];
           }
-          Block::add(a, kTileRowBytes, b);
-          for (int j = 0; j < columns; ++j) b[j] += kTileBytes;
-          fetch(lines);
+          Block::add(a, kTileRowBytes, {weights, weights + kTileBytes});
+          if (!are_few || tile == 0) fetch(fetched_a_step);
           write(pixels_a_step);
           stores.after_step();
         }
       }
-      write(pixels);
-      Block::store(sums[turn], columns * kTileSide);
+      write(static_cast<int>(pixels));
+      Block::store(sums[turn], kPanelChannels);
       turn ^= 1, written = 0, last = p.tiles + tile, last_output = &to;
     }
   }
-  write(pixels);
+  write(static_cast<int>(pixels));
 }
 
-// Multiplies `count` tiles of pixels with tiles of output channels, in all phases. There is memory for a tile more.
-//
-// Two by two tiles load the least. If few pixels share the weights, these are read as seldom as possible.
+// Multiplies `count` tiles of pixels with panels of output channels, in all phases. There is memory for a tile more.
 void multiply(const ConvArgs& a, const InputBuffer& input, const char* buffer, PixelTile* tiles, Index count,
-              Index first_output, Index end_output, bool has_few_pixels) {
-  const bool in_fours = count == 1 && first_output % 4 == 0 && end_output % 4 == 0;
-  const bool by_fours = has_few_pixels && count % 4 == 0;
-  if (!in_fours && count % 2 != 0) tiles[count++] = {tiles->from, 0, {}};
-  Products products{a, input, buffer, tiles, count, first_output, end_output, {}, nullptr, 0};
-  const Index outputs = round_up(quotient_up(a.out_channels, kTileSide), kPanelTiles);
+              Index first_panel, Index end_panel) {
+  if (count > 1 && count % 2 != 0) tiles[count++] = {tiles->from, 0, {}};
+  Products products{a, input, buffer, tiles, count, first_panel, end_panel, {}, nullptr, 0};
+  const Index panels = quotient_up(a.out_channels, kPanelChannels);
   const TileUse in_use;
   for (int phase = 0; phase < (a.upsample ? 4 : 1); ++phase) {
     products.taps = taps_of(a, input, phase);
-    products.weights =
-        reinterpret_cast<const char*>(a.packed) + phase * outputs * input.blocks * products.taps.count * kTileBytes;
+    products.weights = reinterpret_cast<const char*>(a.packed) +
+                       phase * panels * input.blocks * products.taps.count * kPanelTiles * kTileBytes;
     products.pixel_offset = phase / 2 * a.out_width + phase % 2;
-    if (in_fours) {
-      multiply_blocks<1, 4>(products);
-    } else if (by_fours) {
-      multiply_blocks<4, 1>(products);
-    } else {
-      multiply_blocks<2, 2>(products);
-    }
+    count == 1 ? multiply_blocks<1>(products) : multiply_blocks<2>(products);
   }
 }
 
@@ -240,7 +263,7 @@ void share_outputs(const ConvArgs& a, int threads) {
   const auto side_of = [&](Index sample) { return Side{sample, 0, height, sample * (height + input.more_rows)}; };
   const Index input_rows = input.input_rows(side_of(0));
   const Index values = a.n * input_rows * input.read_columns * input.blocks * kTileDepth;
-  constexpr Index kValuesWorthAThread = 1 << 14;  // norm and SiLU take 3 us for as many
+  constexpr Index kValuesWorthAThread = 1 << 13;  // norm and SiLU take 1.5 us for as many
   const Index grain = quotient_up(a.n * input_rows * kValuesWorthAThread, larger(1, values));
   parallel_for(a.n * input_rows, threads == 1 ? a.n * input_rows : grain, a.stream_or_threads, [&](Index i) {
     Scratch scratch(ScratchUse::kSlice, Scratch::bytes<BFloat16>(input.read_columns * kTileDepth));
@@ -249,9 +272,8 @@ void share_outputs(const ConvArgs& a, int threads) {
   });
 
   const Index tiles_of_sample = input.tiles_of(side_of(0)), all_tiles = a.n * tiles_of_sample;
-  const Index outputs = round_up(quotient_up(a.out_channels, kTileSide), kPanelTiles);
-  const Index unit = all_tiles == 1 && outputs % 4 == 0 ? 4 : kPanelTiles, units = outputs / unit;
-  const Index parts = smaller(units, threads), pieces = smaller(all_tiles, quotient_up(threads, parts));
+  const Index panels = quotient_up(a.out_channels, kPanelChannels);
+  const Index parts = smaller(panels, threads), pieces = smaller(all_tiles, quotient_up(threads, parts));
   const Index most_tiles = quotient_up(all_tiles, pieces) + 1;
   parallel_for(parts * pieces, threads == 1 ? parts * pieces : 1, a.stream_or_threads, [&](Index i) {
     const Index part = i / pieces, piece = i % pieces;
@@ -261,7 +283,7 @@ void share_outputs(const ConvArgs& a, int threads) {
     for (Index t = piece * all_tiles / pieces; t < (piece + 1) * all_tiles / pieces; ++t) {
       tiles[count++] = input.tile(side_of(t / tiles_of_sample), t % tiles_of_sample);
     }
-    multiply(a, input, buffer, tiles, count, part * units / parts * unit, (part + 1) * units / parts * unit, true);
+    multiply(a, input, buffer, tiles, count, part * panels / parts, (part + 1) * panels / parts);
   });
 }
 
@@ -292,7 +314,7 @@ void share_pixels(const ConvArgs& a, int threads) {
       at += rows + input.more_rows;
       strip += rows;
     }
-    multiply(a, input, buffer, tiles, count, 0, round_up(quotient_up(a.out_channels, kTileSide), kPanelTiles), false);
+    multiply(a, input, buffer, tiles, count, 0, quotient_up(a.out_channels, kPanelChannels));
   });
 }
 

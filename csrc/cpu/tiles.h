@@ -135,62 +135,44 @@ class FrequentStores {
   int steps_ = 0;
 };
 
-// Products of `rows` tiles with `columns` tiles, one depth of a tile at a time. The sums are in tiles 0 .. rows columns - 1,
-// row by row. Two by two, each loaded tile is used twice. Four by one reads the least of the second factor, and one by
-// four the least of the first.
-template <int rows, int columns>
+// Products of `rows` tiles with two tiles of columns, one depth of a tile at a time. The sums are in tiles
+// 0 .. 2 rows - 1, row by row. With two rows, each loaded tile is used twice.
+template <int rows>
 struct TileSums {
-  static_assert((rows == 2 && columns == 2) || (rows == 4 && columns == 1) || (rows == 1 && columns == 4));
+  static_assert(rows == 1 || rows == 2);
 
   static DDPM_FAST_INLINE void clear() {
     zero_tile<0>();
     zero_tile<1>();
-    zero_tile<2>();
-    zero_tile<3>();
+    if constexpr (rows == 2) {
+      zero_tile<2>();
+      zero_tile<3>();
+    }
   }
 
-  // a: first value of each tile of rows, whose rows are `row_bytes` apart. b: each tile of columns, which is contiguous.
-  static DDPM_FAST_INLINE void add(const char* const (&a)[rows], Index row_bytes, const char* const (&b)[columns]) {
+  // a: first value of each tile of rows, whose rows are `row_bytes` apart. b: both tiles of columns, contiguous.
+  static DDPM_FAST_INLINE void add(const char* const (&a)[rows], Index row_bytes, const char* const (&b)[2]) {
+    load_tile<4>(a[0], row_bytes);
+    load_tile<6>(b[0], kTileRowBytes);
+    add_product<0, 4, 6>();
+    load_tile<7>(b[1], kTileRowBytes);
+    add_product<1, 4, 7>();
     if constexpr (rows == 2) {
-      load_tile<4>(a[0], row_bytes);
-      load_tile<6>(b[0], kTileRowBytes);
-      add_product<0, 4, 6>();
-      load_tile<7>(b[1], kTileRowBytes);
-      add_product<1, 4, 7>();
       load_tile<5>(a[1], row_bytes);
       add_product<2, 5, 6>();
       add_product<3, 5, 7>();
-    } else if constexpr (rows == 4) {
-      load_tile<4>(b[0], kTileRowBytes);
-      load_tile<5>(a[0], row_bytes);
-      add_product<0, 5, 4>();
-      load_tile<6>(a[1], row_bytes);
-      add_product<1, 6, 4>();
-      load_tile<7>(a[2], row_bytes);
-      add_product<2, 7, 4>();
-      load_tile<5>(a[3], row_bytes);
-      add_product<3, 5, 4>();
-    } else {
-      load_tile<4>(a[0], row_bytes);
-      load_tile<5>(b[0], kTileRowBytes);
-      add_product<0, 4, 5>();
-      load_tile<6>(b[1], kTileRowBytes);
-      add_product<1, 4, 6>();
-      load_tile<7>(b[2], kTileRowBytes);
-      add_product<2, 4, 7>();
-      load_tile<5>(b[3], kTileRowBytes);
-      add_product<3, 4, 5>();
     }
   }
 
   // Writes the sums to a matrix whose rows are `stride` floats apart.
   static DDPM_FAST_INLINE void store(float* to, Index stride) {
-    const auto at = [&](int tile) { return to + (tile / columns * stride + tile % columns) * kTileSide; };
     const Index row_bytes = stride * static_cast<Index>(sizeof(float));
-    store_tile<0>(at(0), row_bytes);
-    store_tile<1>(at(1), row_bytes);
-    store_tile<2>(at(2), row_bytes);
-    store_tile<3>(at(3), row_bytes);
+    store_tile<0>(to, row_bytes);
+    store_tile<1>(to + kTileSide, row_bytes);
+    if constexpr (rows == 2) {
+      store_tile<2>(to + kTileSide * stride, row_bytes);
+      store_tile<3>(to + kTileSide * stride + kTileSide, row_bytes);
+    }
   }
 };
 

@@ -83,7 +83,7 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
 
     A panel is as many output channels as there are sums in registers. A step is the number of input
     channels per multiply-add, 2 in bfloat16. Incomplete panels and steps are filled with 0. For tiles the
-    order is [phases, out / 16, in / 32, taps of a phase, 16, 16, 2], where "out" and "in" are rounded up to 32.
+    order is [phases, out / 32, in / 32, taps of a phase, 2, 16, 16, 2], where "out" and "in" are rounded up to 32.
 
     Args:
         weight: [out, in, k, k].
@@ -108,8 +108,8 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
     if method == "tiles":
         taps = F.pad(taps, (0, -taps.shape[2] % TILE_DEPTH, 0, -taps.shape[1] % TILE_DEPTH)).to(dtype)  # [taps, in, out]
         phases, channels, out_channels = 4 if upsample else 1, *taps.shape[1:]
-        tiles = taps.view(phases, len(taps) // phases, channels // TILE_DEPTH, 16, 2, out_channels // 16, 16)
-        return tiles.permute(0, 5, 2, 1, 3, 6, 4).contiguous()
+        tiles = taps.view(phases, len(taps) // phases, channels // TILE_DEPTH, 16, 2, out_channels // 32, 2, 16)
+        return tiles.permute(0, 5, 2, 1, 6, 3, 7, 4).contiguous()
     panel, step = native().cpu.panel, step_of(dtype)
     taps = F.pad(taps, (0, -taps.shape[2] % panel, 0, -taps.shape[1] % step)).to(dtype)  # [taps, in, out]
     panels = taps.view(len(taps), taps.shape[1] // step, step, -1, panel)
