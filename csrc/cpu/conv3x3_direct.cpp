@@ -119,11 +119,7 @@ void run(const ConvArgs& a) {
         const Output<T> output(a, p);
         if (small) {
           sum_inside(a, input, columns, top, rows, a.packed + p * taps * panel_size<P>(depth), depth, small_sums);
-          for (Index i = 0; i < count; ++i) {
-            for (int v = 0; v < kPanelVectors; ++v) {
-              output.write(pixels[i], v, load(small_sums + i * kPanel + v * kWidth<float>));
-            }
-          }
+          for (Index i = 0; i < count; ++i) output.write(pixels[i], small_sums + i * kPanel);
           continue;
         }
         for (int phase = 0; phase < phases; ++phase) {

@@ -60,7 +60,7 @@ void copy_pixels(To* to, Index to_stride, const T* from, Index from_stride, Inde
     return;
   }
   Index c = 0;
-  if constexpr (sizeof(To) == 2) {  // two vectors at a time, which one instruction narrows
+  if constexpr (sizeof(To) == 2 && kVectorSize == 64) {  // two vectors at a time: one instruction narrows both
     for (; c + 2 * kWidth<T> <= channels; c += 2 * kWidth<T>) {
       Act<T, normed, silu_> first, second;
       first.template load_coefficients<false>(affine + c, affine_stride, 0);
@@ -90,27 +90,22 @@ void zero_pixels(To* to, Index stride, Index pixels) {
 // row and the columns may lie outside the map. Pixels outside are 0, without norm and activation.
 //
 // stride: elements per pixel in `to`. If it is larger than the number of channels, the rest is 0.
-// first_channel: where the channels of x and skip begin that are copied, up to `stride` of them.
 template <class T, class To>
-void input_row(const ConvArgs& a, Index sample, Index row, Index first, Index columns, To* to, Index stride,
-               Index first_channel = 0) {
+void input_row(const ConvArgs& a, Index sample, Index row, Index first, Index columns, To* to, Index stride) {
   const Index before = smaller(columns, larger(0, -first)), end = smaller(columns, a.width - first);
   if (row < 0 || row >= a.height || end <= before) return zero_pixels(to, stride, columns);
   zero_pixels(to, stride, before);
   zero_pixels(to + end * stride, stride, columns - end);
   to += before * stride;
   const Index pixels = end - before, total = a.channels + a.skip_channels;
-  if (total - first_channel < stride) zero_pixels(to, stride, pixels);
+  if (total < stride) zero_pixels(to, stride, pixels);
   const Index at = (sample * a.height + row) * a.width + first + before;
   const auto part = [&](const void* from, Index channels_before, Index channels) {
-    const Index begin = larger(first_channel, channels_before);
-    const Index stop = smaller(first_channel + stride, channels_before + channels);
-    if (begin >= stop) return;
-    const T* start = static_cast<const T*>(from) + at * channels + begin - channels_before;
-    To* target = to + begin - first_channel;
-    const float* affine = a.affine == nullptr ? nullptr : a.affine + sample * 3 * total + begin;
+    const T* start = static_cast<const T*>(from) + at * channels;
+    const float* affine = a.affine == nullptr ? nullptr : a.affine + sample * 3 * total + channels_before;
     with_act(affine, a.silu, [&](auto normed, auto silu) {
-      copy_pixels<T, To, normed(), silu()>(target, stride, start, channels, pixels, stop - begin, affine, total);
+      copy_pixels<T, To, normed(), silu()>(to + channels_before, stride, start, channels, pixels, channels, affine,
+                                           total);
     });
   };
   part(a.x, 0, a.channels);

@@ -37,11 +37,9 @@ class Output {
     if (residual_ != nullptr) {
       for (int v = 0; v < vectors; ++v) values[v] += load(residual_ + at + v * kWidth<float>);
     }
-    for (int v = 0; v + 1 < vectors; v += 2) {
+    static_assert(vectors % 2 == 0);
+    for (int v = 0; v < vectors; v += 2) {
       store(y_ + at + v * kWidth<float>, divided(values[v]), divided(values[v + 1]));
-    }
-    if constexpr (vectors % 2 != 0) {
-      store(y_ + at + (vectors - 1) * kWidth<float>, divided(values[vectors - 1]));
     }
   }
 

@@ -1,9 +1,9 @@
 // 3x3 and 1x1 convolutions in bfloat16 as sums over taps of matrix products on tiles (see tiles.h).
 //
 // The input of some rows is normed, activated and padded first, into a buffer that stays in the second-level cache. The
-// buffer is arranged so that the 16 pixels of a tile follow each other and each tap is an offset. All products read the
-// first-level cache then: the weights of a tile of outputs are used for many tiles of pixels, tap by tap, and 32 input
-// channels of these pixels take a few kilobytes.
+// buffer is arranged so that the 16 pixels of a tile follow each other and each tap is an offset. All taps of 32 input
+// channels take a few kilobytes of it, so they read the first-level cache. The weights of 32 output channels are used for
+// many tiles of pixels, and come from the second-level cache.
 //
 // A convolution after an upsampling by 2 is four 2x2 convolutions of the small map, one for each phase: see
 // conv3x3_direct.cpp. A tile of one pixel of 16 samples could leave out taps beside small maps, which nothing here does.
@@ -21,6 +21,7 @@ namespace {
 constexpr int kMaxTaps = 9;
 constexpr Index kPanelTiles = 2;  // tiles of output channels of a panel of weights
 constexpr Index kPanelChannels = kPanelTiles * kTileSide;
+constexpr Index kStepBytes = kPanelTiles * kTileBytes;  // weights of a panel for one tap and 32 input channels
 
 constexpr Index quotient_up(Index value, Index unit) { return (value + unit - 1) / unit; }
 
@@ -80,28 +81,31 @@ struct InputBuffer {
   // Fills a row of the buffer with row y of a sample, which may lie outside the map.
   template <bool normed, bool silu>
   void fill_row(char* row, BFloat16* one_row, Index sample, Index y) const {
-    const Index wanted = padded ? columns : read_columns, total = a.channels + a.skip_channels;
+    const Index total = a.channels + a.skip_channels;
     const bool is_inside = y >= 0 && y < a.height;
-    const Index before = is_inside ? smaller(wanted, a.padding) : wanted, end = smaller(wanted, a.width + before);
+    const Index before = is_inside ? smaller(read_columns, a.padding) : read_columns;
+    const Index end = smaller(read_columns, a.width + before);
     const Index at = (sample * a.height + y) * a.width;
     const float* const affine = normed ? a.affine + sample * 3 * total : nullptr;
     for (Index block = 0; block < blocks; ++block, row += block_bytes) {
       BFloat16* const to = padded ? reinterpret_cast<BFloat16*>(row) : one_row;
       zero(to, 0, before);
-      zero(to, end, wanted);
-      const Index first = block * kTileDepth, stop = smaller(first + kTileDepth, total);
-      if (is_inside && stop - first < kTileDepth) zero(to, before, end);
-      // Copies channels first .. stop - 1, as far as they are in a source that has the channels from `start` on.
-      const auto copy = [&](const void* source, Index start, Index channels) {
-        const Index from = larger(first, start), until = smaller(stop, start + channels);
-        if (from >= until) return;
-        copy_pixels<BFloat16, BFloat16, normed, silu>(
-            to + before * kTileDepth + from - first, kTileDepth,
-            static_cast<const BFloat16*>(source) + at * channels + from - start, channels, end - before, until - from,
-            normed ? affine + from : nullptr, total);
-      };
-      if (is_inside) copy(a.x, 0, a.channels);
-      if (is_inside && a.skip != nullptr) copy(a.skip, a.channels, a.skip_channels);
+      zero(to, end, read_columns);
+      if (is_inside) {
+        const Index first = block * kTileDepth, stop = smaller(first + kTileDepth, total);
+        if (stop - first < kTileDepth) zero(to, before, end);
+        // Copies channels first .. stop - 1, as far as they are in a source that has the channels from `start` on.
+        const auto copy = [&](const void* source, Index start, Index channels) {
+          const Index from = larger(first, start), until = smaller(stop, start + channels);
+          if (from >= until) return;
+          copy_pixels<BFloat16, BFloat16, normed, silu>(
+              to + before * kTileDepth + from - first, kTileDepth,
+              static_cast<const BFloat16*>(source) + at * channels + from - start, channels, end - before, until - from,
+              normed ? affine + from : nullptr, total);
+        };
+        copy(a.x, 0, a.channels);
+        if (a.skip != nullptr) copy(a.skip, a.channels, a.skip_channels);
+      }
       for (Index column = 0; column < (padded ? 0 : copies); ++column) {
         char* to_pixel = row + column * a.stride * rows * row_bytes;
         for (Index x = 0; x < columns; ++x, to_pixel += kTileRowBytes) {
@@ -111,7 +115,7 @@ struct InputBuffer {
     }
   }
 
-  // Sets pixels begin .. end - 1 of a row to 0.
+  // Sets pixels begin .. end - 1 of a row to 0. They are few, so a call of memset for all would take longer.
   static DDPM_FAST_INLINE void zero(BFloat16* row, Index begin, Index end) {
     for (; begin < end; ++begin) std::memset(row + begin * kTileDepth, 0, kTileRowBytes);
   }
@@ -166,27 +170,28 @@ struct Products {
   Index pixel_offset;   // from a pixel's first phase
 };
 
-// Computes blocks of `rows` tiles of pixels and a panel. While the tiles of a block are multiplied, the sums of the last
-// one are written, a few pixels a step, and weights are fetched into the second-level cache.
+// Computes blocks of `rows` tiles of pixels and a panel. While the tiles of a block are multiplied, the sums of the one
+// before are written, a few pixels a step, and weights are fetched into the second-level cache.
 template <int rows>
 DDPM_FAST_NOINLINE void multiply_blocks(const Products& products) {
   constexpr int vectors = kPanelChannels / kWidth<float>;
   constexpr unsigned pixels = rows * kTileSide;
   using Block = TileSums<rows>;
   const Products p = products;  // a copy, which no store can change
-  const Index steps = p.input.blocks * p.taps.count, panel_bytes = steps * kPanelTiles * kTileBytes;
-  const int pixels_a_step = static_cast<int>(quotient_up(pixels, steps));
+  const Index steps = p.input.blocks * p.taps.count, panel_bytes = steps * kStepBytes;
+  const unsigned pixels_a_step = static_cast<unsigned>(quotient_up(pixels, steps));
   // If few blocks read a panel, the first one fetches what follows, because the others take too little time. Many
-  // blocks fetch the next panel in equal parts. To fetch the next convolution's weights was no faster, and slower from
-  // 1 MB on, because memory is as busy there.
-  constexpr Index kFewBlocks = 4, kAheadBytes = 32 << 10, kStepBytes = kPanelTiles * kTileBytes;
+  // blocks fetch the next panel in equal parts of at least a cache line. Fetching the weights of the next convolution,
+  // too, gained nothing: memory is busy already.
+  constexpr Index kFewBlocks = 4, kAheadBytes = 32 << 10;
   const Index blocks_of_panel = p.count / rows;
   const bool are_few = blocks_of_panel <= kFewBlocks;
   const char* ahead = p.weights + p.first_panel * panel_bytes;
   const char* const end_ahead = p.weights + p.end_panel * panel_bytes;
   const auto fetch = [&](Index bytes) {
-    for (; bytes > 0 && ahead < end_ahead; bytes -= kTileRowBytes, ahead += kTileRowBytes)
+    for (; bytes > 0 && ahead < end_ahead; bytes -= kTileRowBytes, ahead += kTileRowBytes) {
       __builtin_prefetch(ahead, 0, 2);
+    }
   };
   fetch(are_few ? smaller(kAheadBytes, panel_bytes) : panel_bytes);
   const Index fetched_a_step = are_few ? kStepBytes : quotient_up(kStepBytes, blocks_of_panel);
@@ -198,7 +203,7 @@ DDPM_FAST_NOINLINE void multiply_blocks(const Products& products) {
   unsigned written = pixels;  // nothing is left to write
   const PixelTile* last = nullptr;
   const Output<BFloat16, vectors>* last_output = nullptr;
-  const auto write = [&](int more) {
+  const auto write = [&](unsigned more) {
     for (; more > 0 && written < pixels; --more, ++written) {
       const PixelTile& tile = last[written / kTileSide];
       const unsigned i = written % kTileSide;
@@ -213,7 +218,7 @@ DDPM_FAST_NOINLINE void multiply_blocks(const Products& products) {
       const char* weights = p.weights + panel * panel_bytes;
       Block::clear();
       for (Index block = 0; block < p.input.blocks; ++block) {
-        for (int tap = 0; tap < p.taps.count; ++tap, weights += kPanelTiles * kTileBytes) {
+        for (int tap = 0; tap < p.taps.count; ++tap, weights += kStepBytes) {
           const char* a[rows];
           for (int i = 0; i < rows; ++i) {
             a[i] = p.buffer + p.tiles[tile + i].from + block * p.input.block_bytes + p.taps.offset[tap];
@@ -224,12 +229,12 @@ DDPM_FAST_NOINLINE void multiply_blocks(const Products& products) {
           stores.after_step();
         }
       }
-      write(static_cast<int>(pixels));
+      write(pixels);
       Block::store(sums[turn], kPanelChannels);
       turn ^= 1, written = 0, last = p.tiles + tile, last_output = &to;
     }
   }
-  write(static_cast<int>(pixels));
+  write(pixels);
 }
 
 // Multiplies `count` tiles of pixels with panels of output channels, in all phases. There is memory for a tile more.
@@ -241,8 +246,8 @@ void multiply(const ConvArgs& a, const InputBuffer& input, const char* buffer, P
   const TileUse in_use;
   for (int phase = 0; phase < (a.upsample ? 4 : 1); ++phase) {
     products.taps = taps_of(a, input, phase);
-    products.weights = reinterpret_cast<const char*>(a.packed) +
-                       phase * panels * input.blocks * products.taps.count * kPanelTiles * kTileBytes;
+    products.weights =
+        reinterpret_cast<const char*>(a.packed) + phase * panels * input.blocks * products.taps.count * kStepBytes;
     products.pixel_offset = phase / 2 * a.out_width + phase % 2;
     count == 1 ? multiply_blocks<1>(products) : multiply_blocks<2>(products);
   }
@@ -263,7 +268,7 @@ void share_outputs(const ConvArgs& a, int threads) {
   const auto side_of = [&](Index sample) { return Side{sample, 0, height, sample * (height + input.more_rows)}; };
   const Index input_rows = input.input_rows(side_of(0));
   const Index values = a.n * input_rows * input.read_columns * input.blocks * kTileDepth;
-  constexpr Index kValuesWorthAThread = 1 << 13;  // norm and SiLU take 1.5 us for as many
+  constexpr Index kValuesWorthAThread = 1 << 13;  // 1.5 us of norm and SiLU: no thread has to be woken
   const Index grain = quotient_up(a.n * input_rows * kValuesWorthAThread, larger(1, values));
   parallel_for(a.n * input_rows, threads == 1 ? a.n * input_rows : grain, a.stream_or_threads, [&](Index i) {
     Scratch scratch(ScratchUse::kSlice, Scratch::bytes<BFloat16>(input.read_columns * kTileDepth));

@@ -136,7 +136,7 @@ class FrequentStores {
 };
 
 // Products of `rows` tiles with two tiles of columns, one depth of a tile at a time. The sums are in tiles
-// 0 .. 2 rows - 1, row by row. With two rows, each loaded tile is used twice.
+// 0 .. 2 rows - 1, row by row. With two tiles of rows, each loaded tile is used twice.
 template <int rows>
 struct TileSums {
   static_assert(rows == 1 || rows == 2);
@@ -150,7 +150,7 @@ struct TileSums {
     }
   }
 
-  // a: first value of each tile of rows, whose rows are `row_bytes` apart. b: both tiles of columns, contiguous.
+  // a: first value of each tile of rows, whose rows are `row_bytes` apart. b: both tiles of columns, each contiguous.
   static DDPM_FAST_INLINE void add(const char* const (&a)[rows], Index row_bytes, const char* const (&b)[2]) {
     load_tile<4>(a[0], row_bytes);
     load_tile<6>(b[0], kTileRowBytes);

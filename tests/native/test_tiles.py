@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def test_a_product_has_the_bits_of_the_rule(name: str) -> None:
 SHAPES = [
     (1, 64, 0, 128, 16, 3, 1, False),
     (1, 96, 0, 128, 4, 3, 1, False),
-    (3, 32, 24, 40, 7, 3, 1, False),
+    (3, 40, 24, 40, 6, 3, 1, False),
     (2, 64, 0, 64, 32, 1, 1, False),
     (1, 40, 0, 64, 32, 3, 2, False),
     (1, 32, 0, 32, 16, 3, 1, True),
@@ -136,6 +137,10 @@ def results() -> list[Tensor]:
     return [*outs, attention_tiles_op(qkv, 2, 0.2, backend="native")]
 
 
+def digests() -> list[str]:
+    return [hashlib.sha256(each.contiguous().view(torch.int16).numpy()).hexdigest() for each in results()]
+
+
 def test_what_tiles_compute_is_finite_and_its_bits_do_not_depend_on_threads() -> None:
     one = with_threads(1, results)
     assert all(each.isfinite().all() for each in one)
@@ -154,7 +159,7 @@ def test_other_dtypes_and_odd_heads_are_refused() -> None:
 @pytest.mark.again
 @pytest.mark.skipif(backend.BUILD.get("isa") != "amx", reason="this processor has no tiles, or may not use them")
 def test_the_hardware_gives_the_bits_of_the_rule() -> None:
-    code = "from test_tiles import results; print([r.contiguous().view(torch.int16).numpy().tobytes() for r in results()])"
+    code = "from test_tiles import digests; print(digests())"
     printed = [
         subprocess.run(
             [sys.executable, "-c", f"import torch; torch.set_num_threads(2); {code}"],

@@ -254,7 +254,7 @@ def test_linear_layers_of_float32_are_convolutions_of_16_maps(with_bias: bool, m
     ):
         maps.clear()
         for got, own, exact in zip(run(layers._linear, h), run(F.linear, h), run(F.linear, h, torch.float64), strict=True):
-            assert got.shape == exact.shape
+            assert (got.shape, got.dtype) == (own.shape, own.dtype)
             allowed = max(2 * (own - exact).norm(), 2 * torch.finfo(torch.float32).eps * exact.norm())
             assert (got - exact).norm() <= allowed
         assert maps == expected
