@@ -27,7 +27,7 @@ from torch import Tensor
 import ddpm_fast
 from ddpm_fast.inference.frozen import FrozenUNet
 from ddpm_fast.inference.program import Buffer, Call, NativeProgram
-from ddpm_fast.ops.backend import product_dtype
+from ddpm_fast.ops.backend import BFLOAT16, Bfloat16, product_dtype
 
 PEAK_SIDE = 2048  # side of the matrices whose product measures the peak
 SMALL = 64  # pixels of the largest map of which direct sums leave out the taps that fall outside
@@ -105,7 +105,7 @@ def compare(model: Any, dtype: torch.dtype, batch: int, rounds: int) -> list[dic
     network: Any = ddpm_fast.freeze(model, dtype)
     if network.why_not_packed is not None:
         raise SystemExit(f"{dtype} has no kernels of this package: {network.why_not_packed}")
-    limit = peak(product_dtype(dtype), rounds)
+    limit = peak(dtype if BFLOAT16 is Bfloat16.MATRIX_UNITS else product_dtype(dtype), rounds)
     passes = network._num_passes(batch, size, size)
     with torch.inference_mode():
         calls, seconds = measure(network, tuple(each[: math.ceil(batch / passes)] for each in inputs), rounds)
