@@ -57,6 +57,12 @@ def test_triton_kernels(names: tuple[str, ...]) -> None:
     check(triton_cases.compiled(names), of_these, f"triton {triton.__version__}" == compiler)
 
 
+def test_triton_takes_all_launches() -> None:
+    """Its launcher refuses names that it has itself, and parameters without a value. The interpreter does not."""
+    pytest.importorskip("triton")
+    triton_cases.compiled(triton_cases.cases() | triton_cases.sizes_of_one(), ())
+
+
 @pytest.mark.slow
 def test_sizes_of_one_compile() -> None:
     pytest.importorskip("triton")

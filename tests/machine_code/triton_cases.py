@@ -3,7 +3,7 @@
     python tests/machine_code/triton_cases.py q_sample-bfloat16,noise-float32 80,90,100
 
 compiles what these calls would launch and writes the figures as JSON. Triton's interpreter, which the other tests run in,
-cannot compile, so this is a process of its own.
+cannot compile, so this is a process of its own. Without architectures it makes the calls as a GPU would, up to the compiler.
 """
 
 from __future__ import annotations
@@ -156,19 +156,51 @@ def compiled(names: Iterable[str], architectures: Sequence[int] = ARCHITECTURES)
     }
 
 
+class Driver:
+    """What Triton's launcher asks of the driver of an H100."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def launches_of(call: Call) -> list[tuple[Any, ...]]:
+    """Return the kernel and the arguments of each launch. Triton's own launcher takes them, up to the compiler."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    launches: list[tuple[Any, ...]] = []
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append((self, args, kwargs))
+
+    triton.runtime.driver.set_active(Driver())
+    triton.knobs.runtime.jit_cache_hook = lambda **_: True  # do not compile
+    JITFunction.run = record
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+        triton.knobs.runtime.jit_cache_hook = None
+    return launches
+
+
 def compile_case(name: str, call: Call, architectures: list[int]) -> Iterator[tuple[str, str, Figures]]:
     """Kernel, architecture and figures of all that the call would launch."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
 
-    launches: list[tuple[Any, ...]] = []
-
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append((self, args, kwargs))
-
-    JITFunction.run = record
-    call()
+    launches = launches_of(call)
+    assert launches, name
     for kernel, args, kwargs in launches:
         source, options, bound = specialize(kernel, args, kwargs)
         tile = math.prod(bound.get(axis) or 1 for axis in ("PIXELS", "CHANNELS", "WIDTH", "GROUPS"))
@@ -216,7 +248,7 @@ def main() -> None:
     every = sizes_of_one() | cases()
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in names:
-        for kernel, architecture, figures in compile_case(name, every[name], [int(a) for a in architectures]):
+        for kernel, architecture, figures in compile_case(name, every[name], [int(a) for a in architectures if a]):
             found.setdefault(kernel, {})[architecture] = asdict(figures)
     json.dump(found, sys.stdout)
 
