@@ -108,10 +108,10 @@ def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) 
 )
 def test_schedules_are_those_of_diffusers(config: dict[str, Any]) -> None:
     theirs = pytest.importorskip("diffusers").DDPMScheduler(**config)
-    ours = schedule_from_config(dict(theirs.config))
+    ours = schedule_from_config({"_class_name": "DDPMScheduler", **theirs.config})
     # Theirs are float32; 1 - abar of the cosine and rescaled ones cancels.
     torch.testing.assert_close(ours.betas.float(), theirs.betas.float(), rtol=1e-5, atol=5e-7)
-    assert schedule_from_config(config) == ours  # without the keys that have their default
+    assert schedule_from_config({"_class_name": "DDPMScheduler", **config}) == ours  # without the keys that have their default
 
 
 VALID = r"'.*scheduler_config\.json' to have valid fields, got: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -460,6 +460,19 @@ _DIFFUSERS_BUILDERS = {  # diffusers' beta_schedule -> builder
 }
 
 
+# Schedulers of diffusers whose abar_t follow from the betas of their configuration. In those of other schedulers, the same
+# keys are absent or mean something else.
+_DDPM_SCHEDULERS: Final = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        *("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep"),
+        *("DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete"),
+        *("HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "RePaint", "SASolver"),
+        *("TCD", "UnCLIP", "UniPCMultistep"),
+    )
+)
+
+
 def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     """Return the noise schedule that a scheduler_config.json describes.
 
@@ -470,11 +483,18 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
 
     Raises:
         TypeError: A value has the wrong type.
-        ValueError: A value is out of range, or "num_train_timesteps" is not the length of the schedule.
+        ValueError: A value is out of range, "num_train_timesteps" is not the length of the schedule, or the file is that of
+            a scheduler with other noise levels, for example of flow matching.
     """
-    if config.get("_ddpm_fast") is None:
+    kind, own = config.get("_class_name"), config.get("_ddpm_fast")
+    if kind is not None or own is None:
+        wanted = "to be a scheduler of diffusers that has the noise levels of DDPM, such as DDPMScheduler"
+        expect(kind in _DDPM_SCHEDULERS, "schedule_from_config", "_class_name", wanted, repr(kind))
+        wanted = "to be false, because its levels are those of flow matching"
+        expect(not config.get("use_flow_sigmas"), "schedule_from_config", "use_flow_sigmas", wanted, "true")
+    if own is None:
         return NoiseSchedule.from_diffusers(config)
-    schedule = NoiseSchedule.from_config(config["_ddpm_fast"])
+    schedule = NoiseSchedule.from_config(own)
     if (length := config.get("num_train_timesteps", schedule.num_timesteps)) != schedule.num_timesteps:
         wanted = f"{schedule.num_timesteps}, as in _ddpm_fast"
         raise InvalidValue("schedule_from_config", "num_train_timesteps", f"to be {wanted}", repr(length))

@@ -60,7 +60,7 @@ def test_a_run_is_compared_with_its_own_data(tmp_path: Path) -> None:
 
 def test_a_folder_with_the_network_at_its_root_and_two_channels(tmp_path: Path) -> None:
     tiny_unet(in_channels=2, out_channels=2).save_pretrained(tmp_path)
-    (tmp_path / "scheduler_config.json").write_text("{}")
+    (tmp_path / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')
     run("fit", tmp_path, *FIT[2:], "--quiet")
     assert load_folder(tmp_path).plan is not None
 

@@ -26,7 +26,7 @@ from scheduler_pairs import EPS, KINDS, LISTED, NOISY, SHAPE, THEIRS, assert_sam
 from torch import Tensor
 
 import ddpm_fast
-from ddpm_fast import plan_of, reverse_step, sample_seeds
+from ddpm_fast import NoiseSchedule, plan_of, reverse_step, sample_seeds
 from ddpm_fast.integrations.diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from ddpm_fast.reference import STREAM_X_T
 
@@ -44,6 +44,47 @@ def test_without_diffusers_the_error_says_what_to_install(monkeypatch: pytest.Mo
     with pytest.raises(ModuleNotFoundError, match=message) as raised:
         importlib.import_module(DDPMScheduler.__module__)
     assert raised.value.name == "diffusers"
+
+
+@pytest.mark.filterwarnings("ignore")  # of schedulers that diffusers deprecates
+def test_a_saved_scheduler_of_diffusers_has_its_own_levels_or_is_refused(tmp_path: Path) -> None:
+    read, refused = set(), {}
+    for name in (name for name in dir(diffusers) if name.endswith("Scheduler")):
+        try:
+            scheduler = getattr(diffusers, name)()
+            scheduler.save_pretrained(tmp_path)
+        except (TypeError, ImportError, AttributeError):  # it has no defaults, needs another package, or cannot be saved
+            continue
+        try:
+            schedule = NoiseSchedule.from_pretrained(tmp_path)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        torch.testing.assert_close(schedule.alpha_bars.float(), scheduler.alphas_cumprod, rtol=0, atol=1e-6)
+        read.add(name)
+    assert len(read) >= 20
+    assert {"FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "CogVideoXDDIMScheduler"} <= refused.keys()
+    assert all(
+        f"_class_name to be a scheduler of diffusers that has the noise levels of DDPM, such as DDPMScheduler, got '{name}'"
+        in said
+        for name, said in refused.items()
+    )
+
+
+def test_flow_sigmas_and_files_that_name_no_scheduler_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "scheduler_config.json"
+    diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="epsilon").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_flow_sigmas to be false"):
+        NoiseSchedule.from_pretrained(tmp_path)
+    file.write_text(json.dumps({"beta_schedule": "linear"}))
+    with pytest.raises(ValueError, match=r"_class_name to be a scheduler of diffusers .* got None"):
+        NoiseSchedule.from_pretrained(tmp_path)
+    own = NoiseSchedule.cosine(50)
+    file.write_text(json.dumps({"_ddpm_fast": own.to_config()}))
+    assert NoiseSchedule.from_pretrained(tmp_path) == own
+    file.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "_ddpm_fast": own.to_config()}))
+    with pytest.raises(ValueError, match="got 'FlowMatchEulerDiscreteScheduler'"):
+        NoiseSchedule.from_pretrained(tmp_path)
 
 
 GRID: list[tuple[type, dict[str, Any], dict[str, Any]]] = [
