@@ -16,7 +16,7 @@ WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 LEGACY_WEIGHTS: Final = "diffusion_pytorch_model.bin"
 SCHEDULER: Final = ("scheduler/scheduler_config.json", "scheduler_config.json")
 _DESCRIPTIONS: Final = (*SCHEDULER, "config.json", "unet/config.json", "model_index.json", "plan.json")
-_NAME: Final = re.compile(r"(?P<id>(?P<owner>\w[\w.-]*)/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+_NAME: Final = re.compile(r"(?P<id>(?P<owner>\w[\w.-]*)/\w[\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
 
 
 def model_folder(caller: str, name: str, path: str | os.PathLike[str], check: Callable[[Path], object] | None = None) -> Path:

@@ -167,7 +167,6 @@ class FrozenUNet:
         self._programs: OrderedDict[Hashable, NativeProgram | PythonProgram] = OrderedDict()  # the one used last is last
         self._turns = Turns("FrozenUNet")
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Evaluate the network as `UNet.forward` does.
 
@@ -182,9 +181,17 @@ class FrozenUNet:
             [N, out_channels, H, W] in `dtype`, channels_last.
 
         Raises:
-            ValueError: A shape or the device does not fit, or a timestep or label is out of range.
+            ValueError: A shape or the device does not fit, a timestep or label is out of range, or x records gradients.
             TypeError: Timesteps are no numbers, or x belongs to a torch.func transform.
         """
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+            raise InvalidValue(
+                "FrozenUNet", "x", "to record no gradients", "one that does: call the UNet, or use torch.no_grad()"
+            )
+        with torch.no_grad():
+            return self._evaluated(x, t, class_labels)
+
+    def _evaluated(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None) -> Tensor:
         if isinstance(t, int) and not isinstance(t, bool) and not 0 <= t < self.num_timesteps:
             raise InvalidValue("FrozenUNet", "t", f"in 0..{self.num_timesteps - 1}", t)
         t = checked_timesteps("FrozenUNet", self._constants.config, x, t, class_labels)

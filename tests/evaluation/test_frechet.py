@@ -35,6 +35,7 @@ def test_covariances_that_do_not_commute_give_scipys_matrix_root() -> None:
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
+NO_COVARIANCE = "to have a covariance, which is symmetric and has no negative eigenvalue"
 ROWS = r"to be features \[N, D\] with N above D"
 
 
@@ -47,6 +48,10 @@ ROWS = r"to be features \[N, D\] with N above D"
         (torch.zeros(50, 4), torch.zeros(50, 3), "a and b to have equally many features, got 4 and 3"),
         (torch.zeros(50, 4), Moments(torch.zeros(4), torch.zeros(4, 3)), r"b to be moments \[D\] and \[D, D\], got \[4\] and"),
         (torch.zeros(50, 4), Moments(torch.zeros(4), torch.full((4, 4), math.nan)), "b to have finite values"),
+        (Moments(torch.zeros(4), -torch.eye(4)), torch.zeros(50, 4), f"a {NO_COVARIANCE}, got another matrix"),
+        (torch.zeros(50, 4), Moments(torch.zeros(4), torch.ones(4, 4).tril()), f"b {NO_COVARIANCE}, got another matrix"),
+        (Moments(torch.zeros(2), 1 - torch.eye(2)), torch.zeros(50, 2), f"a {NO_COVARIANCE}, got a negative one"),
+        (Moments(torch.zeros(2), torch.eye(2)), Moments(torch.zeros(2), 1 - torch.eye(2)), f"b {NO_COVARIANCE}, got a neg"),
     ],
 )
 def test_too_few_rows_and_other_shapes_are_refused(a: torch.Tensor, b: torch.Tensor | Moments, wanted: str) -> None:

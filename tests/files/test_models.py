@@ -80,6 +80,11 @@ def test_a_revision_is_a_model_of_its_own(model: Path, cache: Path) -> None:
         load_folder("owner/name")
 
 
+def test_a_revision_cannot_leave_the_cache(cache: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"load_folder: expected path to be a folder that holds a model, got '.*\.\.'"):
+        load_folder("owner/name@v2/../../..")
+
+
 def test_a_folder_of_that_name_wins(model: Path, cache: Path) -> None:
     put(cache, model)
     save_model(Path("owner/name"), tiny_unet(), NoiseSchedule.linear(70))

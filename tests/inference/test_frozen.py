@@ -222,9 +222,12 @@ def test_freezing_and_calling_leave_the_generator_and_the_input_as_they_were(dty
     x, t, _ = make_inputs(config, 2, dtype)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     before, state = x.detach().clone(), torch.get_rng_state()
-    assert not freeze(model, dtype)(x, t).requires_grad
+    with torch.no_grad():
+        assert not freeze(model, dtype)(x, t).requires_grad
     assert torch.equal(x, before)
     assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="FrozenUNet: expected x to record no gradients, got one that does: call the UNet"):
+        freeze(model, dtype)(x, t)
 
 
 # The last has weights of more than a megabyte. Two levels have every kind of layer, and compile in half the time of three.

@@ -46,7 +46,7 @@ def test_without_diffusers_the_error_says_what_to_install(monkeypatch: pytest.Mo
     assert raised.value.name == "diffusers"
 
 
-@pytest.mark.filterwarnings("ignore")  # of schedulers that diffusers deprecates
+@pytest.mark.filterwarnings("ignore")  # deprecated schedulers warn
 def test_a_saved_scheduler_of_diffusers_has_its_own_levels_or_is_refused(tmp_path: Path) -> None:
     read, refused = set(), {}
     for name in (name for name in dir(diffusers) if name.endswith("Scheduler")):

@@ -157,7 +157,7 @@ def compiled(names: Iterable[str], architectures: Sequence[int] = ARCHITECTURES)
 
 
 class Driver:
-    """What Triton's launcher asks of the driver of an H100."""
+    """The methods of an H100's driver that Triton's launcher calls."""
 
     def get_current_device(self) -> int:
         return 0
