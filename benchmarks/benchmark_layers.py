@@ -1,4 +1,4 @@
-"""Time every layer of a frozen network on this CPU, beside the time that its multiplications take at least.
+"""Time every layer of a frozen network on this CPU, next to the time of its multiplications in a large matrix product.
 
     python benchmarks/benchmark_layers.py
     python benchmarks/benchmark_layers.py --batches 1 --dtypes float32 --network 256x256

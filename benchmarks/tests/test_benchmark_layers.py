@@ -77,3 +77,11 @@ def test_the_products_of_a_network(changes: dict[str, int], monkeypatch: pytest.
     assert whole["GFLOP"] - attention == pytest.approx(sum(counted) / 1e9)
     assert attention > 0
     assert all(row["ms"] > 0 for row in rows)
+
+
+def test_tiles_are_compared_with_a_product_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: list[torch.dtype] = []
+    monkeypatch.setattr(benchmark_layers, "peak", lambda dtype, rounds: dtypes.append(dtype) or 1e12)
+    monkeypatch.setattr(benchmark_layers, "BFLOAT16", backend.Bfloat16.MATRIX_UNITS)
+    benchmark_layers.compare(idioms.random_unet(idioms.NETWORKS["tiny"]), torch.bfloat16, 1, rounds=1)
+    assert dtypes == [torch.bfloat16]

@@ -115,7 +115,7 @@ struct InputBuffer {
     }
   }
 
-  // Sets pixels begin .. end - 1 of a row to 0. They are few, so a call of memset for all would take longer.
+  // Sets pixels begin .. end - 1 of a row to 0. In rows of the map they are few, and a call of memset would take longer.
   static DDPM_FAST_INLINE void zero(BFloat16* row, Index begin, Index end) {
     for (; begin < end; ++begin) std::memset(row + begin * kTileDepth, 0, kTileRowBytes);
   }
@@ -268,7 +268,7 @@ void share_outputs(const ConvArgs& a, int threads) {
   const auto side_of = [&](Index sample) { return Side{sample, 0, height, sample * (height + input.more_rows)}; };
   const Index input_rows = input.input_rows(side_of(0));
   const Index values = a.n * input_rows * input.read_columns * input.blocks * kTileDepth;
-  constexpr Index kValuesWorthAThread = 1 << 13;  // 1.5 us of norm and SiLU: no thread has to be woken
+  constexpr Index kValuesWorthAThread = 1 << 13;  // norm and SiLU take 1.5 us for as many, and the threads are awake
   const Index grain = quotient_up(a.n * input_rows * kValuesWorthAThread, larger(1, values));
   parallel_for(a.n * input_rows, threads == 1 ? a.n * input_rows : grain, a.stream_or_threads, [&](Index i) {
     Scratch scratch(ScratchUse::kSlice, Scratch::bytes<BFloat16>(input.read_columns * kTileDepth));

@@ -233,7 +233,7 @@ def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return F.linear: [N, L, in] -> [N, L, out].
 
     In float32 it is a 1x1 convolution of 16 maps. PyTorch computes that by oneDNN, and F.linear by MKL, which takes twice as
-    long on AMD, and up to 15% less time on Intel. On one thread, MKL would compute the convolution of fewer maps, too.
+    long on an EPYC, and less time on a Xeon. On one thread, MKL would compute the convolution of fewer maps, too.
     """
     rows, channels = h.shape[:2].numel(), h.shape[2]
     is_plain = type(weight) in PLAIN_TYPES and h.dtype == weight.dtype == torch.float32 and not in_autocast(h)

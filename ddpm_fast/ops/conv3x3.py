@@ -179,7 +179,7 @@ def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
 
     - without gradients, because weights would be packed at every call (`freeze` packs them once)
     - in bfloat16 on CPUs without instructions for it, and on CPUs with AMX. There oneDNN's convolutions and gradients of
-      inputs are as fast as those of conv_tiles.cpp: 1.5 to 3.6 TFLOP/s for 16 maps on two cores of a Xeon
+      inputs are about as fast as those of conv_tiles.cpp
     - under torch.compile
     """
     given = [tensor for tensor in tensors if tensor is not None]
