@@ -14,7 +14,6 @@ from ..inference.model import device_and_dtype, evaluation_mode
 from ..nn import UNet
 
 _ROUNDING: Final = 1e-5  # errors of a float32 covariance, relative to its largest value
-_COVARIANCE: Final = "to have a covariance, which is symmetric and has no negative eigenvalue"
 
 
 class Moments(NamedTuple):
@@ -43,8 +42,8 @@ def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     expect(len(mean_a) == len(mean_b), "frechet_distance", "a and b", "to have equally many features", sizes)
     # tr (cov_a cov_b)^(1/2) is the sum of the roots of the eigenvalues of the symmetric r cov_b r, r = cov_a^(1/2).
     values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * _variances("a", values).sqrt()) @ vectors.T
-    overlap = _variances("b", torch.linalg.eigvalsh(root @ cov_b @ root)).sqrt().sum()
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     means = (mean_a - mean_b).square().sum()
     return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * overlap))
 
@@ -65,17 +64,11 @@ def _moments(name: str, given: Tensor | Moments) -> Moments:
     fits = mean.dim() == 1 and mean.numel() > 0 and cov.shape == (len(mean), len(mean))
     expect(fits, "frechet_distance", name, "to be moments [D] and [D, D]", f"{list(mean.shape)} and {list(cov.shape)}")
     mean, cov = mean.double(), cov.double()
-    skew, largest = (cov - cov.T).abs().max(), cov.abs().max()
-    fits = bool(skew <= _ROUNDING * largest) and bool((cov.diagonal() >= 0).all())
-    expect(fits, "frechet_distance", name, _COVARIANCE, "another matrix")
+    error = _ROUNDING * cov.abs().max()
+    fits = bool((cov - cov.T).abs().max() <= error) and bool(torch.linalg.eigvalsh(cov).min() >= -error)
+    wanted = "to have a covariance, which is symmetric and has no negative eigenvalue"
+    expect(fits, "frechet_distance", name, wanted, "another matrix")
     return Moments(mean, cov)
-
-
-def _variances(name: str, eigenvalues: Tensor) -> Tensor:
-    """Return eigenvalues [D] of a covariance without the negative ones that rounding makes. Raise if others are negative."""
-    negative = -float(eigenvalues.min())
-    expect(negative <= _ROUNDING * float(eigenvalues.abs().max()), "frechet_distance", name, _COVARIANCE, "a negative one")
-    return eigenvalues.clamp(min=0)
 
 
 @torch.inference_mode()
