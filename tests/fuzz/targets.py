@@ -55,6 +55,7 @@ CHECKPOINT = "checkpoints/step-00000007"
 MEMORY = 2 << 30  # bytes by which a target's process may grow
 # A scheduler_config.json of diffusers.
 THEIRS = {
+    "_class_name": "DDPMScheduler",
     **{"num_train_timesteps": 5, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2"},
     **{"trained_betas": None, "variance_type": None, "lambda_min_clipped": -float("inf"), "rescale_betas_zero_snr": True},
 }
