@@ -82,6 +82,7 @@ class Pretrained:
         device: torch.device | str | None = None,
         shape: Sequence[int] | None = None,
         cuda_graph: bool | None = None,
+        no_label: int | None = None,
         guidance_scale: float | None = None,
         **options: Unpack[PlanOptions],
     ) -> Sampler:
@@ -93,6 +94,7 @@ class Pretrained:
             device: See `Sampler`.
             shape: See `Sampler`.
             cuda_graph: See `Sampler`.
+            no_label: See `Sampler`.
             guidance_scale: See `build_plan`. Calls of the Sampler take their own.
             **options: See `PlanOptions`. With a plan there can be none.
 
@@ -105,7 +107,7 @@ class Pretrained:
         expect(plan is None or not given, "sampler", "plan", "to be None with options that choose one", given)
         with renaming("sampler"):
             plan = self.build_plan(guidance_scale=guidance_scale, **options)[0] if plan is None else plan
-            return Sampler(self.model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
+            return Sampler(self.model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph, no_label=no_label)
 
     @taking(PlanOptions)
     def build_plan(self, *, guidance_scale: float | None = None, **options: Unpack[PlanOptions]) -> tuple[SamplingPlan, str]:

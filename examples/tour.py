@@ -100,8 +100,8 @@ ddim = [garments.sampler(sampler="ddim", steps=steps)(10, seed=0) for steps in (
 show(torch.cat([*ddim, sampler(10, seed=0)]), "few_and_many_steps", columns=10, scale=2)
 
 # %% [markdown]
-# Guidance moves the prediction away from that for no class, so the images show their class more clearly. The rows are scales
-# of 0 (no class), 1 (the class sandal) and 3:
+# Guidance moves the prediction away from the unlabelled prediction, so the images show their class more clearly. The
+# rows are scales of 0 (no class), 1 (the class sandal) and 3:
 
 # %%
 guided = [sampler(10, seed=0, class_labels="sandal", guidance_scale=scale) for scale in (0, 1, 3)]
@@ -163,6 +163,7 @@ model = ddpm_fast.UNet(
     down_block_types=["DownBlock2D", "DownBlock2D"],
     up_block_types=["UpBlock2D", "UpBlock2D"],
     num_class_embeds=11,  # ten digits, and "no label"
+    no_label=10,
 )
 model.to(memory_format=torch.channels_last)  # the CPU training kernels need it
 steps, batch_size = int(os.environ.get("TOUR_STEPS", "1200")), 64

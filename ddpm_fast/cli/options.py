@@ -200,14 +200,13 @@ def labels_of_option(
     """
     from ..sampling.arguments import labels_of
 
-    names, count = loaded.interface.class_names, loaded.interface.num_classes
+    names, known = loaded.interface.class_names, loaded.interface.classes or []
     if classes is None or (classes == "none" and "none" not in [name.lower() for name in names]):  # a class may be called none
         return classes
-    expect(count, command, "classes", "to be none, as the model has no classes", repr(classes))
+    expect(known, command, "classes", "to be none, as the model has no classes", repr(classes))
     entries = [part.strip() for part in classes.split(",")]
-    numbered = [int(entry) if entry.isdecimal() and entry not in names else entry for entry in entries]
-    chosen: Any = labels_of(command, names, numbered)
-    expect(max(chosen) < (count or 0), command, "classes", f"to be in 0..{(count or 0) - 1}", max(chosen))
+    chosen: Any = labels_of(command, names, entries)
+    expect({*chosen} <= {*known}, command, "classes", f"to be in {known[0]}..{known[-1]}", classes)
     wanted = "one class" if num == 1 else f"at most {num} classes"
     fits = not each or len(chosen) <= num
     expect(fits, command, "classes", f"to be {wanted}, as there are no more images", repr(classes))

@@ -109,7 +109,7 @@ def sample_command(num: int | None, out: str, gif: Path | None, show_channels: l
     else:
         seconds, failure = _write_grid(sampler, num, Path(out), gif, shown, arguments)
     if not options["quiet"] and rank == 0:
-        labels = "" if not loaded.interface.num_classes else f" of {_described(loaded, arguments, num)}"
+        labels = "" if not loaded.interface.num_labels else f" of {_described(loaded, arguments, num)}"
         trained = "" if loaded.step is None else f", from step {loaded.step} of {options['model']}"
         rate = "" if writes_each else f", {num / seconds:.3g} images/s"  # some images may be there already
         part = "" if writes_each or len(shown) == sampler.shape[0] else f" Shown channels: {', '.join(map(str, shown))}."
@@ -127,7 +127,7 @@ def _described(loaded: Pretrained, arguments: dict[str, Any], num: int) -> str:
     labels, names = arguments["class_labels"], loaded.interface.class_names
     if labels == "none" or (labels is None and arguments["condition"] is not None):
         return "no class"
-    chosen = [*range(min(loaded.interface.num_classes or 0, num))] if labels is None else [*dict.fromkeys(labels)]
+    chosen = (loaded.interface.classes or [])[:num] if labels is None else [*dict.fromkeys(labels)]
     if len(chosen) > 1:
         return f"{len(chosen)} classes in turn"
     return f"class {names[chosen[0]] if chosen[0] < len(names) else chosen[0]}"

@@ -75,7 +75,7 @@ def _moments(name: str, given: Tensor | Moments) -> Moments:
 def network_features(model: UNet, images: Tensor, batch_size: int = 64) -> Tensor:
     """Return what the middle block of a network computes of images, at timestep 0 and without a class: its means over pixels.
 
-    The Frechet distance of such features ranks samplers of one network.
+    The Frechet distance of such features ranks samplers of one network. Without a label for no class, all are of class 0.
 
     Args:
         model: The network, with D channels in its middle block.
@@ -86,9 +86,10 @@ def network_features(model: UNet, images: Tensor, batch_size: int = 64) -> Tenso
         float32 [N, D] on the CPU.
     """
     device, dtype = device_and_dtype(model)
-    no_label, found = Interface.of(model).no_label, list[Tensor]()
+    interface, found = Interface.of(model), list[Tensor]()
+    label = interface.no_label or 0
     keep = model.mid_block.register_forward_hook(lambda block, given, h: found.append(h.float().mean(dim=(2, 3)).cpu()))
     with keep, evaluation_mode(model):
         for x in images.to(device, dtype).split(batch_size):
-            model(x, 0, None if no_label is None else torch.full((len(x),), no_label, device=device))
+            model(x, 0, torch.full((len(x),), label, device=device) if interface.num_labels else None)
     return torch.cat(found)

@@ -23,8 +23,8 @@ class Interface:
         predicts_variance: True if it returns the variance of the reverse steps, too.
         size: (H, W) of its images. It may read others.
         multiple: H and W are multiples of it.
-        no_label: The label that stands for no class, 0 is the first class. None: it has no classes, or they are unknown.
-        num_classes: Number of classes, 0 for none.
+        num_labels: Number of labels that it reads, 0 if it reads none.
+        no_label: The label that stands for no class. None: no label does, or it is not known which.
         class_names: Names of the classes in the order of their labels, as far as they are known.
     """
 
@@ -34,8 +34,8 @@ class Interface:
     predicts_variance: bool
     size: tuple[int, int] | None
     multiple: int
+    num_labels: int | None
     no_label: int | None
-    num_classes: int | None
     class_names: tuple[str, ...]
 
     @classmethod
@@ -45,7 +45,7 @@ class Interface:
         Args:
             model: The network.
             predicts_variance: As the objective or the plan says. None: as the configuration says, which training writes.
-            no_label: The label for no class. None: the last of the configuration.
+            no_label: The label for no class. None: as the configuration says, see `UNet`.
         """
         model = inference_form(model)
         return cls.from_config(
@@ -75,6 +75,11 @@ class Interface:
         # A variance that the network does not predict, or is not asked for, is said where outputs are checked.
         doubled = gives is not None and (gives % 2 if predicts_variance else gives == 2 * (reads or 0))
         channels = reads if gives is None or doubled else channels
+        names = tuple(config.get("class_names") or ())
+        if no_label is None:
+            no_label = _count(config.get("no_label"))
+            # Other libraries' networks may have no such label, so the last is one only if it is the only one without a name.
+            no_label = len(names) if no_label is None and names and len(names) + 1 == embeds else no_label
         return cls(
             channels=channels,
             read_channels=reads,
@@ -82,15 +87,20 @@ class Interface:
             predicts_variance=predicts_variance,
             size=(known[0], known[1]) if len(known) == len(sides) == 2 else None,
             multiple=2 ** (len(config.get("block_out_channels") or [1]) - 1) if halves else 1,
-            no_label=embeds - 1 if no_label is None and embeds is not None else no_label,
-            num_classes=embeds - 1 if embeds is not None else 0 if config and no_label is None else None,
-            class_names=tuple(config.get("class_names") or ()),
+            num_labels=0 if embeds is None and config and no_label is None else embeds,
+            no_label=no_label,
+            class_names=names,
         )
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of an image that it draws."""
         return None if self.channels is None or self.size is None else (self.channels, *self.size)
+
+    @property
+    def classes(self) -> list[int] | None:
+        """Labels of the classes, without `no_label`."""
+        return None if self.num_labels is None else [label for label in range(self.num_labels) if label != self.no_label]
 
     @property
     def condition_channels(self) -> int | None:

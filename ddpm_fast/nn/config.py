@@ -32,7 +32,7 @@ HO_256: dict[str, Any] = CIFAR10_32 | {
 
 # Keys that diffusers does not have. They stand in a config.json only where they are not None. Those that describe data stand
 # under one key there, which diffusers ignores. The others it must not ignore, as they change the network.
-DESCRIBING: Final = ("class_names", "condition", "condition_range", "data_range", "variance")
+DESCRIBING: Final = ("class_names", "condition", "condition_range", "data_range", "no_label", "variance")
 OWN_KEYS: Final = ("num_attention_heads", "time_input_dim", *DESCRIBING)
 OWN: Final = "_ddpm_fast"
 
@@ -113,9 +113,12 @@ class UNetConfig:
     ] = "default"
     add_attention: Annotated[bool, _key("The middle block has an attention.")] = True
     class_embed_type: Annotated[Literal[None], _key("Classes are embedded by a table.")] = None
-    num_class_embeds: Annotated[int | None, _number('Number of classes plus one, for "no label".')] = None
+    num_class_embeds: Annotated[int | None, _number('Number of labels: that of the classes, plus one for "no label".')] = None
     class_names: Annotated[
-        tuple[str, ...] | None, _key('Names of the classes in the order of the labels, without "no label".')
+        tuple[str, ...] | None, _key("Names of the labels from 0 on. A no_label that is the last has none.")
+    ] = None
+    no_label: Annotated[
+        int | None, _key("Label that stands for no class. None: the last, if each other one has a name in class_names.", 0)
     ] = None
     num_train_timesteps: Annotated[int | None, _number("Timesteps of the schedule. It is recorded only.")] = None
     condition: Annotated[
@@ -155,11 +158,13 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for declared in options_of(UNetConfig):
             object.__setattr__(self, declared.name, checked_option("UNet", declared, getattr(self, declared.name)))
+        labels = self.num_class_embeds or 0
         if (names := self.class_names) is not None:
             _expect(self, "class_names", names and all(names), "None or a list of non-empty strings")
             _expect(self, "class_names", len(set(names)) == len(names), "without repetitions")
-            limit = self.num_class_embeds or 0
-            _expect(self, "class_names", len(names) < limit, f"None or fewer names than num_class_embeds = {limit or None}")
+            _expect(self, "class_names", len(names) <= labels, f"None or at most num_class_embeds = {labels or None} names")
+        if self.no_label is not None:
+            _expect(self, "no_label", self.no_label < labels, f"None or below num_class_embeds = {labels or None}")
         drawn = (self.out_channels, self.out_channels // 2)  # half, if the network predicts variances too
         for key, counts in (("data_range", drawn), ("condition_range", [self.in_channels - each for each in drawn])):
             if (value := getattr(self, key)) is not None:

@@ -20,6 +20,7 @@ from ..ops import sample_seeds
 from ..options import checked_options
 from .options import ClassLabels, DrawOptions
 
+_UNKNOWN: Final = "nothing says which label is no class: pass no_label, or set it under _ddpm_fast in the model's config.json"
 _INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _DRAWING: Final = {  # objects that hold a network, by the library and the class
     ("denoising_diffusion_pytorch", "GaussianDiffusion"): "pass x.model, and plan_of(x) as the plan",
@@ -92,16 +93,19 @@ def resolve_labels(
         in_turn: Without labels take the classes in turn, if there are any, and not "none".
 
     Raises:
-        ValueError: Labels are out of range, have another shape, a name is unknown, or the model has no classes.
+        ValueError: Labels are out of range, have another shape, a name is unknown, or the model has no classes. None are given,
+            and no label is known to stand for no class.
         TypeError: Labels are not integers.
     """
-    no_label, count = interface.no_label, interface.num_classes
+    no_label, count = interface.no_label, interface.num_labels
     if class_labels is not None:
         check_takes_labels(caller, model, "class_labels", class_labels)
     unnamed = "none" not in [name.lower() for name in interface.class_names]  # a class may be called none
-    if class_labels is None and in_turn and count:
-        return torch.arange(num_samples, device="cpu") % count
+    if class_labels is None and in_turn and interface.classes:
+        return torch.tensor(interface.classes, device="cpu").repeat(-(-num_samples // len(interface.classes)))[:num_samples]
     if class_labels is None or (isinstance(class_labels, str) and class_labels.lower() == "none" and unnamed):
+        known = not count or no_label is not None
+        expect(known, caller, "class_labels", f"to be labels of classes, as {_UNKNOWN}", class_labels)
         return None if no_label is None else torch.full((num_samples,), no_label, device="cpu")
     expect(count != 0 or no_label is not None, caller, "class_labels", "to be None, as the model has no classes", class_labels)
     class_labels = labels_of(caller, interface.class_names, class_labels)
@@ -113,8 +117,8 @@ def resolve_labels(
     check_values(caller, "class_labels", labels)
     fits, got = labels.dtype in _INTEGERS and labels.shape in ((), (num_samples,)), f"{labels.dtype} {list(labels.shape)}"
     expect(fits, caller, "class_labels", wanted, got)
-    if labels.min() < 0 or (count is not None and labels.max() > count):
-        allowed = "at least 0" if count is None else f"in 0..{count}"
+    if labels.min() < 0 or (count is not None and labels.max() >= count):
+        allowed = "at least 0" if count is None else f"in 0..{count - 1}"
         raise InvalidValue(caller, "class_labels", f"to be {allowed}", class_labels)
     return labels.to(torch.int64).expand(num_samples)
 
@@ -135,17 +139,18 @@ def check_takes_labels(caller: str, model: Model, name: str, value: object) -> N
 def labels_of(
     caller: str, names: Sequence[str], class_labels: int | str | Sequence[int | str] | Tensor | None
 ) -> int | Sequence[int] | Tensor | None:
-    """Return class labels with each name of a class replaced by its number.
+    """Return class labels with each text replaced by its number.
 
-    Upper and lower case are the same. Numbers and tensors are returned unchanged, and are not checked.
+    A text is a name, in upper or lower case, or a number if no name is one. Numbers and tensors are returned unchanged, and are
+    not checked.
 
     Args:
         caller: Name of the calling function for error messages.
         names: The names of the classes in the order of their labels, empty if they are unknown.
-        class_labels: A number or a name, several of them, a tensor, or None.
+        class_labels: A number or a text, several of them, a tensor, or None.
 
     Raises:
-        ValueError: A name is unknown, or the model has no class names.
+        ValueError: A text is neither a name nor a number, or there are names that are numbers, and it is none of them.
     """
     if isinstance(class_labels, str):
         return _label_of(caller, names, class_labels)
@@ -155,14 +160,15 @@ def labels_of(
 
 
 def _label_of(caller: str, names: Sequence[str], name: str) -> int:
-    expect(names, caller, "class_labels", "to be integers, as the model has no class names", repr(name))
     if name in names:  # exactly: other names may differ from it in case alone
         return names.index(name)
     lower = [known.lower() for known in names]
-    if name.lower() not in lower:
-        known_names = ", ".join(names)
-        raise InvalidValue(caller, "class_labels", f"to be integers or names among {known_names}", repr(name))
-    return lower.index(name.lower())
+    if name.lower() in lower:
+        return lower.index(name.lower())
+    if name.isdecimal() and not any(known.isdecimal() for known in names):
+        return int(name)
+    wanted = f"integers or names among {', '.join(names)}" if names else "integers, as the model has no class names"
+    raise InvalidValue(caller, "class_labels", f"to be {wanted}", repr(name))
 
 
 @dataclass(frozen=True)
@@ -272,6 +278,6 @@ def _is_guided(caller: str, guidance_scale: float | None, labels: Tensor | None,
         return False
     unlabelled = labels is None or bool(labels.eq(-1 if interface.no_label is None else interface.no_label).all())
     if unlabelled or interface.no_label is None:
-        reason = "there are no class_labels" if unlabelled else "nothing says which label is no class: pass no_label"
+        reason = "there are no class_labels" if unlabelled else _UNKNOWN
         raise InvalidValue(caller, "guidance_scale", f"to be None or 1, as {reason}", guidance_scale)
     return True

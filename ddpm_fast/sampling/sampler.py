@@ -76,7 +76,7 @@ class Sampler:
             True: for any model. It must then compute the same from the same memory at each call and
             never wait for the GPU. False: never. If capture fails, a warning is logged and kernels are
             launched one by one.
-        no_label: The label that stands for no class, for guidance. None: the last of `num_class_embeds` in the model's config.
+        no_label: The label that stands for no class, for guidance. None: as the model's configuration says.
 
     Attributes:
         network: The network that runs: a `FrozenUNet`, the model or a copy of it.
@@ -106,10 +106,10 @@ class Sampler:
         model = inference_form(model)
         self._no_label = no_label
         if no_label is not None:
-            last, count = Interface.of(model).no_label, Interface.of(model).num_classes
+            count = Interface.of(model).num_labels
             expect(count != 0, "Sampler", "no_label", "to be None, as the model has no classes", no_label)
             check_takes_labels("Sampler", model, "no_label", no_label)
-            expect(no_label <= (no_label if last is None else last), "Sampler", "no_label", f"to be in 0..{last}", no_label)
+            expect(count is None or no_label < count, "Sampler", "no_label", f"to be in 0..{(count or 0) - 1}", no_label)
         self.interface = self._interface_of(model, plan)
         self.shape = _checked_shape(self.interface, shape)
         self.device = sampling_device("Sampler", model, device)

@@ -67,7 +67,8 @@ def fitted(
     _check_trainable(model)
     if isinstance(model, UNet):
         expect(num_classes is None, "Trainer", "num_classes", "to be None, as model has num_class_embeds", num_classes)
-        num_classes = Interface.of(model).no_label
+        embeds = model.config["num_class_embeds"]
+        num_classes = None if embeds is None else embeds - 1
     adapted = _adapted(dataset, model, objective, num_classes)
     with renaming("Trainer"):
         _ = objective.loss_weights  # a ValueError if they are not determined
@@ -79,7 +80,7 @@ def fitted(
     if isinstance(model, UNet):
         info = adapted.info
         _check_fit(model, info, objective)
-        describe_images(model, size=info.shape[1:], classes=info.classes, **info.described)
+        describe_images(model, size=info.shape[1:], classes=info.classes, no_label=num_classes, **info.described)
     else:
         _check_call(model, adapted.info, objective, num_classes)
     return adapted, num_classes is not None
@@ -89,7 +90,7 @@ def _check_trainable(model: nn.Module) -> None:
     """Raise a ValueError unless the network can be trained, and checkpoints can hold it and its optimizer's state."""
     if isinstance(model, UNet):
         wanted = "to have num_class_embeds = None or the number of classes plus one"
-        expect(Interface.of(model).no_label != 0, "Trainer", "model", wanted, "1")
+        expect(model.config["num_class_embeds"] != 1, "Trainer", "model", wanted, "1")
     for name, parameter in model.named_parameters():
         got = f'{parameter.dtype} in {name}; use precision="bf16" for speed'
         expect(parameter.dtype == torch.float32, "Trainer", "model", "to be float32", got)
@@ -139,9 +140,11 @@ def _check_fit(model: UNet, info: DatasetInfo, objective: Objective) -> None:
     factor = interface.multiple
     wanted = f"to have images whose sides are multiples of {factor} for the levels of model"
     expect(height % factor == 0 and width % factor == 0, "Trainer", "dataset", wanted, f"{height}x{width}")
-    label, number = interface.no_label, len(info.classes)
+    embeds, number = model.config["num_class_embeds"], len(info.classes)
     wanted = f"to have num_class_embeds = {number + 1}, the number of classes plus one"
-    expect(label in (None, number), "Trainer", "model", wanted, None if label is None else label + 1)
+    expect(embeds in (None, number + 1), "Trainer", "model", wanted, embeds)
+    wanted = f"to have no_label = {number}, the last label, or None"
+    expect(interface.no_label in (None, number), "Trainer", "model", wanted, interface.no_label)
 
 
 def _check_call(model: nn.Module, info: DatasetInfo, objective: Objective, num_classes: int | None) -> None:
@@ -205,7 +208,7 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective)
         "norm_num_groups": math.gcd(32, *widths),
         "dropout": options.dropout,
         "resnet_time_scale_shift": "scale_shift" if options.scale_shift else "default",
-        "num_class_embeds": len(info.classes) + 1 if labelled else None,
+        **({"num_class_embeds": len(info.classes) + 1, "no_label": len(info.classes)} if labelled else {}),
         **({"variance": objective.variance} if objective.predicts_variance else {}),
         # Images next to sub-folders make a class without a name.
         **({"class_names": list(info.classes)} if labelled and all(info.classes) else {}),

@@ -28,7 +28,7 @@ from .task import Task, check_same
 
 # Keys of a network's configuration that its weights do not depend on.
 _NOT_IN_WEIGHTS: Final = frozenset(
-    {"sample_size", "dropout", "num_train_timesteps", "class_names", "condition", "condition_range", "data_range"}
+    {"sample_size", "dropout", "num_train_timesteps", "class_names", "condition", "condition_range", "data_range", "no_label"}
 )
 
 

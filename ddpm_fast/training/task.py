@@ -21,7 +21,7 @@ from .options import LOCAL
 from .run import FORMAT, Run
 
 # Keys of a network's configuration that neither the weights nor the training depend on.
-_DESCRIPTIVE: Final = frozenset({"sample_size", "class_names", "num_train_timesteps"})
+_DESCRIPTIVE: Final = frozenset({"sample_size", "class_names", "no_label", "num_train_timesteps"})
 
 _log = logging.getLogger("ddpm_fast")
 

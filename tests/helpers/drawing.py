@@ -57,6 +57,7 @@ def tiny_unet(classes: int | None = None, learned_variance: bool = False, **chan
         "layers_per_block": 1,
         "norm_num_groups": 4,
         "num_class_embeds": None if classes is None else classes + 1,
+        "no_label": classes,
     }
     model = UNet(**config | changes)
     with torch.no_grad():

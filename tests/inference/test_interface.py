@@ -24,8 +24,8 @@ PLAIN = Interface(
     predicts_variance=False,
     size=(8, 16),
     multiple=4,
+    num_labels=0,
     no_label=None,
-    num_classes=0,
     class_names=(),
 )
 
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], bool | None, Interface]] = {
     "classes": (
         {"num_class_embeds": 3, "class_names": ["cat", "dog"]},
         None,
-        plain(no_label=2, num_classes=2, class_names=("cat", "dog")),
+        plain(num_labels=3, no_label=2, class_names=("cat", "dog")),
     ),
     "variance of the configuration": (
         {"out_channels": 6, "variance": "learned_range"},
@@ -71,7 +71,7 @@ def test_a_unet_and_its_inference_form_have_the_interface_of_the_configuration(c
 
 def test_a_foreign_network_says_what_it_knows() -> None:
     unknown = plain(
-        **dict.fromkeys(("channels", "read_channels", "predicted_channels", "size", "num_classes")),
+        **dict.fromkeys(("channels", "read_channels", "predicted_channels", "size", "num_labels")),
         multiple=1,
     )
     assert Interface.of(lambda x_t, t: x_t) == Interface.of(nn.Identity()) == unknown
@@ -79,9 +79,9 @@ def test_a_foreign_network_says_what_it_knows() -> None:
     assert Interface.of(nn.Identity(), no_label=4) == Interface(**{**vars(unknown), "no_label": 4})
     unknown.check_images("f", "shape", (5, 7, 9))
     model = nn.Identity()
-    model.config = {"in_channels": 1, "sample_size": 9, "num_class_embeds": 11}  # type: ignore[assignment]
+    model.config = {"in_channels": 1, "sample_size": 9, "num_class_embeds": 11, "no_label": 10}  # type: ignore[assignment]
     found = Interface.of(model)
-    assert (found.shape, found.no_label, found.num_classes, found.multiple) == ((1, 9, 9), 10, 10, 1)
+    assert (found.shape, found.num_labels, found.no_label, found.multiple) == ((1, 9, 9), 11, 10, 1)
     assert found.condition_channels is None  # nothing says how many channels it returns
     assert Interface.of(model, no_label=4).no_label == 4
 
@@ -108,4 +108,4 @@ def test_a_sampler_has_the_interface_of_its_plan() -> None:
     assert not Sampler(tiny_unet(), PLAN).interface.predicts_variance
     learned = Sampler(tiny_unet(classes=2, learned_variance=True), ddpm_plan(SCHEDULE, 3, variance="learned_range"))
     assert learned.interface.predicts_variance
-    assert (learned.shape, learned.interface.no_label, learned.interface.num_classes) == ((1, 8, 8), 2, 2)
+    assert (learned.shape, learned.interface.no_label, learned.interface.classes) == ((1, 8, 8), 2, [0, 1])

@@ -225,7 +225,10 @@ CALLS: dict[str, Callable[[], Entry]] = {
         builtin().from_data, {"images": ONE}, {"images": "bools tensor shape meta"}, "from_data"
     ),
     "Pretrained.sampler": lambda: Entry(
-        builtin().sampler, {}, PLAN_ACCEPTS | {"guidance_scale": "negative zero"}, "sampler|Sampler|build_plan"
+        builtin().sampler,
+        {},
+        PLAN_ACCEPTS | {"guidance_scale": "negative zero", "no_label": "zero"},
+        "sampler|Sampler|build_plan",
     ),
     "Pretrained.to_data": lambda: Entry(builtin().to_data, {"images": ONE}, {"images": "shape meta"}, "to_data"),
     "Sampler": lambda: Entry(d.Sampler, {"model": NETWORK, "plan": PLAN, "shape": (3, 4, 4)}, {"no_label": "zero"}),

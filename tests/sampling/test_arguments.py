@@ -10,6 +10,7 @@ import pytest
 import torch
 from drawing import PLAN, tiny_unet
 from refusals import refused
+from torch import Tensor, nn
 
 import ddpm_fast as d
 from ddpm_fast.errors import InvalidValue
@@ -36,19 +37,29 @@ def test_numbers_and_tensors_are_unchanged(names: tuple[str, ...], labels: Any) 
         ("Bag", 2),  # the first
         (["ankle boot", 7, "T-shirt"], [1, 7, 0]),
         (("Ankle Boot",), [1]),
+        (["2", "BAG"], [2, 2]),
     ],
 )
 def test_names_become_numbers(labels: Any, expected: Any) -> None:
     assert labels_of("sample", NAMES, labels) == expected
 
 
+def test_a_text_is_a_name_before_it_is_a_number() -> None:
+    assert labels_of("sample", ("1", "2", "7"), ["7", 1, "1"]) == [2, 1, 0]
+    assert labels_of("sample", (), ["7", "1"]) == [7, 1]
+
+
 UNKNOWN = InvalidValue("sample", "class_labels", "to be integers or names among T-shirt, ankle boot, BAG, bag", "'hat'")
 NAMELESS = InvalidValue("sample", "class_labels", "to be integers, as the model has no class names", "'bag'")
+
+
+NUMBERED = InvalidValue("sample", "class_labels", "to be integers or names among 1, 2, 7", "'0'")
 
 
 @pytest.mark.parametrize(
     ("config", "labels", "error"),
     [
+        ({"class_names": ("1", "2", "7")}, "0", NUMBERED),
         ({"class_names": NAMES}, "hat", UNKNOWN),
         ({"class_names": NAMES}, [0, "hat"], UNKNOWN),
         ({}, ["bag"], NAMELESS),
@@ -59,6 +70,53 @@ NAMELESS = InvalidValue("sample", "class_labels", "to be integers, as the model 
 def test_unknown_names_are_errors_that_list_the_known(config: dict[str, Any], labels: Any, error: InvalidValue) -> None:
     with refused(error):
         labels_of("sample", Interface.from_config(config, halves=False).class_names, labels)
+
+
+def seen_labels(config: dict[str, Any], no_label: int | None, **given: Any) -> list[int]:
+    """Return the labels that a network gets in the only step of 12 images."""
+    seen = list[Tensor]()
+
+    class Network(nn.Module):
+        def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+            seen.append(class_labels)
+            return x_t
+
+    network = Network()
+    network.config = {"in_channels": 1, "out_channels": 1, "sample_size": 4, **config}  # type: ignore[assignment]
+    plan = d.ddim_plan(PLAN.schedule, 1)
+    d.Sampler(network, plan, no_label=no_label)(12, progress=False, **given)
+    return seen[0].tolist()
+
+
+TEN, NAMED = {"num_class_embeds": 10}, {"class_names": [*"abcdefghij"]}
+# The network's configuration, no_label of the Sampler, the label that then stands for no class.
+UNLABELLED: dict[str, tuple[dict[str, Any], int | None, int | None]] = {
+    "ten rows": (TEN, None, None),
+    "ten names": (TEN | NAMED, None, None),
+    "eleven rows": ({"num_class_embeds": 11}, None, None),
+    "ten names of eleven rows": ({"num_class_embeds": 11} | NAMED, None, 10),
+    "a key": ({"num_class_embeds": 11, "no_label": 0}, None, 0),
+    "an argument": (TEN, 9, 9),
+}
+UNKNOWN_LABEL = "nothing says which label is no class: pass no_label, or set it under _ddpm_fast in the model's config.json"
+
+
+@pytest.mark.parametrize("case", UNLABELLED)
+def test_no_class_is_known_or_guidance_is_refused(case: str) -> None:
+    """A network of another library may have classes alone. Its last class is then one like the others."""
+    config, no_label, none = UNLABELLED[case]
+    classes = [label for label in range(config["num_class_embeds"]) if label != none]
+    assert seen_labels(config, no_label) == (classes * 2)[:12]
+    assert seen_labels(config, no_label, class_labels=9) == [9] * 12
+    guided = {"class_labels": 3, "guidance_scale": 3.0}
+    if none is None:
+        with refused(InvalidValue("Sampler", "class_labels", f"to be labels of classes, as {UNKNOWN_LABEL}", "none")):
+            seen_labels(config, no_label, class_labels="none")
+        with refused(InvalidValue("Sampler", "guidance_scale", f"to be None or 1, as {UNKNOWN_LABEL}", 3.0)):
+            seen_labels(config, no_label, **guided)
+    else:
+        assert seen_labels(config, no_label, class_labels="none") == [none] * 12
+        assert sorted(seen_labels(config, no_label, **guided)) == sorted([3] * 12 + [none] * 12)
 
 
 SAMPLER, IMAGES = d.Sampler(tiny_unet(), PLAN), torch.zeros(2, 1, 8, 8)

@@ -75,7 +75,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "centred": ({"center_input_sample": True}, {}),
     "classes": ({"num_class_embeds": 4}, {"class_labels": [0, 1, 2, 0, 1]}),
-    "guidance": ({"num_class_embeds": 4}, {"class_labels": [0, 1, 2, 0, 1], "guidance_scale": 2.0}),
+    "guidance": ({"num_class_embeds": 4, "no_label": 3}, {"class_labels": [0, 1, 2, 0, 1], "guidance_scale": 2.0}),
 }
 
 
@@ -95,8 +95,7 @@ class Foreign(nn.Module):
     def __init__(self, model: UNet) -> None:
         super().__init__()
         self.model = model
-        classes = model.config["num_class_embeds"]
-        self.config = {} if classes is None else {"num_class_embeds": classes}
+        self.config = {name: model.config.get(name) for name in ("num_class_embeds", "no_label")}
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Any:
         return self.model(x_t, t, class_labels)

@@ -42,7 +42,7 @@ import torch
 import ddpm_fast as d
 torch.manual_seed(0)
 blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "block_out_channels": [8, 8]}
-model = d.UNet(sample_size=8, num_class_embeds=5, layers_per_block=1, norm_num_groups=4, **blocks)
+model = d.UNet(sample_size=8, num_class_embeds=5, no_label=4, layers_per_block=1, norm_num_groups=4, **blocks)
 plan = d.ddpm_plan(d.NoiseSchedule.linear(10), 3)
 """
 names: dict[str, Any] = {}

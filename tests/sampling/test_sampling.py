@@ -399,7 +399,11 @@ class Labelled(nn.Module):
         (
             {"model": Labelled(), "shape": (1, 8, 8), "class_labels": 1, "guidance_scale": 2.0},
             InvalidValue(
-                "sample", "guidance_scale", "to be None or 1, as nothing says which label is no class: pass no_label", "2.0"
+                "sample",
+                "guidance_scale",
+                "to be None or 1, as nothing says which label is no class: pass no_label, or set it under _ddpm_fast in the "
+                "model's config.json",
+                "2.0",
             ),
         ),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import re
@@ -116,6 +117,7 @@ def test_weights_are_those_of_train(tmp_path: Path) -> None:
     loaded = load_folder(tmp_path / "plain")
     assert_same_parameters(loaded.model, trained.ema)
     assert loaded.model.config["class_names"] == list("0123456789")
+    assert [load_folder(tmp_path / name).model.config["no_label"] for name in ("train", "own", "plain")] == [10, 10, 10]
     assert loaded.model.config["sample_size"] == 8
     checkpoint = newest_checkpoint(tmp_path / "plain")
     assert_same_parameters(UNet.from_pretrained(checkpoint / "unet"), trained.model)
@@ -135,6 +137,16 @@ def test_an_altered_network_resumes_exactly(tmp_path: Path) -> None:
 
     begin(tmp_path / "parts", steps=2)
     resume_and_compare(begin, tmp_path / "parts", steps=4)
+
+
+def test_a_run_from_before_no_label_was_written_goes_on(tmp_path: Path) -> None:
+    run(tmp_path / "parts", steps=2)
+    file = tmp_path / "parts" / "config.json"
+    config = json.loads(file.read_text())
+    assert config["unet"].pop("no_label") == 10
+    file.write_text(json.dumps(config))
+    resume_and_compare(partial(run), tmp_path / "parts", steps=3)
+    assert load_folder(tmp_path / "parts").interface.no_label == 10
 
 
 def pair(change: Callable[[Tensor, int, Tensor], Any]) -> Digits:
@@ -449,6 +461,7 @@ own = partial(load_dataset, "digits")
             own,
             "model to have num_class_embeds = 11, the number of classes plus one, got 12",
         ),
+        (lambda: network(no_label=3), own, "model to have no_label = 10, the last label, or None, got 3"),
         (lambda: network(out_channels=3), own, "model to have out_channels = 1, as the images of dataset, got 3"),
         (network, list, "dataset to have at least one item, got none"),
     ],
