@@ -320,6 +320,9 @@ def _read_scheduler(folder: Path) -> tuple[Objective, Scheduler]:
     def parse(values: dict[str, Any]) -> tuple[Objective, Scheduler]:
         scheduler = msgspec.convert(values, Scheduler)
         kind = checked_columns(scheduler.prediction_type), scheduler.variance_type or "fixed_small"
+        wanted = "not to be learned, because diffusers' variances may be negative, and this package's have logarithms"
+        guessed = scheduler.variance_type == "learned" and "_class_name" in values
+        expect(not guessed, "load_folder", "variance_type", wanted, "learned")
         with renaming("", {"prediction": "prediction_type"}):
             return Objective(schedule_from_config(values), *kind), scheduler
 

@@ -21,12 +21,12 @@ import pytest
 import torch
 from drawing import Gaussian
 from parameters import parametrize
-from pipelines import assert_same, diffusers, generator, images, make
+from pipelines import assert_same, diffusers, generator, images, make, make_unet
 from scheduler_pairs import EPS, KINDS, LISTED, NOISY, SHAPE, THEIRS, assert_same_image, made, normals, pair
 from torch import Tensor
 
 import ddpm_fast
-from ddpm_fast import NoiseSchedule, plan_of, reverse_step, sample_seeds
+from ddpm_fast import NoiseSchedule, freeze, load_folder, plan_of, reverse_step, sample_seeds
 from ddpm_fast.integrations.diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from ddpm_fast.reference import STREAM_X_T
 
@@ -482,18 +482,29 @@ def test_forward_process_equals_diffusers(method: str) -> None:
 # --------------------------------------------------------------------------------------------- where diffusers is not right
 
 
-@pytest.mark.parametrize("variance", ["fixed_large_log", "learned"])
-def test_variances_that_are_not_a_number_in_diffusers(variance: str) -> None:
+def test_a_variance_that_is_not_a_number_in_diffusers() -> None:
     """It takes the square root of a logarithm."""
     x_t, m = normals(2, *SHAPE)
-    output = torch.cat([m, torch.full_like(m, math.log(0.01))], dim=1) if variance == "learned" else m
-    ours, theirs = pair(DDPMScheduler, variance_type=variance)
-    assert theirs.step(output, 500, x_t).prev_sample.isnan().all()
-    got = ours.step(output, 500, x_t, generator()).prev_sample
+    ours, theirs = pair(DDPMScheduler, variance_type="fixed_large_log")
+    assert theirs.step(m, 500, x_t).prev_sample.isnan().all()
+    got = ours.step(m, 500, x_t, generator()).prev_sample
     plain = DDPMScheduler().step(m, 500, x_t, generator()).prev_sample
-    std = 0.1 if variance == "learned" else float(ours.schedule.betas[500].sqrt())
-    small = float(ours.schedule.posterior_variance[500].sqrt())
-    torch.testing.assert_close(got, plain + (std - small) * normals(*SHAPE), rtol=0, atol=1e-6)
+    more = float(ours.schedule.betas[500].sqrt()) - float(ours.schedule.posterior_variance[500].sqrt())
+    torch.testing.assert_close(got, plain + more * normals(*SHAPE), rtol=0, atol=1e-6)
+
+
+def test_a_learned_variance_is_refused(tmp_path: Path) -> None:
+    """Diffusers takes its square root, so negative ones give NaN. Here "learned" are logarithms."""
+    pipe = make(unet=make_unet(out_channels=4), variance_type="learned")
+    wanted = "not to be 'learned', which diffusers takes for variances"
+    with pytest.raises(ValueError, match=wanted):
+        freeze(pipe)
+    with pytest.raises(ValueError, match=wanted):
+        plan_of(pipe.scheduler)
+    pipe.scheduler.save_pretrained(tmp_path)
+    pipe.unet.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected variance_type not to be learned"):
+        load_folder(tmp_path)
 
 
 def test_a_timestep_between_those_of_a_chain_goes_to_the_next_of_them() -> None:
