@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,10 +32,8 @@ _REPLACED: Final = ["unet/*", *_COPIED, "plan.json", "config.json", "diffusion_p
 _TOLD: Final = ("data", "prediction", "variance", "schedule", "steps", "batch_size", "lr", "ema_decay", "precision", "seed")
 
 _CARD: Final = """---
-library_name: {library}
-pipeline_tag: unconditional-image-generation
-tags: [ddpm_fast, diffusion]
-{license}---
+{metadata}
+---
 # {title}
 
 A diffusion model of {size}images{classes}.
@@ -106,13 +105,19 @@ def push_to_hub(
         if loaded.interface.shape is not None and not loaded.interface.condition_channels:
             images = loaded.sampler()(16).cpu()
             save_grid(images, out / _PICTURE, scale=max(1, 128 // images.shape[-1]), channels=shown_channels(images.shape[1]))
-        write_text(out / "README.md", _card(loaded, out, name, license, quality))
+        about = hub.ModelCardData(
+            library_name="diffusers" if (out / "model_index.json").is_file() else "ddpm_fast",
+            pipeline_tag="unconditional-image-generation",
+            tags=["ddpm_fast", "diffusion"],
+            license=license,
+        )
+        write_text(out / "README.md", _card(loaded, out, name, about.to_yaml(), quality))
         with hub_errors("push_to_hub", "name", wanted, got):
-            about = {"commit_message": "Upload a model of ddpm_fast", "delete_patterns": _REPLACED}
-            return str(hub.HfApi().upload_folder(repo_id=name, folder_path=out, **about).commit_url)
+            commit = {"commit_message": "Upload a model of ddpm_fast", "delete_patterns": _REPLACED}
+            return str(hub.HfApi().upload_folder(repo_id=name, folder_path=out, **commit).commit_url)
 
 
-def _card(loaded: Pretrained, folder: Path, name: str, license: str | None, quality: Mapping[str, Any]) -> str:
+def _card(loaded: Pretrained, folder: Path, name: str, metadata: str, quality: Mapping[str, Any]) -> str:
     """Return the text of README.md."""
     interface = loaded.interface
     trained = read_json("push_to_hub", folder / _RECORD, dict) if (folder / _RECORD).is_file() else {}
@@ -121,21 +126,26 @@ def _card(loaded: Pretrained, folder: Path, name: str, license: str | None, qual
     tables = {"Training": training, "Quality": dict(_figures(quality))}
     reads, shape, names = interface.condition_channels, interface.shape, interface.class_names
     return _CARD.format(
-        library="diffusers" if (folder / "model_index.json").is_file() else "ddpm_fast",
-        license=f"license: {license}\n" * (license is not None),
+        metadata=metadata.strip(),
         title=name.partition("/")[2],
         size="" if shape is None else f"{shape[2]}x{shape[1]} ",
-        classes=f" of {len(names)} classes: {', '.join(names)}" * bool(names),
+        classes=f" of {len(names)} classes: {', '.join(map(_quoted, names))}" * bool(names),
         picture=f"\n![16 images that it draws]({_PICTURE})\n" * (folder / _PICTURE).is_file(),
         name=name,
         given=f"c = ...  # conditions, float [16, {reads}, H, W]\n" * bool(reads),
         arguments=", condition=c" * bool(reads),
         tables="".join(
-            f"\n## {title}\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+            f"\n## {title}\n\n| | |\n|---|---|\n"
+            + "".join(f"| {_quoted(key)} | {_quoted(value)} |\n" for key, value in rows.items())
             for title, rows in tables.items()
             if rows
         ),
     )
+
+
+def _quoted(value: object) -> str:
+    """Return a text for a line or a table's cell of Markdown, in which nothing is markup."""
+    return re.sub(r"([\\`*{}\[\]<>()#!|~&])", r"\\\1", " ".join(str(value).split()))
 
 
 def _figures(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -143,5 +153,5 @@ def _figures(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for key, value in values.items():
         if isinstance(value, dict) and not key.startswith("per_"):
             yield from _figures(value, f"{prefix}{key} ")
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             yield prefix + key, f"{value:.5g}"

@@ -5,6 +5,7 @@ Only functions that read files import this module, so that `import ddpm_fast` ne
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from typing import Annotated, Any, Literal
@@ -59,6 +60,11 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         known = SAID_ELSEWHERE & self.arguments.keys()
         expect(not known, "", "arguments", "to leave out what the model's other files say", ", ".join(known))
+        # Corrections for another network would spoil the images.
+        fits = self.fit is not None or self.arguments.get("corrections") is None
+        expect(fits, "", "corrections", "to go with a fit, which says to which network they belong", "none")
+        numbers = () if self.fit is None else (self.fit.guidance_scale, self.fit.error_before, self.fit.error)
+        expect(all(map(math.isfinite, numbers)), "", "fit", "to have finite numbers", numbers)
 
 
 class Dataset(Struct, frozen=True):

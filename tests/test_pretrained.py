@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,10 @@ def test_a_plan_is_built_for_what_the_model_was_trained_for(builder: str, argume
     assert torch.equal(loaded.plan.timesteps, wanted.timesteps)
 
 
+CORRECTED = {"levels": [1.0], "corrections": [[1e30, 0, 0]]}
+FIT = {"teacher": "", "guidance_scale": 1.0, "error_before": 1.0, "error": 0.5, "network": "0" * 64}
+
+
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
@@ -356,6 +361,12 @@ def test_a_plan_is_built_for_what_the_model_was_trained_for(builder: str, argume
             r"num_steps to be an integer in 1\.\.1000, got 1000000000",
         ),
         ({"builder": "dpm_solver_plan", "arguments": {"spacing": "karras", "sigma_max": 1e9}}, "sigma_max to be in"),
+        ({"builder": "dpm_solver_plan", "arguments": CORRECTED}, "corrections to go with a fit"),
+        (
+            {"builder": "dpm_solver_plan", "arguments": CORRECTED, "fit": FIT | {"guidance_scale": math.nan}},
+            "fit to have finite",
+        ),
+        ({"builder": "dpm_solver_plan", "arguments": {"levels": [1.0, 2.0]}}, "levels to be strictly descending numbers"),
     ],
 )
 def test_a_plan_that_cannot_be_built_is_refused_with_its_file(content: Any, wanted: str, tmp_path: Path) -> None:
@@ -363,6 +374,13 @@ def test_a_plan_that_cannot_be_built_is_refused_with_its_file(content: Any, want
     with pytest.raises(ValueError, match=f"load_folder: expected .*{wanted}.*") as caught:
         load_folder(tmp_path)
     assert str(tmp_path / "plan.json") in str(caught.value)
+
+
+def test_corrections_beyond_those_of_a_fit_are_refused(tmp_path: Path) -> None:
+    fit = FIT | {"network": load_folder(with_plan(tmp_path, {"builder": "ddim_plan", "arguments": {}})).digest()}
+    with_plan(tmp_path, {"builder": "dpm_solver_plan", "arguments": CORRECTED, "fit": fit})
+    with pytest.raises(ValueError, match=r"corrections to be numbers \[1, 3\] in -1\.0"):
+        load_folder(tmp_path)
 
 
 def test_a_fitted_plan_is_used_for_its_weights_and_its_guidance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from ..errors import ArgumentError, expect, renaming
-from .options import drawing, load_model
+from .options import drawing, dtype_of, load_model
 from .outputs import try_writing, write
 from .sample import write_each
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ..pretrained import Pretrained
     from ..training.data import ItemDataset
 
-_LEAST: Final = 2049  # images: a covariance of 2048 features has full rank from here on
+_LEAST: Final = 10  # images: the parts of the Inception Score
+_FULL_RANK: Final = 2049  # images: a covariance of 2048 features has full rank from here on
 _USUAL: Final = 50_000  # images of a published FID
 _APART: Final = timedelta(hours=24)  # between the ends of the first process and the last
 _MEMORY: Final = 1 << 30  # bytes of decoded images
@@ -77,11 +78,13 @@ def compare(
         "size": [height, width],
         "resizing": "299x299 by torch-fidelity",
         "inception": network.digest,
+        "dtype": None if drawn_by is None else options["dtype"],
         "drawn_by": drawn_by,
     }
     if shown:
+        enough = min(map(len, sets)) >= _FULL_RANK
         kinds = {
-            "FID" if network.is_standard else "Frechet distance": ("frechet_distance", ".4f"),
+            "FID" if network.is_standard and enough else "Frechet distance": ("frechet_distance", ".4f"),
             "KID": ("kernel_inception_distance_mean", ".6f"),
             "Inception Score": ("inception_score_mean", ".3f"),
         }
@@ -90,6 +93,11 @@ def compare(
         about = f"{width}x{height} resized to {record['resizing']}, weights {network.digest[:8]}"
         said = "" if drawn_by is None else f"; {drawn_by}"
         click.echo(f"{numbers}: {len(sets[0])} images of {place} and {against}; {about}{said}")
+        if not enough:
+            click.echo(
+                f"FID needs {_FULL_RANK} images in each set, because the covariance of 2048 features has full rank only then. "
+                "Compare this Frechet distance with those of as many images only, or compare KID."
+            )
         if known is None:
             click.echo("Moments of another extractor give another distance: those of EDM and guided-diffusion are such.")
     if json is not None:
@@ -108,7 +116,8 @@ def _draw(loaded: Pretrained, place: str, num: int | None, reference: ItemDatase
     expect(num >= _LEAST, "evaluate", "num", f"to be at least {_LEAST} for --fid", num)
     plan, sampler = loaded.build_plan()
     with renaming("evaluate", {"out": "images"}):
-        write_each(loaded.sampler(plan), num, place, drawing(options) | {"share_gpu": options["device"] is not None})
+        arguments = drawing(options) | {"share_gpu": options["device"] is not None}
+        write_each(loaded.sampler(plan, dtype=dtype_of(options)), num, place, arguments)
     return f"{options['model']}, {plan.num_steps} steps ({sampler}), seed {options['seed']}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..distributed import Processes
 from ..errors import InvalidValue, expect
-from ..files.writing import write_tensors
-from ..nn.checkpoint import load_safetensors, load_tensors
+from ..files.writing import file_sha256, write_tensors
+from ..nn.checkpoint import check_finite, load_safetensors, load_tensors
 from ..resources import import_extra
 from ..sampling.progress import progress_bar
 from .frechet import Moments, frechet_distance
@@ -88,8 +88,7 @@ def load_inception(caller: str, path: str | os.PathLike[str] | None, device: tor
             wanted = f"the weights of Inception in {str(file)!r} or from {_URL}"
             remedy = f"get the file elsewhere (its SHA-256 begins with {_DIGEST}), and put it there or pass it as --inception"
             raise OSError(f"{caller}: expected {wanted}, got: {error}; to do without that connection, {remedy}") from error
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = file_sha256(file)
     wanted = f"to have a SHA-256 that begins with {_DIGEST}"
     expect(path is not None or digest.startswith(_DIGEST), caller, repr(str(file)), wanted, digest)
     weights = load_tensors(caller, file)
@@ -101,6 +100,8 @@ def load_inception(caller: str, path: str | os.PathLike[str] | None, device: tor
         except (RuntimeError, TypeError, AttributeError) as error:  # load_state_dict's
             reason = str(error).partition("\n")[0]
             raise InvalidValue(caller, repr(str(file)), "to hold torch-fidelity's weights of Inception", reason) from error
+    floating = {name: each for name, each in network.state_dict().items() if each.is_floating_point()}
+    check_finite(caller, file, floating)
     return Inception(network.to(device), digest)
 
 
@@ -115,8 +116,9 @@ def write_features(
 ) -> list[Path]:
     """Write the features of images to safetensors files, each of 256 images. Those that are there are not computed again.
 
-    A file's name is a digest of the weights, the kind of device and the images, so a file is never that of others. Each process
-    computes its share. They see the same file system.
+    A file's name is a digest of the weights, the kind of device and the images, so a file is never that of others. It holds the
+    SHA-256 of its features, and is written again if they have another one. Each process computes its share. They see the same
+    file system.
 
     Args:
         inception: The network.
@@ -128,6 +130,9 @@ def write_features(
 
     Returns:
         The files, in the order of the images, in every process.
+
+    Raises:
+        ValueError: A feature is not finite.
     """
     parts = [range(i, min(i + _PART, count)) for i in range(0, count, _PART)]
     mine, names = parts[processes.rank :: processes.size], list[str]()
@@ -136,12 +141,36 @@ def write_features(
             pixels = read(part).contiguous()
             key = f"{inception.digest} {inception.device.type} {list(pixels.shape)}".encode() + pixels.numpy().tobytes()
             file = folder / f"{hashlib.sha256(key).hexdigest()}.safetensors"
-            if not file.is_file():
-                write_tensors(file, inception(pixels))
+            if not _is_whole(file):
+                found = inception(pixels)
+                wanted = f"to give finite features of images {part.start} to {part.stop - 1}"
+                finite = all(each.isfinite().all() for each in found.values())
+                expect(finite, "evaluate", "inception", wanted, "NaN or infinity")
+                write_tensors(file, found, {"sha256": _sha256(found)})
             names.append(file.name)
             bar.update(len(part))
     shares = processes.from_all(names)
     return [folder / shares[i % processes.size][i // processes.size] for i in range(len(parts))]
+
+
+def _is_whole(file: Path) -> bool:
+    """Return whether a file holds features and their SHA-256."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            named, names = opened.metadata() or {}, opened.keys()
+            return bool(named.get("sha256") == _sha256({name: opened.get_tensor(name) for name in names}))
+    except (OSError, SafetensorError):
+        return False
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of contiguous tensors on the CPU by name."""
+    digest = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_features(files: Sequence[Path], name: str = "features") -> Tensor:
@@ -171,7 +200,8 @@ def _sums(files: Sequence[Path]) -> tuple[int, Tensor, Tensor]:
 def scores(images: Sequence[Path], reference: Sequence[Path] | Moments) -> dict[str, Any]:
     """Return the Frechet distance, KID unless the reference has moments alone, and the Inception Score.
 
-    KID and the Inception Score are torch-fidelity's, with its defaults: 100 subsets of 1000 images, and 10 parts.
+    KID and the Inception Score are torch-fidelity's, with its defaults: 100 subsets of 1000 images, or of all where there are
+    fewer, and 10 parts.
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -184,6 +214,7 @@ def scores(images: Sequence[Path], reference: Sequence[Path] | Moments) -> dict[
     finally:
         torch.set_num_threads(threads)
     if not isinstance(reference, Moments):
-        found |= kid_features_to_metric(read_features(images), read_features(reference), verbose=False)
+        features = read_features(images), read_features(reference)
+        found |= kid_features_to_metric(*features, kid_subset_size=min(1000, *map(len, features)), verbose=False)
     found |= isc_features_to_metric(read_features(images, "logits"))
     return found

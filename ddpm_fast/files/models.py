@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from ..errors import MissingPath, UnusablePath
+from ..errors import InvalidValue, MissingPath, UnusablePath
 from ..resources import import_extra, no_folder
+from .writing import file_sha256
 
 WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 LEGACY_WEIGHTS: Final = "diffusion_pytorch_model.bin"
@@ -36,6 +37,7 @@ def model_folder(caller: str, name: str, path: str | os.PathLike[str], check: Ca
         FileNotFoundError: There is no such folder, or the repository or its snapshot lacks a file.
         ImportError: huggingface_hub is missing.
         OSError: The repository is unknown, gated or out of reach.
+        ValueError: The weights in the hub's cache are damaged.
     """
     text = os.fspath(path)
     named = _NAME.fullmatch(text)
@@ -58,6 +60,11 @@ def model_folder(caller: str, name: str, path: str | os.PathLike[str], check: Ca
             _snapshot(caller, name, named, folder.name, (*_DESCRIPTIONS, file))
     if not any((folder / each).is_file() for each in weights):
         raise MissingPath(caller, name, f"to have {' or '.join(weights)}", f"{text!r}, whose files in {folder} lack both")
+    for stored in ((folder / each).resolve() for each in weights):
+        # The cache names a large file by its SHA-256. Other files, and copies on systems without links, have other names.
+        if re.fullmatch("[0-9a-f]{64}", stored.name) and (found := file_sha256(stored)) != stored.name:
+            remedy = "delete it, and load the model again"
+            raise InvalidValue(caller, repr(str(stored)), "to have its name as SHA-256", f"{found}: {remedy}")
     return folder
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -79,6 +80,12 @@ def remove_leftovers(folder: Path, age: float = _LEFT_OVER) -> None:
             with suppress(OSError):
                 if time.time() - leftover.lstat().st_mtime > age:
                     leftover.unlink()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(caller: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> T:

@@ -18,6 +18,7 @@ from .sampling_plan import Clip, SamplingPlan, builds_plan
 
 FEW_STEPS = 15  # plans with fewer steps end with steps of lower order (`lower_order_final`)
 FITTED = ("k0", "k1", "k3")  # the columns that `corrections` change
+MAX_CORRECTION = 1.0  # in absolute value, as the columns are hardly larger themselves
 _STEPS = 20
 
 
@@ -88,8 +89,8 @@ def dpm_solver_plan(
         levels: The levels at which the S steps start, as sigma / alpha, strictly descending between those of the timesteps.
             The model is given the nearest timesteps, and the last step ends at x_0. They take the place of `num_steps`,
             `spacing`, `sigma_min`, `sigma_max`, `rho`, `lambda_min` and `final`.
-        corrections: What `fit_plan` adds to the columns k0, k1 and k3 of the steps: [S, 3], with `levels`, order 2 and eta 0. A
-            plan with `start` leaves the correction of its first step out.
+        corrections: What `fit_plan` adds to the columns k0, k1 and k3 of the steps: [S, 3] in -1..1, with `levels`, order 2 and
+            eta 0. A plan with `start` leaves the correction of its first step out.
         final: The level at which the last step ends: "zero" is x_0, "sigma_min" is the level of timestep 0, whatever
             the argument `sigma_min` is.
         lower_order_final: In plans of fewer than 15 steps, take order 1 in the last step and at most 2 in the one before.
@@ -155,9 +156,9 @@ def dpm_solver_plan(
         fits = levels is not None and order == 2 and eta == 0
         expect(fits, caller, "corrections", "to go with levels, order 2 and eta 0", "others")
         shape, free = (chain.num_steps, len(FITTED)), "without k3 in the first and last step and k1 in the last"
-        wanted = f"to be finite numbers {[*shape]}, {free}"
+        wanted = f"to be numbers {[*shape]} in {-MAX_CORRECTION}..{MAX_CORRECTION}, {free}"
         added = checked_numbers(caller, "corrections", corrections, wanted).clone()
-        usable = added.shape == shape and bool(added.isfinite().all())
+        usable = added.shape == shape and bool((added.abs() <= MAX_CORRECTION).all())  # NaN is not
         expect(usable and not added[0, 2] and not added[-1, 1:].any(), caller, "corrections", wanted, corrections)
         added = added[-len(h) :]
         if len(h) < chain.num_steps:  # a step that another one preceded is now the first

@@ -14,7 +14,7 @@ from ..inference.model import evaluation_mode
 from ..ops.modes import threads_after_fork
 from ..options import checked, taking, within
 from ..plan import SamplingPlan, dpm_solver_plan
-from ..plan.dpm_solver import FITTED
+from ..plan.dpm_solver import FITTED, MAX_CORRECTION
 from ..plan.levels import fractional_timesteps, level_range, noise_ratios
 from ..plan.sampling_plan import Fit, call_of
 from .arguments import Request
@@ -152,6 +152,7 @@ def _moves(sampler: Sampler, request: Request, targets: Tensor, numbers: Tensor)
         moved = numbers.clone()
         moved[free] -= step
         moved[0].clamp_(math.log(low), math.log(high))
+        moved[1:].clamp_(-MAX_CORRECTION, MAX_CORRECTION)
         moves += [moved] if bool((moved[0].diff() < -2 * _STEP).all()) else []
     return moves
 

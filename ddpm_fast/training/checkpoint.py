@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..errors import InvalidValue
-from ..files.writing import PREFIX, flush_names, read_json, remove_leftovers, write_json
+from ..files.writing import PREFIX, file_sha256, flush_names, read_json, remove_leftovers, write_json
 
 if TYPE_CHECKING:
     from ..schemas import Checkpoint
@@ -156,7 +156,7 @@ def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:
         for name, entry in read_state("train", checkpoint).files.items():
             if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != entry.size:
                 return f"{name} is missing or has another size"
-            if part is not None and name.startswith(part) and _sha256(checkpoint / name) != entry.sha256:
+            if part is not None and name.startswith(part) and file_sha256(checkpoint / name) != entry.sha256:
                 return f"{name} has other bytes than were written"
     except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
@@ -193,7 +193,7 @@ def _write(folder: Path, state: Mapping[str, Any], write: Callable[[Path], None]
     folder.mkdir(parents=True)
     write(folder)
     files = {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
@@ -217,11 +217,6 @@ def _remove(checkpoint: Path) -> None:
 def _numbers(checkpoint: Path) -> tuple[int, ...]:
     """Return the step of a checkpoint, and its number among those of one step."""
     return tuple(map(int, checkpoint.name.split("-")[1:]))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _sha256_of(values: Mapping[str, Any]) -> str:

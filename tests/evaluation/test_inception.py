@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ddpm_fast import NoiseSchedule, frechet_distance
 from ddpm_fast.distributed import Processes
-from ddpm_fast.evaluation import inception
+from ddpm_fast.evaluation import Moments, inception
 from ddpm_fast.evaluation.inception import Inception, load_inception, moments, read_features, write_features
 
 CPU = torch.device("cpu")
@@ -80,6 +80,24 @@ def test_features_are_kept_and_not_computed_again(small: Inception, tmp_path: Pa
     torch.testing.assert_close(read_features(files)[250:260], one_by_one, rtol=0, atol=0)
     other = Inception(small.network, "0" * 64)  # other weights
     assert not set(written(other, images, tmp_path)) & set(files)
+
+
+def test_a_damaged_file_is_written_again(small: Inception, tmp_path: Path) -> None:
+    images = pixels(300)
+    files = written(small, images, tmp_path)
+    content = files[0].read_bytes()
+    for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:-1], b"", content[:100]):
+        files[0].write_bytes(damaged)
+        assert written(small, images, tmp_path) == files
+        assert files[0].read_bytes() == content
+
+
+def test_features_that_are_not_finite_are_refused_and_not_kept(small: Inception, tmp_path: Path) -> None:
+    with torch.no_grad():
+        small.network.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="expected inception to give finite features of images 0 to 9, got NaN or infinity"):
+        written(small, pixels(10), tmp_path)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_grey_images_are_those_with_three_equal_channels(small: Inception) -> None:
@@ -147,6 +165,14 @@ def test_features_are_those_of_torch_fidelity(weights: Path, monkeypatch: pytest
     assert torch.equal(ours(images[4:])["features"], found["features"][4:])
 
 
+def test_weights_with_nan_are_refused(weights: Path, tmp_path: Path) -> None:
+    state = torch.load(weights, weights_only=True)
+    state["fc.bias"][3] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match=r"expected the tensors in '.*nan\.pth' to be finite, got NaN or infinity in fc\.bias"):
+        load_inception("evaluate", tmp_path / "nan.pth", CPU)
+
+
 def test_weights_that_cannot_be_had_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch_fidelity")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -200,11 +226,28 @@ def test_images_are_compared_with_others_and_with_moments(small: Inception, plac
     assert "Moments of another extractor give another distance" in text
 
 
+def test_few_images_have_a_distance_that_is_not_called_fid(small: Inception, place: Path) -> None:
+    for name, seed in (("few", 2), ("fewer", 3)):
+        np.savez(f"{name}.npz", pixels(60 - 10 * seed, seed=seed).permute(0, 2, 3, 1).numpy())
+    text = run("evaluate", "--fid=few.npz", "--images=fewer.npz", "--json=figures.json")
+    found = json.loads(Path("figures.json").read_text())
+    assert re.search(r"Frechet distance \S+, KID \S+, Inception Score \S+: 30 images of fewer.npz and 40 of few.npz", text)
+    assert "FID needs 2049 images in each set, because the covariance of 2048 features has full rank only then." in text
+    of_few, of_fewer = (
+        read_features(written(small, pixels(60 - 10 * seed, seed=seed), place / "again")).double() for seed in (2, 3)
+    )
+    expected = frechet_distance(*(Moments(each.mean(0), torch.cov(each.T)) for each in (of_few, of_fewer)))
+    assert found["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_models_images_are_drawn_first(small: Inception, place: Path) -> None:
     save_model(Path("model"), tiny_unet(), NoiseSchedule.linear(50))
     (Path("model") / "plan.json").write_text('{"builder": "ddim_plan", "arguments": {"num_steps": 1}}')
     np.savez("grey.npz", pixels(2100, 1).permute(0, 2, 3, 1).numpy())
-    text = run("evaluate", "--fid=grey.npz", "--model=model", "--images=drawn.npz", "--num=2050", "--seed=3")
+    arguments = ["--fid=grey.npz", "--model=model", "--images=drawn.npz", "--num=2050", "--seed=3", "--json=figures.json"]
+    text = run("evaluate", *arguments, "--dtype=float64")
+    assert json.loads(Path("figures.json").read_text())["dtype"] == "float64"
+    assert json.loads(Path("drawn.npz.json").read_text())["dtype"] == "float64"
     assert "2050 images of drawn.npz and 2100 of grey.npz" in text
     assert "; model, 1 steps (the model's plan), seed 3" in text
     assert np.load("drawn.npz")["arr_0"].shape == (2050, 8, 8, 1)
@@ -215,9 +258,9 @@ def test_a_models_images_are_drawn_first(small: Inception, place: Path) -> None:
     [
         (["--fid=b.npz"], "--images to be given with --fid: a folder or an .npz of images, or where --model draws them"),
         (["--images=a.npz"], "--images to go with --fid"),
-        (["--fid=b.npz", "--images=few.npz"], "--images to have 2049 images or more, got 7"),
-        (["--fid=few.npz", "--images=a.npz"], "--fid to have 2049 images or more, got 7"),
-        (["--fid=b.npz", "--images=a.npz", "--num=9"], "--images to have 2049 images or more, got 9"),
+        (["--fid=b.npz", "--images=few.npz"], "--images to have 10 images or more, got 7"),
+        (["--fid=few.npz", "--images=a.npz"], "--fid to have 10 images or more, got 7"),
+        (["--fid=b.npz", "--images=a.npz", "--num=9"], "--images to have 10 images or more, got 9"),
         (["--fid=b.npz", "--images=a.npz", "--num=2101"], "--images to have 2101 images or more, got 2100"),
         (
             ["--fid=b.npz", "--images=nothing.npz"],
@@ -236,7 +279,7 @@ def test_a_models_images_are_drawn_first(small: Inception, place: Path) -> None:
             ["--fid=moments.npz", "--images=a.npz"],
             r"--fid to have finite floats mu \[64\] and sigma \[64, 64\], got float64 \[3\] and float64 \[3, 3\]",
         ),
-        (["--fid=b.npz", "--images=new", "--model=model", "--num-samples=9"], "--num to be at least 2049 for --fid, got 9"),
+        (["--fid=b.npz", "--images=new", "--model=model", "--num-samples=9"], "--num to be at least 10 for --fid, got 9"),
         (
             ["--fid=wide.npz", "--images=new", "--model=model"],
             r"--model to draw \(8, 9\) pixels as --fid has, got \(1, 8, 8\)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -71,6 +72,22 @@ def test_safetensors_come_before_bin(model: Path, cache: Path) -> None:
     folder = put(cache, model)
     (folder / "unet" / f"{WEIGHTS}.bin").write_bytes(b"damaged")
     load_folder("owner/name")
+
+
+def test_damaged_weights_in_the_cache_are_refused(model: Path, cache: Path) -> None:
+    """The cache names a large file by its SHA-256, and links to it."""
+    file = put(cache, model) / "unet" / f"{WEIGHTS}.safetensors"
+    content = file.read_bytes()
+    stored = cache / "models--owner--name" / "blobs" / hashlib.sha256(content).hexdigest()
+    stored.parent.mkdir()
+    file.replace(stored)
+    file.symlink_to(stored)
+    load_folder("owner/name")
+    stored.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(
+        ValueError, match=f"expected '.*{stored.name}' to have its name as SHA-256, got .*: delete it, and load"
+    ):
+        load_folder("owner/name")
 
 
 def test_a_revision_is_a_model_of_its_own(model: Path, cache: Path) -> None:
@@ -207,13 +224,21 @@ def test_a_run_is_pushed_with_a_card_and_read_by_diffusers(server: Hub, tmp_path
     plan = dpm_solver_plan(run_of.objective, 3, clip=run_of.clip)
     object.__setattr__(plan, "fit", Fit("another plan", 1.0, 2.0, 1.0))
     run_of.save_plan(plan, tmp_path / "run")
-    figures = {"num": 2, "bits_per_dim": {"total": 3.25}, "per_image": {"total": [3]}, "data": "/home/me/data"}
+    figures = {"num": 2, "bits_per_dim": {"total": 3.25}, "per_image": {"total": [3]}, "data": "/home/me/data", "labels": True}
+    figures |= {"x |\n\n# <b>y</b>": 2.5}
     (tmp_path / "figures.json").write_text(json.dumps(figures))
-    pushed, card = push(server, tmp_path / "run", "--license=mit", f"--evaluation={tmp_path / 'figures.json'}")
-    for part in ("license: mit\n", "![16 images that it draws](samples.png)", 'load_folder("owner/name")', "| steps | 1 |"):
+    pushed, card = push(server, tmp_path / "run", "--license=mit\ntags: [x]", f"--evaluation={tmp_path / 'figures.json'}")
+    metadata = pytest.importorskip("huggingface_hub").ModelCard(card).data.to_dict()
+    assert metadata | {"license": "mit\ntags: [x]", "tags": ["ddpm_fast", "diffusion"], "library_name": "diffusers"} == metadata
+    for part in (
+        r"| x \| \# \<b\>y\</b\> | 2.5 |",
+        "![16 images that it draws](samples.png)",
+        'load_folder("owner/name")',
+        "| steps | 1 |",
+    ):
         assert part in card
     assert "| bits_per_dim total | 3.25 |" in card
-    assert not re.search("per_image|/home|tmp", card)
+    assert not re.search("per_image|/home|tmp|labels", card)
     reading = f"from diffusers import DiffusionPipeline as P; print(P.from_pretrained({str(pushed)!r}))"
     environment = server.environment(tmp_path / "cache")
     read = subprocess.run([sys.executable, "-c", reading], env=environment, capture_output=True, text=True, check=True)

@@ -27,7 +27,7 @@ ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
 HIGHEST = float((1 / ZERO_SNR.alpha_bars[-2] - 1).sqrt())
 WITHIN = "to be in 0.0100005..157.407, the levels of the timesteps"
 LEVELS = f"to be strictly descending numbers in {WITHIN[9:]}"
-CORRECTIONS = "to be finite numbers [2, 3], without k3 in the first and last step and k1 in the last"
+CORRECTIONS = "to be numbers [2, 3] in -1.0..1.0, without k3 in the first and last step and k1 in the last"
 SHAPE = (2, 3, 5, 4)
 SEEDS = torch.tensor([3, 4])
 
@@ -284,7 +284,7 @@ def test_chosen_levels_equal_the_formulas(name: str) -> None:
 
 
 def test_corrections_are_added_to_three_columns() -> None:
-    levels, corrections = [40.0, 3.0, 0.5, 0.1], [[1.0, 2.0, 0.0], [3.0, 4.0, 5.0], [6.0, 7.0, 8.0], [9.0, 0.0, 0.0]]
+    levels, corrections = [40.0, 3.0, 0.5, 0.1], [[0.1, 0.2, 0.0], [0.3, 0.4, 0.5], [0.6, 0.7, 0.8], [-1.0, 0.0, 0.0]]
     plain, plan = (dpm_solver_plan(LINEAR, levels=levels, corrections=each) for each in (None, corrections))
     columns = [COLUMNS.index(name) for name in ("k0", "k1", "k3")]
     expected = plain.coefficients.clone()
@@ -434,7 +434,8 @@ def test_zero_terminal_snr_may_begin_at_a_chosen_level(ratio: float) -> None:
                 ([[0.0, 0.0]] * 2, InvalidValue, [[0.0, 0.0]] * 2),
                 ([[0.0, 0.0, 0.1], [0.0] * 3], InvalidValue, [[0.0, 0.0, 0.1], [0.0] * 3]),
                 ([[0.0] * 3, [0.0, 0.1, 0.0]], InvalidValue, [[0.0] * 3, [0.0, 0.1, 0.0]]),
-                ([[math.inf, 0.0, 0.0], [0.0] * 3], InvalidValue, [[math.inf, 0.0, 0.0], [0.0] * 3]),
+                ([[math.nan, 0.0, 0.0], [0.0] * 3], InvalidValue, [[math.nan, 0.0, 0.0], [0.0] * 3]),
+                ([[1.01, 0.0, 0.0], [0.0] * 3], InvalidValue, [[1.01, 0.0, 0.0], [0.0] * 3]),
                 ("none", InvalidType, "'none'"),
             )
         ),
