@@ -34,6 +34,7 @@ _NAMES_BY_MODULE = {
     "sampling.sample_files": ("write_samples",),
     "sampling.sampler": ("Sampler", "sample"),
     "schedule": ("NoiseSchedule", "Objective"),
+    "training.data": ("load_image",),
     "training.export": ("export_checkpoint",),
     "training.log": ("Logger",),
     "training.loop": ("TrainResult",),

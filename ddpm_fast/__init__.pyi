@@ -60,6 +60,7 @@ from .sampling.sampler import Sampler as Sampler
 from .sampling.sampler import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
 from .schedule import Objective as Objective
+from .training.data import load_image as load_image
 from .training.export import export_checkpoint as export_checkpoint
 from .training.log import Logger as Logger
 from .training.loop import TrainResult as TrainResult

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -76,6 +77,12 @@ def renaming(caller: str, names: Mapping[str, str] | None = None) -> Iterator[No
     except ArgumentError as error:
         name = error.name if names is None else names.get(error.name, error.name)
         raise error.renamed(caller=caller, name=name) from error.__cause__
+
+
+def suggested(name: str, known: Iterable[str]) -> str:
+    """Return an unknown name for an error, with the known one that is like it, if there is one."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"{name!r}; did you mean {close[0]!r}?" if close else repr(name)
 
 
 def expect(holds: object, caller: str, name: str, expected: str, got: object, file: str | None = None) -> None:

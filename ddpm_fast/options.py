@@ -29,7 +29,7 @@ from typing import (
     is_typeddict,
 )
 
-from .errors import InvalidType, expect
+from .errors import InvalidType, expect, suggested
 
 PathLike = str | os.PathLike[str]
 Ranges = tuple[tuple[float, float], ...]  # as `checks.Ranges`, whose module imports PyTorch
@@ -262,7 +262,7 @@ def checked_options(caller: str, struct: type, given: Mapping[str, Any]) -> dict
     declared = {each.name: each for each in options_of(struct)}
     for name in given:
         if name not in declared:
-            raise InvalidType(caller, "", f"arguments among {', '.join(declared)}", repr(name))
+            raise InvalidType(caller, "", f"arguments among {', '.join(declared)}", suggested(name, declared))
     return {
         name: checked_option(caller, each, given[name]) if name in given and each.is_plain else given.get(name, each.default)
         for name, each in declared.items()

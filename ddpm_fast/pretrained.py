@@ -68,6 +68,14 @@ class Pretrained:
     plan: SamplingPlan | None = None
     step: int | None = None
 
+    def __repr__(self) -> str:
+        """Return what the model draws, and how, in a few lines."""
+        size, found = sum(each.numel() for each in self.model.parameters()), self.interface
+        lines = [f"Pretrained: a UNet of {size:,} parameters for images {found.shape}", f"objective: {self.objective}"]
+        lines += [f"classes: {len(found.classes)}, {', '.join(found.class_names[:10])}"] if found.classes else []
+        lines += ["plan: " + repr(self.plan).partition("\n step")[0]] if self.plan is not None else []
+        return "\n".join(lines)
+
     @property
     def interface(self) -> Interface:
         """The input and output of the network, as its configuration says."""
@@ -211,9 +219,9 @@ class Pretrained:
         check_type("from_data", "images", images, Tensor)
         expect(not images.is_complex(), "from_data", "images", "to be real", images.dtype)
         images = images if images.is_floating_point() else images.float()
-        low, high = images.new_tensor(self._ranges("from_data", images)).T[:, :, None, None]  # [C, 1, 1]
+        low, high = images.new_tensor(self._ranges("from_data", images), dtype=torch.float64).T[:, :, None, None]  # [C, 1, 1]
         mapped: Tensor = (images - low) * (2 / (high - low)) - 1
-        return mapped
+        return mapped.to(images.dtype)
 
     def _ranges(self, caller: str, images: Tensor) -> Sequence[Sequence[float]]:
         """Return what -1 and 1 stand for. Raise unless the images have the model's channels."""
@@ -273,10 +281,12 @@ def load_folder(
         _read_scheduler(folder)
 
     folder = model_folder("load_folder", "path", path, check)
+    planned = (folder / _PLAN).is_file()
 
     def read(folder: Path, network: Path) -> tuple[UNet, Objective, Scheduler]:
         check_is_unet("load_folder", "path", folder)
-        return UNet.from_pretrained(network, dtype=dtype, device=device), *_read_scheduler(folder)
+        own = None if planned else dtype  # a fitted plan belongs to weights in float32
+        return UNet.from_pretrained(network, dtype=own, device=device), *_read_scheduler(folder)
 
     def read_checkpoint(checkpoint: Path) -> tuple[int, tuple[UNet, Objective, Scheduler]]:
         return read_state("load_folder", checkpoint).step, read(checkpoint, checkpoint / "unet_ema")
@@ -302,13 +312,12 @@ def load_folder(
         clip=scheduler.clip_sample_range if scheduler.clip_sample else None,
         step=step,
     )
-    if not (file := folder / _PLAN).is_file():
+    if not planned:
         return loaded
-    if dtype not in (None, torch.float32):
-        return replace(loaded, plan=load_folder(folder).plan)  # digests are those of weights in float32
-    sampling = read_json("load_folder", file, loaded._read_plan)
+    sampling = read_json("load_folder", folder / _PLAN, loaded._read_plan)
     if sampling is None:
-        _logger.warning("%s was fitted to another network, so it is not used: fit again", file)
+        _logger.warning("%s was fitted to another network, so it is not used: fit again", folder / _PLAN)
+    model.to(dtype=dtype or torch.float32)
     return replace(loaded, plan=sampling)
 
 

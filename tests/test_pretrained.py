@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +241,24 @@ def test_a_model_brings_its_plan_and_others_draw_with_noise() -> None:
         assert called == name
         assert torch.equal(plan.coefficients, wanted.coefficients)
         assert torch.equal(plan.timesteps, wanted.timesteps)
-    with refused(InvalidType("build_plan", "", f"arguments among {', '.join(PlanOptions.__annotations__)}", "'step'")):
+    with refused(
+        InvalidType(
+            "build_plan", "", f"arguments among {', '.join(PlanOptions.__annotations__)}", "'step'; did you mean 'steps'?"
+        )
+    ):
         builtin.build_plan(step=3)  # type: ignore[call-arg]
+
+
+def test_a_model_and_its_sampler_print_in_a_few_lines() -> None:
+    garments = ddpm_fast.load_builtin()
+    lines = repr(garments).splitlines()
+    assert re.fullmatch(r"Pretrained: a UNet of \d{1,3}(,\d{3})+ parameters for images \(1, 32, 32\)", lines[0])
+    assert lines[2].startswith("classes: 10, T-shirt, trouser, ")
+    assert lines[3].startswith("plan: dpm_solver_plan(")
+    assert len(lines) < 8
+    first, second = repr(garments.sampler(sampler="ddim", steps=10)).splitlines()
+    assert first == "Sampler: images (1, 32, 32) by a FrozenUNet, torch.float32 on cpu"
+    assert second.startswith("10 steps of ddim_plan(")
 
 
 def test_a_sampler_has_a_plan_or_the_options_that_choose_one() -> None:
@@ -279,7 +296,12 @@ def test_the_sampler_of_the_builtin_model_draws_what_the_command_draws(
 
 @pytest.mark.parametrize(
     ("data_range", "lows", "highs"),
-    [(None, (0, 0), (255, 255)), ([[-4.0, 6.0]], (-4, -4), (6, 6)), ([[0, 1], [-3, 5]], (0, -3), (1, 5))],
+    [
+        (None, (0, 0), (255, 255)),
+        ([[-50000.0, 50000.0]], (-50000, -50000), (50000, 50000)),
+        ([[-4.0, 6.0]], (-4, -4), (6, 6)),
+        ([[0, 1], [-3, 5]], (0, -3), (1, 5)),
+    ],
 )
 def test_images_are_mapped_to_the_numbers_of_the_data_and_back(
     data_range: Any, lows: tuple[int, int], highs: tuple[int, int]
@@ -292,7 +314,8 @@ def test_images_are_mapped_to_the_numbers_of_the_data_and_back(
     data = loaded.to_data(images)
     assert data.dtype == torch.float64
     torch.testing.assert_close(loaded.from_data(data), images, rtol=0, atol=1e-14)
-    torch.testing.assert_close(loaded.to_data(loaded.from_data(data[0])), data[0], rtol=0, atol=1e-13)  # one image
+    torch.testing.assert_close(loaded.to_data(loaded.from_data(data[0])), data[0], rtol=1e-15, atol=1e-11)  # one image
+    assert loaded.from_data(data.half()).isfinite().all()
     integers = data.round().to(torch.int16)
     assert torch.equal(loaded.from_data(integers), loaded.from_data(integers.float()))
     for name in ("to_data", "from_data"):

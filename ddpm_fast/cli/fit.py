@@ -78,26 +78,34 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
         raise click.ClickException(
             "no round brought the images nearer to the teacher's, so no plan is written: try other --steps"
         )
-    write(model / "plan.json", lambda path: loaded.save_plan(fitted, path.parent))
     plans = {"fitted": fitted, "teacher": teacher, DEFAULT_SAMPLER: loaded.build_plan(sampler=DEFAULT_SAMPLER)[0]}
     count = max(_GRID, len(real))
     # The seed is another than that of the fit, and none is too large.
     arguments |= {"seed": options["seed"] ^ 1, "class_labels": labels_of_option("fit", loaded, options["classes"], count)}
-    drawn = {name: sampler.with_plan(each)(count, **arguments).cpu().float() for name, each in plans.items()}
+    drawn = dict[str, Any]()
+    for name, each in plans.items():
+        if not options["quiet"]:
+            click.echo(f"{count} images by {name}:", err=True)
+        drawn[name] = sampler.with_plan(each)(count, **arguments).cpu().float()
+    distances = dict[str, float]()
+    if len(real):
+        features = {name: network_features(loaded.model, each) for name, each in (drawn | {"data": real}).items()}
+        distances = {name: ddpm_fast.frechet_distance(features[name], features["data"]) for name in plans}
+    write(model / "plan.json", lambda path: loaded.save_plan(fitted, path.parent))
     for name, images in drawn.items():
         save = partial(ddpm_fast.save_grid, images[:_GRID], channels=shown_channels(images.shape[1]))
         write(model / "fit" / f"{name}.png", save)
     if options["quiet"]:
         return
     click.echo(f"{model / 'plan.json'}: {steps} steps, fitted to {fit.teacher}")
-    click.echo(
-        f"Distance from its images: {fit.error_before:.4g} before, {fit.error:.4g} now. Look at them in {model / 'fit'}."
-    )
-    if len(real):
-        features = {name: network_features(loaded.model, each) for name, each in (drawn | {"data": real}).items()}
-        distances = {name: ddpm_fast.frechet_distance(features[name], features["data"]) for name in plans}
-        nearest = ", ".join(f"{name} {distances[name]:.4g}" for name in sorted(distances, key=distances.__getitem__))
+    click.echo(f"RMS distance from the teacher's images: {fit.error_before:.4g} before, {fit.error:.4g} now.")
+    ranked = sorted(distances, key=distances.__getitem__)
+    if ranked:
+        nearest = ", ".join(f"{name} {distances[name]:.4g}" for name in ranked)
         click.echo(f"Frechet distance from {len(real)} real images, the nearest first: {nearest}")
+    if DEFAULT_SAMPLER in ranked[:1]:
+        click.echo(f"{DEFAULT_SAMPLER}, which draws noise, is nearest: with {model / 'plan.json'} deleted, it draws again.")
+    click.echo(f"Look at their images in {model / 'fit'}. Delete {model / 'plan.json'} to undo the fit.")
 
 
 def _without_noise(loaded: Pretrained, steps: int, low: float, high: float) -> ddpm_fast.SamplingPlan:

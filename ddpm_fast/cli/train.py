@@ -126,7 +126,7 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
     if result.stopped_by is None and is_first:
         more = " --condition path/to/images" if options["condition"] else ""
         quoted = shlex.quote(str(run_dir))
-        click.echo(f"{run_dir}: {result.step} steps done. Sample from it with: ddpm-fast sample --model {quoted}{more}")
+        click.echo(f"{run_dir}: trained to step {result.step}. Sample from it with: ddpm-fast sample --model {quoted}{more}")
 
 
 train_command.params += [flag(declared) for struct in STRUCTS for declared in options_of(struct)]

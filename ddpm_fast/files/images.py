@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_float, check_ints
-from ..errors import InvalidType, InvalidValue, expect
+from ..errors import InvalidType, InvalidValue, expect, renaming
 from ..options import checked, within
 from .writing import replacing
 
@@ -175,7 +175,9 @@ def save_grid(
     grid = _tiled(images, columns, padding, scale)
     if titles:
         grid = torch.cat([_titled(titles, grid), grid])
-    return _write(path, image_format(path, grid.shape), [grid])
+    with renaming("save_grid"):
+        kind = image_format(path, grid.shape)
+    return _write(path, kind, [grid])
 
 
 @checked()

@@ -110,8 +110,8 @@ class FrozenModule(nn.Module):
 
     def _refuse(self, what: str, *arguments: Any) -> NoReturn:
         name = type(self).__name__
-        got = f"one: change, move, save or train the {self._original} from which it was made, and freeze that again"
-        raise InvalidValue(name, "", f"no {what}, because the network is frozen", got)
+        remedy = f"change, move, save or train the {self._original} from which it was made, then freeze it again"
+        raise InvalidValue(name, "", "evaluation only, because the network is frozen", f"{what}: {remedy}")
 
 
 def _refusing(method: str) -> Callable[..., NoReturn]:

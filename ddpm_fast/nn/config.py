@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from ..checks import as_json
-from ..errors import InvalidValue
+from ..errors import InvalidValue, suggested
 from ..options import Option, Ranges, checked_option, document, options_of
 
 CIFAR10_32: dict[str, Any] = {
@@ -147,7 +147,7 @@ class UNetConfig:
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         for key in values:
             if key not in known:
-                raise InvalidValue("UNet", "", f"keys among {', '.join(known)}", repr(key))
+                raise InvalidValue("UNet", "", f"keys among {', '.join(known)}", suggested(key, known))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_dtype, check_float, check_one_of, check_range, check_type, checked_seeds
 from ..errors import InvalidType
-from ..schedule import NoiseSchedule
+from ..schedule import NoiseSchedule, Objective
 from .arguments import check_like, index_tensor
 from .compiled_kernel import dtype_code
 from .fused_op import FusedOp
@@ -20,7 +20,7 @@ from .op_spec import Gradient, OpSpec
 def q_sample(
     x_0: Tensor,
     t: int | Tensor,
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Objective,
     *,
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
@@ -38,7 +38,7 @@ def q_sample(
         x_0: [N, ...], floating, or uint8 images. Values 0..255 of uint8 stand for -1..1, and no floating
             copy of them is made.
         t: Timestep, 0..T-1: an int, or int64 [N]. Values on a GPU are not checked.
-        schedule: Noise schedule, which has abar.
+        schedule: Noise schedule, which has abar, or the objective that has it.
         noise: epsilon, shaped like x_t. Pass either `noise` or `seeds`.
         seeds: int64 [N]. epsilon is `noise(x_0.shape, seeds, stream=STREAM_Q_SAMPLE)`, which
             `denoising_loss` draws too.
@@ -56,6 +56,7 @@ def q_sample(
     """
     dtype = _checked_dtype(x_0, dtype)
     check_one_of("q_sample", "noise", noise, "seeds", seeds)
+    schedule = schedule.schedule if isinstance(schedule, Objective) else schedule
     check_type("q_sample", "schedule", schedule, NoiseSchedule)
     t = index_tensor("q_sample", "t", t, schedule.num_timesteps, x_0.shape[0], x_0.device)
     if noise is not None:

@@ -159,6 +159,10 @@ class SamplingPlan:
         """The number of steps S."""
         return self.timesteps.numel()
 
+    def __len__(self) -> int:
+        """Return the number of steps S."""
+        return self.num_steps
+
     def __getitem__(self, steps: slice) -> SamplingPlan:
         """Return a plan of consecutive steps, such as `plan[10:]`. It counts them from 0 for their noise.
 

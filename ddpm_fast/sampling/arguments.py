@@ -115,8 +115,8 @@ def resolve_labels(
     except (TypeError, ValueError, RuntimeError):
         raise InvalidType(caller, "class_labels", wanted, repr(class_labels)) from None
     check_values(caller, "class_labels", labels)
-    fits, got = labels.dtype in _INTEGERS and labels.shape in ((), (num_samples,)), f"{labels.dtype} {list(labels.shape)}"
-    expect(fits, caller, "class_labels", wanted, got)
+    fits = labels.dtype in _INTEGERS and labels.shape in ((), (num_samples,))
+    expect(fits, caller, "class_labels", wanted, f"{labels.dtype} of shape {tuple(labels.shape)}")
     if labels.min() < 0 or (count is not None and labels.max() >= count):
         allowed = "at least 0" if count is None else f"in 0..{count - 1}"
         raise InvalidValue(caller, "class_labels", f"to be {allowed}", class_labels)

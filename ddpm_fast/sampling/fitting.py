@@ -87,9 +87,9 @@ def fit_plan(
         for _ in range(rounds):
             moved = min(_moves(sampler, request, targets[:num_images], numbers), key=partial(error, slice(num_images)))
             bar.update()
-            if not error(unseen, moved) < least:
+            if not (now := error(unseen, moved)) < least:
                 break
-            numbers, least = moved, error(unseen, moved)
+            numbers, least = moved, now
     fitted, scale = _built(plan, numbers), request.given["guidance_scale"]
     named = "a plan from coefficients" if teacher.builder is None else call_of(teacher.builder)
     object.__setattr__(fitted, "fit", Fit(named, 1.0 if scale is None else scale, before, least))
@@ -152,7 +152,7 @@ def _moves(sampler: Sampler, request: Request, targets: Tensor, numbers: Tensor)
         moved = numbers.clone()
         moved[free] -= step
         moved[0].clamp_(math.log(low), math.log(high))
-        moved[1:].clamp_(-MAX_CORRECTION, MAX_CORRECTION)
+        moved[1:].clamp_(_STEP - MAX_CORRECTION, MAX_CORRECTION - _STEP)
         moves += [moved] if bool((moved[0].diff() < -2 * _STEP).all()) else []
     return moves
 

@@ -23,6 +23,7 @@ from ..inference.turns import Turns
 from ..ops.modes import runs_eagerly, threads_after_fork
 from ..options import checked, taking, within
 from ..plan import SamplingPlan
+from ..plan.sampling_plan import call_of
 from .arguments import Request, check_model, check_takes_labels, checked_request, sampling_device
 from .options import Callback, DrawOptions
 from .progress import progress_bar
@@ -130,6 +131,12 @@ class Sampler:
         self._capture_stream: Any = None
         self._pools: dict[Hashable, Any] = {}  # memory of graphs by the stream that replays them, one after the other
         self._turns = Turns("Sampler")
+
+    def __repr__(self) -> str:
+        """Return the network, its images and the plan in two lines."""
+        plan = "a plan from coefficients" if self.plan.builder is None else call_of(self.plan.builder)
+        drawn = f"images {self.shape} by a {type(self.network).__name__}, {self.dtype} on {self.device}"
+        return f"Sampler: {drawn}\n{len(self.plan)} steps of {plan}"
 
     @property
     def plan(self) -> SamplingPlan:

@@ -199,7 +199,8 @@ class TrainOptions(Options):
         int, _records("Write a row of log.csv after the first step, and then every this many steps.", low=1, high=100_000)
     ] = 50
     sample_every: Annotated[
-        int, _records("Draw a grid of samples every this many steps, and at the end; 0 disables.", low=0)
+        int,
+        _records("Draw a grid of samples after 1 % of the steps, every this many steps, and at the end; 0 disables.", low=0),
     ] = 1000
     sample_steps: Annotated[
         int | None,

@@ -79,7 +79,8 @@ class Report:
                 self._say_which_buffers_change()
         if state.step % options.log_every == 0 or state.step in (1, options.steps):
             self._write_row(grad_norm, rate)
-        if options.sample_every and state.step % options.sample_every == 0:
+        early = state.step == options.steps // 100  # a grid that shows a wrong start before it costs hours
+        if options.sample_every and (state.step % options.sample_every == 0 or early):
             self._draw_grid()
         call_back(self._task.on_step, state.step, step_loss.clone())  # the log needs it unchanged
 

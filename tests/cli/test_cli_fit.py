@@ -31,7 +31,10 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_plan_is_written_where_sampling_finds_it(dtype: str, model: Path) -> None:
     said = run(*FIT, "--data=digits", f"--dtype={dtype}")
     assert "plan.json: 3 steps, fitted to dpm_solver_plan(num_steps=5" in said
-    assert re.search(r"Distance from its images: [\d.]+ before, [\d.]+ now\. Look at them in model/fit\.", said)
+    assert re.search(r"RMS distance from the teacher's images: [\d.]+ before, [\d.]+ now\.\n", said)
+    assert "64 images by fitted:\n" in said
+    assert ("dpm++2m-sde, which draws noise, is nearest" in said) == ("the nearest first: dpm++2m-sde " in said)
+    assert "Look at their images in model/fit. Delete model/plan.json to undo the fit." in said
     assert re.search(r"Frechet distance from 32 real images, the nearest first: \S+ [\d.]+, \S+ [\d.]+, \S+ [\d.]+\n", said)
     assert json.loads((model / "plan.json").read_text())["fit"]["guidance_scale"] == 1.0
     for name in ("fitted", "teacher", "dpm++2m-sde"):

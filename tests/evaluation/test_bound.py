@@ -269,7 +269,7 @@ def test_labels_reach_the_network() -> None:
         ),
         (
             {"class_labels": [0, 1]},
-            InvalidValue("variational_bound", "class_labels", "to be an int or 3 ints", "torch.int64 [2]"),
+            InvalidValue("variational_bound", "class_labels", "to be an int or 3 ints", "torch.int64 of shape (2,)"),
         ),
     ],
 )

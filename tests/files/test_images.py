@@ -88,7 +88,7 @@ def test_a_format_is_accepted_exactly_if_pillow_can_write_it(ending: str, channe
         assert image_format(path, (40, 30, channels))
     else:
         for call in (lambda: save_grid(images, path), lambda: image_format(path, (40, 30, channels), "--out")):
-            with pytest.raises(ValueError, match=rf"images: expected .* as another format for pictures of mode {mode}, got"):
+            with pytest.raises(ValueError, match=rf"expected .* as another format for pictures of mode {mode}, got"):
                 call()
         assert not path.exists()
 

@@ -416,8 +416,8 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
 def test_a_change_of_what_is_frozen_is_an_error(what: str) -> None:
     frozen = freeze(make())
     before = images(frozen)
-    message = f"FrozenUNet2DModel: expected no {what}, because the network is frozen, got one: change, move, save or train"
-    with pytest.raises(ValueError, match="^" + re.escape(f"{message} the UNet2DModel")):
+    message = f"FrozenUNet2DModel: expected evaluation only, because the network is frozen, got {what}: change, move"
+    with pytest.raises(ValueError, match="^" + re.escape(f"{message}, save or train the UNet2DModel")):
         REFUSED[what](frozen.unet)
     assert torch.equal(images(frozen), before)
 
@@ -442,9 +442,9 @@ def test_what_is_frozen_is_a_network_of_diffusers_without_weights() -> None:
 def test_a_pipeline_is_moved_where_it_is_and_nowhere_else(tmp_path: Path) -> None:
     frozen = freeze(make())
     assert frozen.to("cpu") is frozen
-    with pytest.raises(ValueError, match=r"expected no move to cpu and torch\.bfloat16"):
+    with pytest.raises(ValueError, match=r"got move to cpu and torch\.bfloat16"):
         frozen.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="expected no call of save_pretrained"):
+    with pytest.raises(ValueError, match="got call of save_pretrained"):
         frozen.save_pretrained(tmp_path / "pipe")
     assert not (tmp_path / "pipe" / "unet").exists()
 

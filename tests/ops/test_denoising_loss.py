@@ -6,7 +6,13 @@ import pytest
 import torch
 from op_cases import SCHEDULE
 
-from ddpm_fast import denoising_loss, sample_seeds
+from ddpm_fast import NoiseSchedule, Objective, denoising_loss, q_sample, sample_seeds
+
+
+def test_q_sample_takes_the_objective_of_the_loss() -> None:
+    x_0, objective = torch.ones(2, 1, 4, 4), Objective(NoiseSchedule.cosine(10), "v_prediction")
+    seeds = sample_seeds(0, 2)
+    assert torch.equal(q_sample(x_0, 3, objective, seeds=seeds), q_sample(x_0, 3, objective.schedule, seeds=seeds))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

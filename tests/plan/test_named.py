@@ -103,7 +103,12 @@ def test_a_learned_variance_stays_learned() -> None:
         ),
         (
             {"num_steps": 5},
-            InvalidType("named_plan", "", f"arguments among {', '.join(PlanOptions.__annotations__)}", "'num_steps'"),
+            InvalidType(
+                "named_plan",
+                "",
+                f"arguments among {', '.join(PlanOptions.__annotations__)}",
+                "'num_steps'; did you mean 'steps'?",
+            ),
         ),
     ],
 )

@@ -91,6 +91,7 @@ def test_a_plan_keeps_its_tensors_when_the_caller_changes_theirs() -> None:
 def test_a_slice_has_some_of_the_rows() -> None:
     plan = ddpm_plan(SCHEDULE, 10)
     for steps in (slice(2, 5), slice(-1, None), slice(None)):
+        assert len(plan[steps]) == len(range(10)[steps])
         for name in TENSORS:
             assert torch.equal(getattr(plan[steps], name), getattr(plan, name)[steps])
     for bad in (slice(3, 3), slice(0, 9, 2), slice(None, None, -1)):

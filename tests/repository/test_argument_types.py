@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin
 
 import pytest
 import torch
+from PIL import Image
 from small_unets import make_unet
 from torch import Tensor, nn
 
@@ -304,6 +305,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "invert": lambda: Entry(
         d.invert, {"sampler": sampler().with_plan(d.ddim_inversion_plan(SCHEDULE, 5)), "images": IMAGES}, EDIT_ACCEPTS
     ),
+    "load_image": lambda: Entry(d.load_image, {"image": Image.new("RGB", (4, 4)), "sampler": sampler()}, {"image": "text"}),
     "noise": lambda: Entry(d.noise, {"shape": (2, 4), "seeds": SEEDS}, {"seeds": "meta", "stream": "zero"}),
     "q_sample": lambda: Entry(
         d.q_sample, {"x_0": X, "t": STEP, "schedule": SCHEDULE, "noise": X}, {"x_0": "tensor", "t": "zero"}

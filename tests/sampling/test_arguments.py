@@ -151,5 +151,11 @@ def test_unknown_options_are_type_errors_that_list_the_known(caller: str) -> Non
     function, struct, arguments = CALLS[caller]
     known = ", ".join(each.name for each in options_of(struct))
     wrong = "callbacks" if struct is DrawOptions else "x_T"
-    with pytest.raises(TypeError, match=f"^{caller}: expected arguments among {known}, got '{wrong}'$"):
+    meant = r"; did you mean 'callback'\?" if struct is DrawOptions else ""
+    with pytest.raises(TypeError, match=f"^{caller}: expected arguments among {known}, got '{wrong}'{meant}$"):
         function(*arguments, **{wrong: None})
+
+
+def test_labels_of_another_number_are_refused_with_their_shape() -> None:
+    with refused(InvalidValue("Sampler", "class_labels", "to be an int or 4 ints", "torch.int64 of shape (3,)")):
+        d.Sampler(tiny_unet(classes=7), PLAN)(4, class_labels=[3, 4, 5])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from drawing import Gaussian, tiny_unet
+from PIL import Image
 from torch import Tensor
 
 from ddpm_fast import (
@@ -26,6 +28,7 @@ from ddpm_fast import (
     interpolate,
     invert,
     load_builtin,
+    load_image,
     noise,
     repaint_plan,
     sample,
@@ -63,6 +66,22 @@ def test_a_variation_is_the_rest_of_the_plan_from_the_noised_image(name: str, st
     start = math.sqrt(abar) * IMAGES + math.sqrt(1 - abar) * initial_noise(IMAGES.shape, seeds)
     expected = sample(NETWORK, plan.starting_at(t), 2, seed=seeds, x_T=start, shape=(3, 4, 4), **QUIET)
     assert torch.equal(vary(drawing(plan), IMAGES, strength, seed=3, **QUIET), expected)
+
+
+def test_an_image_is_read_in_the_size_and_the_colours_of_the_sampler(tmp_path: Path) -> None:
+    sampler, picture = Sampler(tiny_unet(), ddim_plan(SCHEDULE, 2)), Image.new("RGB", (60, 40))
+    picture.paste((255, 0, 0), (10, 0, 50, 40))  # the central square
+    picture.save(tmp_path / "wide.png")
+    for given in (picture, tmp_path / "wide.png", str(tmp_path / "wide.png")):
+        image = load_image(given, sampler)
+        torch.testing.assert_close(image, torch.full((1, 1, 8, 8), 2 * 76 / 255 - 1))
+    assert torch.equal(vary(sampler, image, 0.0, progress=False), image)
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(ValueError, match=r"load_image: expected image to be an image, got '.*text\.png': cannot identify"):
+        load_image(tmp_path / "text.png", sampler)
+    two = Sampler(tiny_unet(in_channels=2, out_channels=2), ddim_plan(SCHEDULE, 2))
+    with pytest.raises(ValueError, match=r"load_image: expected sampler to draw pictures, .* got \(2, 8, 8\)"):
+        load_image(picture, two)
 
 
 def test_strength_0_copies_the_images() -> None:

@@ -358,7 +358,10 @@ class Labelled(nn.Module):
         ({"x_T": torch.full((4, 1, 8, 8), math.nan)}, InvalidValue("sample", "x_T", "to be finite", "NaN or infinity")),
         ({"class_labels": 4}, InvalidValue("sample", "class_labels", "to be in 0..3", "4")),
         ({"class_labels": [0, 1, 2, -1]}, InvalidValue("sample", "class_labels", "to be in 0..3", "[0, 1, 2, -1]")),
-        ({"class_labels": [0, 1]}, InvalidValue("sample", "class_labels", "to be an int or 4 ints", "torch.int64 [2]")),
+        (
+            {"class_labels": [0, 1]},
+            InvalidValue("sample", "class_labels", "to be an int or 4 ints", "torch.int64 of shape (2,)"),
+        ),
         (
             {"class_labels": "boot"},
             InvalidValue("sample", "class_labels", "to be integers, as the model has no class names", "'boot'"),

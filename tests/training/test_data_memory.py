@@ -193,7 +193,7 @@ def test_memory_decides_where_images_are(folder: Path, caplog: pytest.LogCapture
     assert load_dataset(str(folder), memory=needed).in_memory
     with caplog.at_level(logging.INFO):
         assert not load_dataset(str(folder), memory=needed - 1).in_memory
-    assert "as they are used, as all take 0.0 MB and data_memory is 0.0 MB" in caplog.text
+    assert "as they are used, because all take 0.0 MB, more than 0.0 MB" in caplog.text
     assert load_dataset("digits", memory=0).in_memory  # its source is in memory anyway
 
 

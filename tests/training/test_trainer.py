@@ -292,6 +292,13 @@ def test_loggers_receive_the_rows_and_the_images_of_grids(tmp_path: Path) -> Non
     recorder.close.assert_called_once_with()
 
 
+def test_a_first_grid_is_drawn_after_one_percent_of_the_steps(tmp_path: Path) -> None:
+    recorder = logger()
+    run(tmp_path, steps=200, max_minutes=1e-9, sample_every=1000, sample_steps=1, loggers=[recorder])
+    run(tmp_path, steps=200, max_minutes=1e-9, sample_every=1000, sample_steps=1, loggers=[recorder], resume=True)
+    assert [call.args[1] for call in recorder.images.call_args_list] == [1, 2, 2]
+
+
 @pytest.mark.parametrize(("method", "rows"), [("row", 1), ("images", 1), ("close", 3)])
 def test_a_logger_that_cannot_write_is_said_once_and_left_out(
     method: str, rows: int, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -3,7 +3,7 @@
 from .checked import Checked
 from .degradation import Degradation
 from .items import Batch, DatasetInfo, Item, ItemDataset, collate, read_batch, to_unit_range
-from .load import load_dataset, read_image
+from .load import load_dataset, load_image, read_image
 from .loader import DECODING_WORKERS, batches
 from .published import DATASETS, FASHION_MNIST_CLASSES, FASHION_MNIST_DEBIAN
 
@@ -21,6 +21,7 @@ __all__ = [
     "batches",
     "collate",
     "load_dataset",
+    "load_image",
     "read_batch",
     "read_image",
     "to_unit_range",

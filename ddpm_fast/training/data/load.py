@@ -11,19 +11,22 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torch import Tensor
 
-from ...checks import Ranges, check_ints, check_path, checked_ranges, listed
+from ...checks import Ranges, check_ints, check_path, check_type, checked_ranges, listed
 from ...errors import InvalidValue, expect, renaming
 from ...options import checked, within
 from ...resources import size_text
 from .arrays import arrays, read_array_file
 from .degradation import Degradation
-from .items import Cached, Conditioned, ItemDataset, Resized, Wrapper
+from .items import Cached, Conditioned, ItemDataset, Resized, Wrapper, to_unit_range
 from .published import DATASETS, read_table
 from .sources import ARRAYS, PICTURES, Source, read_archive, read_folder
+
+if TYPE_CHECKING:
+    from ...sampling.sampler import Sampler
 
 _Range = Sequence[float] | Sequence[Sequence[float]] | Literal["measured"] | None
 
@@ -137,8 +140,9 @@ def load_source(
     needed = len(source) * math.prod(dataset.info.shape) * dataset.info.dtype.itemsize
     if memory is not None and needed > memory and not dataset.in_memory:
         check_whole(source, broken)
-        message = "decoding images in %s as they are used, as all take %s and data_memory is %s"
-        _log.info(message, source.root, size_text(needed), size_text(memory))
+        if memory:
+            message = "decoding images in %s as they are used, because all take %s, more than %s"
+            _log.info(message, source.root, size_text(needed), size_text(memory))
         return dataset
     cached = Cached(dataset)
     if source.has_arrays:
@@ -194,11 +198,11 @@ def partners(source: Source, paired: Source) -> Source:
     return paired.chosen([numbers[name] for name in names])
 
 
-def read_image(path: str | os.PathLike[str], shape: Sequence[int], *, caller: str = "read_image", name: str = "path") -> Tensor:
+def read_image(path: Any, shape: Sequence[int], *, caller: str = "read_image", name: str = "path") -> Tensor:
     """Read an image, crop it to the proportions of the shape around its centre, and resize it.
 
     Args:
-        path: A file that Pillow can read.
+        path: A file that Pillow can read, or a `PIL.Image.Image`.
         shape: (C, H, W) in pixels, with C = 1 for grey, 3 for RGB or 4 for RGBA.
         caller: The function or command that error messages name.
         name: The argument that error messages name.
@@ -210,15 +214,44 @@ def read_image(path: str | os.PathLike[str], shape: Sequence[int], *, caller: st
         ValueError: The file is damaged, or holds no image.
         OSError: The file cannot be opened.
     """
+    from PIL.Image import Image
+
     from .pictures import decoded
 
-    check_path(caller, name, path)
+    if not isinstance(path, Image):
+        check_path(caller, name, path)
     try:
         return decoded(path, shape)
     except Exception as error:  # Pillow's formats raise errors of many types
         if isinstance(error, MemoryError) or getattr(error, "filename", None) is not None:
             raise
         raise InvalidValue(caller, name, "to be an image", f"{str(path)!r}: {error}") from error
+
+
+def load_image(image: Any, sampler: Sampler) -> Tensor:
+    """Read an image for `vary`, `interpolate`, `invert` or `inpaint`.
+
+    The largest centred part with the proportions of the sampler's images is resized to theirs.
+
+    Args:
+        image: A path of a file that Pillow can read, or a `PIL.Image.Image`.
+        sampler: A Sampler that draws grey, RGB or RGBA pictures.
+
+    Returns:
+        float32 [1, C, H, W] in [-1, 1] on the CPU.
+
+    Raises:
+        ValueError: The file is damaged or holds no image, or the sampler draws no pictures.
+        OSError: The file cannot be opened.
+        TypeError: An argument has an unsupported type.
+    """
+    from ...sampling.sampler import Sampler
+
+    check_type("load_image", "sampler", sampler, Sampler)
+    shape = sampler.shape
+    wanted = "to draw pictures, (C, H, W) with 1, 3 or 4 channels"
+    expect(len(shape) == 3 and shape[0] in (1, 3, 4), "load_image", "sampler", wanted, shape)
+    return to_unit_range(read_image(image, shape, caller="load_image", name="image"))[None]
 
 
 def _range(name: str, value: Any) -> Ranges | Literal["measured"] | None:

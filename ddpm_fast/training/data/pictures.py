@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -152,7 +153,7 @@ def _read_picture(source: Source, shape: Sequence[int], index: int) -> Tensor:
         raise InvalidValue("load_dataset", "", f"images that Pillow can read in {source.root}", got) from error
 
 
-def decoded(file: str | os.PathLike[str] | BytesIO, shape: Sequence[int]) -> Tensor:
+def decoded(file: str | os.PathLike[str] | BytesIO | Image.Image, shape: Sequence[int]) -> Tensor:
     """Return the largest centred part of an image file with the proportions of the shape, resized to uint8 [C, H, W]."""
     channels, height, width = shape
     image = _opened(file, channels)
@@ -161,8 +162,8 @@ def decoded(file: str | os.PathLike[str] | BytesIO, shape: Sequence[int]) -> Ten
     return pixels(part.resize((width, height), Image.Resampling.LANCZOS))
 
 
-def _opened(file: str | os.PathLike[str] | BytesIO, channels: int) -> Image.Image:
-    with Image.open(file) as opened:
+def _opened(file: str | os.PathLike[str] | BytesIO | Image.Image, channels: int) -> Image.Image:
+    with nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as opened:
         # Pillow turns a TIFF when it decodes it. Version 10 keeps the tag, and would turn it a second time.
         seen = opened if isinstance(opened, TiffImageFile) else ImageOps.exif_transpose(opened)
         return converted(seen, opened.format, channels)
