@@ -36,8 +36,8 @@ def kept_memory() -> Iterator[None]:
 
     By default glibc returns a step's memory to the system. The next step requests it again, page by page
     and cleared. This took 3 to 18 % of a step's time in our measurements. `train` on a CPU uses this
-    context by itself. The process keeps its peak memory until the context exits, also by an exception, and
-    in a trial up to half more, where a block no longer fitted into its place. Results do not change. The
+    context by itself. The process keeps its peak memory until the context exits, also by an exception.
+    Fragmentation raised this peak by up to half in a trial. Results do not change. The
     context can be nested and used as a decorator.
 
     It changes malloc's options for the whole process and has full effect on the main thread. Some memory

@@ -199,7 +199,7 @@ def taking(struct: type) -> Callable[[Function], Function]:
 
 
 def _is_plain(members: tuple[Any, ...]) -> bool:
-    """Return whether a type says all that is checked. An int has a range, and a tensor a shape."""
+    """Return whether the type alone decides the check. An int has a range, and a tensor a shape."""
     kinds = [each for each in members if each is not type(None)]
     if all(get_origin(each) is Literal for each in kinds) or {*kinds} == {str, os.PathLike[str]}:
         return True

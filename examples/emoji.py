@@ -21,6 +21,8 @@ parser.add_argument("--font", type=Path, default="/usr/share/fonts/truetype/noto
 parser.add_argument("--size", type=int, default=32, help="height and width of a picture")
 args = parser.parse_args()
 
+if not args.font.is_file():
+    parser.error(f"{args.font} does not exist: install the package fonts-noto-color-emoji, or pass --font")
 font = ImageFont.truetype(str(args.font), STRIKE)  # Pillow 10 takes no path
 
 

@@ -5,13 +5,18 @@ Needs diffusers, onnx, onnxscript and onnxruntime (the extra bench). Writes onnx
 
 from pathlib import Path
 
-import diffusers
 import numpy as np
-import onnxruntime
 import torch
 
 import ddpm_fast
 from ddpm_fast.pretrained import BUILTIN
+
+try:
+    import diffusers
+    import onnxruntime
+    import onnxscript  # noqa: F401  # torch.onnx.export needs it
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: install the extra bench, pip install -e '.[bench]'") from None
 
 # 1. Once, with PyTorch: export the network, which diffusers reads, and write the plan.
 garments, out = ddpm_fast.load_builtin(), Path("onnx")

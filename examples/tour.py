@@ -29,8 +29,9 @@ def show(images, name, **options):
 # %% [markdown]
 # ## The derivation in code
 #
-# The forward process turns an image into noise in 1000 steps. Each step keeps the part `alpha` of the variance and adds `beta`
-# of noise, so the product of all alphas so far, `abar`, is left of the image ([eq. 2](../docs/derivation.md#eq-2)):
+# The forward process turns an image into noise in 1000 steps. Each step keeps the part `alpha` of the variance and adds
+# `beta` of noise, so the product of all alphas so far, `abar`, is the share of the image's variance left ([eq.
+# 2](../docs/derivation.md#eq-2)):
 
 # %%
 schedule = ddpm_fast.NoiseSchedule.linear(1000)

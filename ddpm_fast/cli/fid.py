@@ -99,7 +99,9 @@ def compare(
                 "Compare this Frechet distance with those of as many images only, or compare KID."
             )
         if known is None:
-            click.echo("Moments of another extractor give another distance: those of EDM and guided-diffusion are such.")
+            click.echo(
+                "Do not compare with distances to the statistics of EDM or guided-diffusion: they are of another extractor."
+            )
     if json is not None:
         write(json, lambda path: write_json(path, record | found))
 

@@ -113,7 +113,7 @@ def flag(declared: Declared, *names: str, **settings: Any) -> DeclaredOption:
 
 
 def adding(options: list[click.Option]) -> Callable[[Function], Function]:
-    """Return a decorator that adds options to a command, after those that stand below it."""
+    """Return a decorator that adds options to a command, after the options of the decorators below."""
 
     def add(command: Function) -> Function:
         known: list[click.Parameter] = command.__dict__.setdefault("__click_params__", [])

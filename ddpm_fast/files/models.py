@@ -44,7 +44,7 @@ def model_folder(caller: str, name: str, path: str | os.PathLike[str], check: Ca
     if os.path.isdir(path):
         return Path(path)
     if named is None or os.path.exists(path) or os.path.isdir(named["owner"]):
-        blocked = "" if named is None else f" (the hub is not asked, as there is a folder {named['owner']!r})"
+        blocked = "" if named is None else f" (a local {named['owner']!r} hides the hub; rename it)"
         raise MissingPath(caller, name, "to be a folder that holds a model", no_folder(path) + blocked)
     folder = _snapshot(caller, name, named, named["revision"], _DESCRIPTIONS)
     if check is None:

@@ -124,7 +124,7 @@ class FrozenUNet:
 
     - Weights are packed at first use, for the method that suits the map's size. Those of Winograd's F(2x2, 3x3) need 16/9
       of the memory of 3x3 weights, and those of F(4x4, 3x3) 36/9. A layer keeps those of each method that it has used,
-      besides a copy of the model's weights. On CPUs with AMX, bfloat16 has one method for all sizes, which needs 9/9.
+      besides a copy of the model's weights. On CPUs with AMX, bfloat16 has one method for all sizes, which needs as much.
     - Norms and activations are applied while a convolution reads its input.
     - Skip connections are read in place, and residuals are added while the output is written.
 

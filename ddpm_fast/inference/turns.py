@@ -34,7 +34,10 @@ class Turns:
     def taken(self) -> Iterator[None]:
         """Wait for the lock and hold it."""
         if self._owner == threading.get_ident():
-            raise RuntimeError(f"{self._name}: expected a call after the one in progress, got one from its callback")
+            raise RuntimeError(
+                f"{self._name}: expected a call after the one in progress, got one from its callback: "
+                "a callback must not call its own Sampler"
+            )
         with self._lock:
             self._owner = threading.get_ident()
             try:

@@ -51,8 +51,8 @@ def fit_plan(
         sampler: A Sampler with the plan to fit, a whole `dpm_solver_plan` of order 2 without noise that ends at x_0. Its levels
             are finite and more than 2 % apart. The model must take timesteps between integers, as float32.
         teacher: A plan without noise that has more steps, such as the same with 8 to 20 steps.
-        num_images: Images that the fit sees. As many others judge it: a round that does not bring these nearer to the teacher's
-            is not taken, and ends the fit.
+        num_images: Images that the fit sees. As many more validate it: a round that does not bring these nearer to the
+            teacher's is not taken, and ends the fit.
         rounds: Most rounds.
         **draw: See `DrawOptions`. Arguments for each image are for 2 `num_images`, of which the second half judges. A callback
             is refused.

@@ -163,7 +163,7 @@ class TrainOptions(Options):
     ] = 0.9999
     ema_warmup: Annotated[
         bool | None,
-        _optimization("Let the moving average forget the first weights soon. Default: unless they are trained weights (init)."),
+        _optimization("Warm up the moving average, so that it forgets the first weights. Default: on, unless --init."),
     ] = None
 
     precision: Annotated[Literal["float32", "bf16"], _machine("Run the network in float32, or in bfloat16 by autocast.")] = (
@@ -221,7 +221,7 @@ class TrainOptions(Options):
     )
     data_check: Annotated[
         Literal["sample", "exact", "off"],
-        _call("Compare the images of a resumed run with the earlier ones: a sample, exactly, or not (to change them)."),
+        _call("Check that a resumed run has the same images: a sample of them, all (exact), or none (off)."),
     ] = "sample"
     progress: Annotated[bool, _call("Show a progress bar.")] = True
 

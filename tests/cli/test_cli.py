@@ -538,7 +538,7 @@ def test_images_that_are_not_finite_cost_no_others(
     drawn[1, 0, 0, 0] = torch.nan
     monkeypatch.setattr(patched, Mock(return_value=drawn[first:].clone()))
     output = run(*command.split(), "--model", small, "--out", "a.png", code=1)
-    assert "Error: 1 of 3 images are not finite and drawn grey, from number 1 (of 0..2)" in output
+    assert "Error: 1 of 3 images contain NaN or infinity and are grey; the first is number 1 of 0..2" in output
     with Image.open("a.png") as image:
         assert np.array_equal(np.asarray(image), images.image_grid(drawn.nan_to_num(0), scale=scale)[..., 0])
 

@@ -153,7 +153,7 @@ def test_evenly_spaced_has_both_ends() -> None:
             )
             for save, images in ((save_grid, levels(1, 1, 2, 2)), (save_trajectory, levels(2, 1, 1, 2, 2)))
         ),
-        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.xyz"), r"images: expected path to end in .*got '.*a\.xyz'"),
+        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.xyz"), r"save_grid: expected path to end in .*got '.*a\.xyz'"),
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a"), "expected path to end in"),
         (
             lambda p: save_grid(levels(1, 2, 2, 2), p / "a.png"),

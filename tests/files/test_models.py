@@ -106,7 +106,7 @@ def test_a_folder_of_that_name_wins(model: Path, cache: Path) -> None:
     put(cache, model)
     save_model(Path("owner/name"), tiny_unet(), NoiseSchedule.linear(70))
     assert NoiseSchedule.from_pretrained("owner/name").num_timesteps == 70
-    wanted = r"got 'owner/nam', .* did you mean 'owner/name'\? \(the hub is not asked, as there is a folder 'owner'\)$"
+    wanted = r"got 'owner/nam', .* did you mean 'owner/name'\? \(a local 'owner' hides the hub; rename it\)$"
     with pytest.raises(FileNotFoundError, match=wanted):
         UNet.from_pretrained("owner/nam")
 
