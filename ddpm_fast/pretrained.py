@@ -72,8 +72,8 @@ class Pretrained:
         """Return what the model draws, and how, in a few lines."""
         size, found = sum(each.numel() for each in self.model.parameters()), self.interface
         lines = [f"Pretrained: a UNet of {size:,} parameters for images {found.shape}", f"objective: {self.objective}"]
-        lines += [f"classes: {len(found.classes)}, {', '.join(found.class_names[:10])}"] if found.classes else []
-        lines += ["plan: " + repr(self.plan).partition("\n step")[0]] if self.plan is not None else []
+        lines += [f"classes: {', '.join(found.class_names[:10]) or len(found.classes)}"] if found.classes else []
+        lines += [f"plan: {len(self.plan)} steps{', fitted' * (self.plan.fit is not None)}"] if self.plan is not None else []
         return "\n".join(lines)
 
     @property
@@ -176,11 +176,11 @@ class Pretrained:
             values["fit"] = vars(plan.fit) | {"network": self.digest()}
         try:
             read = self._read_plan(json.loads(json.dumps(values)))
-            same = read is not None and torch.equal(read.coefficients, plan.coefficients)
-        except (TypeError, ValueError):  # among them those of msgspec
-            same = False
+            same, got = read is not None and torch.equal(read.coefficients, plan.coefficients), "another plan"
+        except (TypeError, ValueError) as error:  # among them those of msgspec
+            same, got = False, str(error)
         wanted = "to be built by a plan's function from plain values, for what this model predicts"
-        expect(same, "Pretrained.save_plan", "plan", wanted, "another plan")
+        expect(same, "Pretrained.save_plan", "plan", wanted, got)
         write_json(Path(folder) / _PLAN, values)
 
     def _read_plan(self, values: dict[str, Any]) -> SamplingPlan | None:
@@ -330,8 +330,7 @@ def _read_scheduler(folder: Path) -> tuple[Objective, Scheduler]:
         scheduler = msgspec.convert(values, Scheduler)
         kind = checked_columns(scheduler.prediction_type), scheduler.variance_type or "fixed_small"
         wanted = "not to be learned, because diffusers' variances may be negative, and this package's have logarithms"
-        guessed = scheduler.variance_type == "learned" and "_class_name" in values
-        expect(not guessed, "load_folder", "variance_type", wanted, "learned")
+        expect(scheduler.variance_type != "learned" or scheduler.own, "load_folder", "variance_type", wanted, "learned")
         with renaming("", {"prediction": "prediction_type"}):
             return Objective(schedule_from_config(values), *kind), scheduler
 

@@ -145,7 +145,7 @@ def _card(loaded: Pretrained, folder: Path, name: str, metadata: str, quality: M
 
 def _quoted(value: object) -> str:
     """Return a text for a line or a table's cell of Markdown, in which nothing is markup."""
-    return re.sub(r"([\\`*{}\[\]<>()#!|~&])", r"\\\1", " ".join(str(value).split()))
+    return re.sub(r"([\\`*_${}\[\]<>()#!|~&])", r"\\\1", " ".join(str(value).split()))
 
 
 def _figures(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -61,8 +61,8 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
         known = SAID_ELSEWHERE & self.arguments.keys()
         expect(not known, "", "arguments", "to leave out what the model's other files say", ", ".join(known))
         # Corrections for another network would spoil the images.
-        fits = self.fit is not None or self.arguments.get("corrections") is None
-        expect(fits, "", "corrections", "to go with a fit, which says to which network they belong", "none")
+        wanted = "to go with a fit, which says to which network they belong"
+        expect(self.fit or not self.arguments.get("corrections"), "", "corrections", wanted, "none")
         numbers = () if self.fit is None else (self.fit.guidance_scale, self.fit.error_before, self.fit.error)
         expect(all(map(math.isfinite, numbers)), "", "fit", "to have finite numbers", numbers)
 

@@ -253,12 +253,12 @@ def test_a_model_and_its_sampler_print_in_a_few_lines() -> None:
     garments = ddpm_fast.load_builtin()
     lines = repr(garments).splitlines()
     assert re.fullmatch(r"Pretrained: a UNet of \d{1,3}(,\d{3})+ parameters for images \(1, 32, 32\)", lines[0])
-    assert lines[2].startswith("classes: 10, T-shirt, trouser, ")
-    assert lines[3].startswith("plan: dpm_solver_plan(")
-    assert len(lines) < 8
+    assert lines[2].startswith("classes: T-shirt, trouser, ")
+    assert lines[3:] == ["plan: 6 steps, fitted"]
+    assert all(len(line) < 200 for line in lines)
     first, second = repr(garments.sampler(sampler="ddim", steps=10)).splitlines()
     assert first == "Sampler: images (1, 32, 32) by a FrozenUNet, torch.float32 on cpu"
-    assert second.startswith("10 steps of ddim_plan(")
+    assert second == "10 steps of ddim_plan"
 
 
 def test_a_sampler_has_a_plan_or_the_options_that_choose_one() -> None:
@@ -453,7 +453,7 @@ def test_a_fitted_plan_is_used_for_its_weights_and_its_guidance(tmp_path: Path, 
 )
 def test_a_plan_that_would_be_read_as_another_is_not_saved(plan: SamplingPlan, tmp_path: Path) -> None:
     loaded = load_builtin()
-    wanted = "to be built by a plan's function from plain values, for what this model predicts"
-    with refused(InvalidValue("Pretrained.save_plan", "plan", wanted, "another plan")):
+    wanted = "to be built by a plan's function from plain values, for what this model predicts, got"
+    with pytest.raises(ValueError, match=f"^Pretrained.save_plan: expected plan {wanted}"):
         loaded.save_plan(plan, tmp_path)
     assert not [*tmp_path.iterdir()]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..pretrained import Pretrained
     from ..training.data import ItemDataset
 
-_LEAST: Final = 10  # images: the parts of the Inception Score
+_LEAST: Final = 2  # images, as one has no covariance
 _FULL_RANK: Final = 2049  # images: a covariance of 2048 features has full rank from here on
 _USUAL: Final = 50_000  # images of a published FID
 _APART: Final = timedelta(hours=24)  # between the ends of the first process and the last
@@ -115,7 +115,6 @@ def _draw(loaded: Pretrained, place: str, num: int | None, reference: ItemDatase
     expect(pictures, "evaluate", "model", wanted, got)
     size = None if reference is None else reference.info.shape[1:]
     expect(shape and size in (None, shape[1:]), "evaluate", "model", f"to draw {size} pixels as --fid has", shape)
-    expect(num >= _LEAST, "evaluate", "num", f"to be at least {_LEAST} for --fid", num)
     plan, sampler = loaded.build_plan()
     with renaming("evaluate", {"out": "images"}):
         arguments = drawing(options) | {"share_gpu": options["device"] is not None}

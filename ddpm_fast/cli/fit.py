@@ -88,12 +88,13 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
             click.echo(f"{count} images by {name}:", err=True)
         drawn[name] = sampler.with_plan(each)(count, **arguments).cpu().float()
     distances = dict[str, float]()
-    if len(real):
+    if len(real) and not options["quiet"]:
         features = {name: network_features(loaded.model, each) for name, each in (drawn | {"data": real}).items()}
         distances = {name: ddpm_fast.frechet_distance(features[name], features["data"]) for name in plans}
     write(model / "plan.json", lambda path: loaded.save_plan(fitted, path.parent))
     for name, images in drawn.items():
-        save = partial(ddpm_fast.save_grid, images[:_GRID], channels=shown_channels(images.shape[1]))
+        scale, channels = max(1, 64 // images.shape[-1]), shown_channels(images.shape[1])
+        save = partial(ddpm_fast.save_grid, images[:_GRID], channels=channels, scale=scale)
         write(model / "fit" / f"{name}.png", save)
     if options["quiet"]:
         return

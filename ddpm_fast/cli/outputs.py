@@ -64,11 +64,9 @@ def check_pictures(
 def grey_for_bad(images: Tensor) -> tuple[Tensor, str]:
     """Replace images [N, C, H, W] that are not finite by grey ones. Return the images, and a sentence about them."""
     bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if not bad:
-        return images, ""
-    first = f"the first is number {bad[0]} of 0..{len(images) - 1}"
+    first = f"the first is number {min(bad, default=0)} of 0..{len(images) - 1}"
     said = f"{len(bad)} of {len(images)} images contain NaN or infinity and are grey; {first}"
-    return images.nan_to_num(0, 0, 0), said
+    return images.nan_to_num(0, 0, 0), said * bool(bad)
 
 
 def close(failure: str) -> None:

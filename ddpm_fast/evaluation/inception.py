@@ -198,7 +198,7 @@ def _sums(files: Sequence[Path]) -> tuple[int, Tensor, Tensor]:
 
 
 def scores(images: Sequence[Path], reference: Sequence[Path] | Moments) -> dict[str, Any]:
-    """Return the Frechet distance, KID unless the reference has moments alone, and the Inception Score.
+    """Return the Frechet distance, KID unless the reference has moments alone, and the Inception Score of enough images.
 
     KID and the Inception Score are torch-fidelity's, with its defaults: 100 subsets of 1000 images, or of all where there are
     fewer, and 10 parts.
@@ -216,5 +216,7 @@ def scores(images: Sequence[Path], reference: Sequence[Path] | Moments) -> dict[
     if not isinstance(reference, Moments):
         features = read_features(images), read_features(reference)
         found |= kid_features_to_metric(*features, kid_subset_size=min(1000, *map(len, features)), verbose=False)
-    found |= isc_features_to_metric(read_features(images, "logits"))
+    logits = read_features(images, "logits")
+    if len(logits) > FEATURES:  # the score of few is bounded by their number
+        found |= isc_features_to_metric(logits)
     return found

@@ -60,11 +60,10 @@ def model_folder(caller: str, name: str, path: str | os.PathLike[str], check: Ca
             _snapshot(caller, name, named, folder.name, (*_DESCRIPTIONS, file))
     if not any((folder / each).is_file() for each in weights):
         raise MissingPath(caller, name, f"to have {' or '.join(weights)}", f"{text!r}, whose files in {folder} lack both")
-    for stored in ((folder / each).resolve() for each in weights):
-        # The cache names a large file by its SHA-256. Other files, and copies on systems without links, have other names.
-        if re.fullmatch("[0-9a-f]{64}", stored.name) and (found := file_sha256(stored)) != stored.name:
-            remedy = "delete it, and load the model again"
-            raise InvalidValue(caller, repr(str(stored)), "to have its name as SHA-256", f"{found}: {remedy}")
+    stored = next(folder / each for each in weights if (folder / each).is_file()).resolve()
+    # The cache names a large file by its SHA-256. Other files, and copies on systems without links, have other names.
+    if re.fullmatch("[0-9a-f]{64}", stored.name) and (found := file_sha256(stored)) != stored.name:
+        raise InvalidValue(caller, repr(str(stored)), "to have its name as SHA-256", f"{found}: delete it, then load it again")
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import expect
 from ..nn import UNet
+from ..nn.config import OWN
 from .frozen import FrozenUNet
 from .model import Model, inference_form, model_config
 
@@ -64,7 +65,12 @@ class Interface:
         no_label: int | None = None,
         halves: bool = True,
     ) -> Interface:
-        """Return the interface of a configuration in diffusers' keys. Levels halve the sides with `halves`."""
+        """Return the interface of a configuration in diffusers' keys. Levels halve the sides with `halves`.
+
+        diffusers keeps the keys of this package, which it does not know, as a config.json has them.
+        """
+        own = config.get(OWN)
+        config = {**config, **own} if isinstance(own, Mapping) else config
         if predicts_variance is None:
             predicts_variance = (config.get("variance") or "").startswith("learned")
         reads, gives, embeds = (_count(config.get(key)) for key in ("in_channels", "out_channels", "num_class_embeds"))
@@ -77,7 +83,8 @@ class Interface:
         channels = reads if gives is None or doubled else channels
         names = tuple(config.get("class_names") or ())
         if no_label is None:
-            no_label = _count(config.get("no_label"))
+            stored = _count(config.get("no_label"))
+            no_label = stored if stored in range(embeds or 0) else None
             # Other libraries' networks may have no such label, so the last is one only if it is the only one without a name.
             no_label = len(names) if no_label is None and names and len(names) + 1 == embeds else no_label
         return cls(

@@ -159,10 +159,11 @@ class UNetConfig:
         for declared in options_of(UNetConfig):
             object.__setattr__(self, declared.name, checked_option("UNet", declared, getattr(self, declared.name)))
         labels = self.num_class_embeds or 0
+        named = labels - (self.no_label is not None and self.no_label == labels - 1)
         if (names := self.class_names) is not None:
             _expect(self, "class_names", names and all(names), "None or a list of non-empty strings")
             _expect(self, "class_names", len(set(names)) == len(names), "without repetitions")
-            _expect(self, "class_names", len(names) <= labels, f"None or at most num_class_embeds = {labels or None} names")
+            _expect(self, "class_names", len(names) <= named, f"None or at most {named} names, as labels have")
         if self.no_label is not None:
             _expect(self, "no_label", self.no_label < labels, f"None or below num_class_embeds = {labels or None}")
         drawn = (self.out_channels, self.out_channels // 2)  # half, if the network predicts variances too

@@ -20,7 +20,10 @@ from ..ops import sample_seeds
 from ..options import checked_options
 from .options import ClassLabels, DrawOptions
 
-_UNKNOWN: Final = "nothing says which label is no class: pass no_label, or set it under _ddpm_fast in the model's config.json"
+_UNKNOWN: Final = (
+    "nothing says which label is no class: pass no_label to the Sampler, or add "
+    '"_ddpm_fast": {"no_label": NUMBER} to the config.json of the model, exported if it is a run'
+)
 _INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _DRAWING: Final = {  # objects that hold a network, by the library and the class
     ("denoising_diffusion_pytorch", "GaussianDiffusion"): "pass x.model, and plan_of(x) as the plan",
@@ -104,8 +107,8 @@ def resolve_labels(
     if class_labels is None and in_turn and interface.classes:
         return torch.tensor(interface.classes, device="cpu").repeat(-(-num_samples // len(interface.classes)))[:num_samples]
     if class_labels is None or (isinstance(class_labels, str) and class_labels.lower() == "none" and unnamed):
-        known = not count or no_label is not None
-        expect(known, caller, "class_labels", f"to be labels of classes, as {_UNKNOWN}", class_labels)
+        wanted = f"to be labels of classes, as {_UNKNOWN}"
+        expect(not count or no_label is not None, caller, "class_labels", wanted, class_labels)
         return None if no_label is None else torch.full((num_samples,), no_label, device="cpu")
     expect(count != 0 or no_label is not None, caller, "class_labels", "to be None, as the model has no classes", class_labels)
     class_labels = labels_of(caller, interface.class_names, class_labels)
@@ -165,7 +168,7 @@ def _label_of(caller: str, names: Sequence[str], name: str) -> int:
     lower = [known.lower() for known in names]
     if name.lower() in lower:
         return lower.index(name.lower())
-    if name.isdecimal() and not any(known.isdecimal() for known in names):
+    if name.isdecimal() and len(name) < 19 and not any(known.isdecimal() for known in names):
         return int(name)
     wanted = f"integers or names among {', '.join(names)}" if names else "integers, as the model has no class names"
     raise InvalidValue(caller, "class_labels", f"to be {wanted}", repr(name))

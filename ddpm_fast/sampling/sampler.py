@@ -23,7 +23,6 @@ from ..inference.turns import Turns
 from ..ops.modes import runs_eagerly, threads_after_fork
 from ..options import checked, taking, within
 from ..plan import SamplingPlan
-from ..plan.sampling_plan import call_of
 from .arguments import Request, check_model, check_takes_labels, checked_request, sampling_device
 from .options import Callback, DrawOptions
 from .progress import progress_bar
@@ -134,7 +133,7 @@ class Sampler:
 
     def __repr__(self) -> str:
         """Return the network, its images and the plan in two lines."""
-        plan = "a plan from coefficients" if self.plan.builder is None else call_of(self.plan.builder)
+        plan = "a plan from coefficients" if self.plan.builder is None else self.plan.builder.func.__name__
         drawn = f"images {self.shape} by a {type(self.network).__name__}, {self.dtype} on {self.device}"
         return f"Sampler: {drawn}\n{len(self.plan)} steps of {plan}"
 

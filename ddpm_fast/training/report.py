@@ -61,7 +61,7 @@ class Report:
             self._loggers += tensorboard(task.folder.tensorboard, state.step)
         self._bar = progress_bar(options.steps, "training", "step", shown=options.progress and first, done=state.step)
         self._logged_step, self._logged_seconds = state.step, state.seconds
-        self._first_step, self._timed_from = state.step, 0.0
+        self._first_step, self._drawn_step, self._timed_from = state.step, -1, 0.0
         self._buffers = {name: buffer.clone() for name, buffer in state.model.named_buffers()}
 
     def after_step(self, grad_norm: Tensor, rate: float) -> None:
@@ -87,7 +87,7 @@ class Report:
     def at_end(self, stopped_by: str | None) -> None:
         """Record the end of the steps, and the reason if not all are done."""
         options, state = self._task.options, self._state
-        is_new = state.step > self._first_step and options.sample_every and state.step % options.sample_every
+        is_new = state.step > self._first_step and options.sample_every and state.step != self._drawn_step
         if is_new and stopped_by in (None, "max_minutes"):
             self._draw_grid()
         if stopped_by and self._task.processes.is_first:
@@ -161,6 +161,7 @@ class Report:
     def _draw_grid(self) -> None:
         """Draw a grid with the averaged weights, with one column per class, or 8 columns."""
         task, state, dataset, info = self._task, self._state, self._task.dataset, self._task.dataset.info
+        self._drawn_step = state.step
         if not task.processes.is_first or len(info.shape) != 3:  # signals and volumes are no pictures
             return
         columns = min(len(info.classes), 16) if task.labelled else 8

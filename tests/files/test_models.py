@@ -84,10 +84,11 @@ def test_damaged_weights_in_the_cache_are_refused(model: Path, cache: Path) -> N
     file.symlink_to(stored)
     load_folder("owner/name")
     stored.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(
-        ValueError, match=f"expected '.*{stored.name}' to have its name as SHA-256, got .*: delete it, and load"
-    ):
+    with pytest.raises(ValueError, match=f"expected '.*{stored.name}' to have its name as SHA-256, got .*: delete it, then"):
         load_folder("owner/name")
+    stored.write_bytes(content)
+    file.with_suffix(".bin").symlink_to(stored.with_name("0" * 64))  # it is not read, so it may be deleted
+    load_folder("owner/name")
 
 
 def test_a_revision_is_a_model_of_its_own(model: Path, cache: Path) -> None:
@@ -237,7 +238,7 @@ def test_a_run_is_pushed_with_a_card_and_read_by_diffusers(server: Hub, tmp_path
         "| steps | 1 |",
     ):
         assert part in card
-    assert "| bits_per_dim total | 3.25 |" in card
+    assert r"| bits\_per\_dim total | 3.25 |" in card
     assert not re.search("per_image|/home|tmp|labels", card)
     reading = f"from diffusers import DiffusionPipeline as P; print(P.from_pretrained({str(pushed)!r}))"
     environment = server.environment(tmp_path / "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,3 +110,17 @@ def test_a_sampler_has_the_interface_of_its_plan() -> None:
     learned = Sampler(tiny_unet(classes=2, learned_variance=True), ddpm_plan(SCHEDULE, 3, variance="learned_range"))
     assert learned.interface.predicts_variance
     assert (learned.shape, learned.interface.no_label, learned.interface.classes) == ((1, 8, 8), 2, [0, 1])
+
+
+@pytest.mark.parametrize("no_label", [0, 1, 2])
+def test_a_model_of_this_package_keeps_its_labels_in_diffusers(no_label: int, tmp_path: Path) -> None:
+    """It keeps the keys that it does not know, also in a frozen network."""
+    diffusers = pytest.importorskip("diffusers")
+    names = ["cat", "dog"] if no_label == 2 else ["cat", "dog", "cow"]
+    model = UNet(**BASE | {"num_class_embeds": 3, "class_names": names, "no_label": no_label})
+    model.save_pretrained(tmp_path)
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path).eval()
+    for each in (theirs, freeze(theirs)):
+        found = Interface.of(each)
+        assert (found.num_labels, found.no_label, found.class_names) == (3, no_label, tuple(names))
+    assert Interface.from_config({"num_class_embeds": 3, "no_label": 7}).no_label is None

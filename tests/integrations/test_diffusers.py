@@ -496,7 +496,7 @@ def test_a_variance_that_is_not_a_number_in_diffusers() -> None:
 def test_a_learned_variance_is_refused(tmp_path: Path) -> None:
     """Diffusers takes its square root, so negative ones give NaN. Here "learned" are logarithms."""
     pipe = make(unet=make_unet(out_channels=4), variance_type="learned")
-    wanted = "not to be 'learned', which diffusers takes for variances"
+    wanted = "expected variance_type to be 'learned_range' or fixed, got 'learned'"
     with pytest.raises(ValueError, match=wanted):
         freeze(pipe)
     with pytest.raises(ValueError, match=wanted):

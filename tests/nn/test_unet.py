@@ -232,11 +232,16 @@ def test_config_round_trip_and_bookkeeping_keys() -> None:
         ("class_names", ["cat", ""], "None or a list of non-empty strings"),
         ("class_names", ["cat", 1], "a list of strings"),
         ("class_names", ["cat", "cat"], "without repetitions"),
-        ("class_names", ["cat"], "None or at most num_class_embeds = None names"),
+        ("class_names", ["cat"], "None or at most 0 names, as labels have"),
         (
             "class_names",
             {"num_class_embeds": 1, "class_names": ["cat", "dog"]},
-            r"None or at most num_class_embeds = 1 names, got \('cat', 'dog'\)",
+            r"None or at most 1 names, as labels have, got \('cat', 'dog'\)",
+        ),
+        (
+            "class_names",
+            {"num_class_embeds": 2, "class_names": ["cat", "dog"], "no_label": 1},
+            "None or at most 1 names, as labels have",
         ),
         ("no_label", {"num_class_embeds": 2, "no_label": 2}, "None or below num_class_embeds = 2, got 2"),
         ("no_label", 0, "None or below num_class_embeds = None, got 0"),

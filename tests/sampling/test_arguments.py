@@ -98,7 +98,10 @@ UNLABELLED: dict[str, tuple[dict[str, Any], int | None, int | None]] = {
     "a key": ({"num_class_embeds": 11, "no_label": 0}, None, 0),
     "an argument": (TEN, 9, 9),
 }
-UNKNOWN_LABEL = "nothing says which label is no class: pass no_label, or set it under _ddpm_fast in the model's config.json"
+UNKNOWN_LABEL = (
+    "nothing says which label is no class: pass no_label to the Sampler, or add "
+    '"_ddpm_fast": {"no_label": NUMBER} to the config.json of the model, exported if it is a run'
+)
 
 
 @pytest.mark.parametrize("case", UNLABELLED)

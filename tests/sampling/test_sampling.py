@@ -404,8 +404,8 @@ class Labelled(nn.Module):
             InvalidValue(
                 "sample",
                 "guidance_scale",
-                "to be None or 1, as nothing says which label is no class: pass no_label, or set it under _ddpm_fast in the "
-                "model's config.json",
+                "to be None or 1, as nothing says which label is no class: pass no_label to the Sampler, or add "
+                '"_ddpm_fast": {"no_label": NUMBER} to the config.json of the model, exported if it is a run',
                 "2.0",
             ),
         ),

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import InvalidType, InvalidValue, expect, renaming
 from ...inference import FrozenUNet
 from ...nn import UNetConfig
+from ...nn.config import OWN
 from ...nn.unet import unet_on_weights
 from ...plan import SamplingPlan
 from ..foreign import check_described, check_unpatched, frozen_foreign, unwrapped
@@ -65,7 +66,8 @@ def frozen_network(
     # A configuration may have keys that diffusers does not read. from_config leaves out those that it has noted as defaults.
     known = inspect.signature(diffusers.UNet2DModel).parameters
     try:
-        config = UNetConfig.from_dict({key: unet.config[key] for key in known if key in unet.config})
+        own = unet.config.get(OWN) or {}
+        config = UNetConfig.from_dict({key: unet.config[key] for key in known if key in unet.config} | own)
     except Exception as error:  # any value may be in a configuration
         raise InvalidValue("freeze", name, "to have a configuration that ddpm_fast.UNet supports", error) from error
     check_described(name, _why_of_another_library(unet))

@@ -63,8 +63,8 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
         self._chain = self._has_step().nonzero()[:, 0].flip(0)  # steps need no set_timesteps
         self.one = torch.tensor(1.0)
         self.variance_type = variance_type
-        wanted, got = "not to be 'learned', which diffusers takes for variances", "it: ddpm_plan takes it for their logarithms"
-        expect(variance_type != "learned", "DDPMScheduler", "variance_type", wanted, got)
+        got = "'learned', by which diffusers means a variance, and ddpm_plan its logarithm"
+        expect(variance_type != "learned", "DDPMScheduler", "variance_type", "to be 'learned_range' or fixed", got)
         if variance_type not in VARIANCE_TYPES:
             logging.getLogger("ddpm_fast").warning(
                 "DDPMScheduler: expected variance_type to be one of %s, got %r: taken for fixed_small, as in diffusers",

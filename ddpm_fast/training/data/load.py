@@ -249,8 +249,7 @@ def load_image(image: Any, sampler: Sampler) -> Tensor:
 
     check_type("load_image", "sampler", sampler, Sampler)
     shape = sampler.shape
-    wanted = "to draw pictures, (C, H, W) with 1, 3 or 4 channels"
-    expect(len(shape) == 3 and shape[0] in (1, 3, 4), "load_image", "sampler", wanted, shape)
+    expect(len(shape) == 3 and shape[0] in (1, 3, 4), "load_image", "sampler", "to draw pictures, grey, RGB or RGBA", shape)
     return to_unit_range(read_image(image, shape, caller="load_image", name="image"))[None]
 
 
