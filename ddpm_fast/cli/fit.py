@@ -93,8 +93,12 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
         distances = {name: ddpm_fast.frechet_distance(features[name], features["data"]) for name in plans}
     write(model / "plan.json", lambda path: loaded.save_plan(fitted, path.parent))
     for name, images in drawn.items():
-        scale, channels = max(1, 64 // images.shape[-1]), shown_channels(images.shape[1])
-        save = partial(ddpm_fast.save_grid, images[:_GRID], channels=channels, scale=scale)
+        save = partial(
+            ddpm_fast.save_grid,
+            images[:_GRID],
+            channels=shown_channels(images.shape[1]),
+            scale=max(1, 64 // images.shape[-1]),
+        )
         write(model / "fit" / f"{name}.png", save)
     if options["quiet"]:
         return
