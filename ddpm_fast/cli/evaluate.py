@@ -141,12 +141,12 @@ def evaluate_command(
     restored, ranges = kind if given else condition, (data_range, condition_range)
     dataset = evaluated_images(data, data_dir, restored, config, interface.channels or 0, num, *ranges)
     expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
-    classes, count = read_batch(dataset, range(num)).labels, interface.num_labels
+    classes, known = read_batch(dataset, range(num)).labels, interface.classes or []
     unused = variance is not None and interface.condition_channels
     expect(not unused, "evaluate", "variance", "to be left out, as the model restores images", variance)
-    labelled = bool(labels and count)
-    fits, got = not labelled or int(classes.max()) < (count or 0), f"{int(classes.max())}; --no-labels evaluates without"
-    expect(fits, "evaluate", "labels", f"to be in 0..{(count or 0) - 1}, as the model has", got)
+    labelled = bool(labels and known)
+    fits, got = not labelled or {*classes.tolist()} <= {*known}, f"{int(classes.max())}; --no-labels evaluates without"
+    expect(fits, "evaluate", "labels", f"to be in {min(known, default=0)}..{max(known, default=0)}, as the model has", got)
     if json is not None:
         try_writing("evaluate", "json", json)
     arguments: dict[str, Any] = {

@@ -200,13 +200,14 @@ def labels_of_option(
     """
     from ..sampling.arguments import labels_of
 
-    names, count = loaded.interface.class_names, loaded.interface.num_labels or 0
+    names = loaded.interface.class_names
+    known = {*(loaded.interface.classes or ()), *range(len(names))}  # a label for no class may have a name
     if classes is None or (classes == "none" and "none" not in [name.lower() for name in names]):  # a class may be called none
         return classes
-    expect(count, command, "classes", "to be none, as the model has no classes", repr(classes))
+    expect(known, command, "classes", "to be none, as the model has no classes", repr(classes))
     entries = [part.strip() for part in classes.split(",")]
     chosen: Any = labels_of(command, names, entries)
-    expect(max(chosen) < count, command, "classes", f"to be in 0..{count - 1}", max(chosen))
+    expect({*chosen} <= known, command, "classes", f"to be in {min(known)}..{max(known)}", max(chosen))
     wanted = "one class" if num == 1 else f"at most {num} classes"
     fits = not each or len(chosen) <= num
     expect(fits, command, "classes", f"to be {wanted}, as there are no more images", repr(classes))

@@ -367,7 +367,7 @@ class Labelled(nn.Module):
             InvalidValue("sample", "class_labels", "to be integers, as the model has no class names", "'boot'"),
         ),
         ({"class_labels": [[0], [1, 2]]}, InvalidType("sample", "class_labels", "to be an int or 4 ints", "[[0], [1, 2]]")),
-        ({"class_labels": 0.5}, InvalidValue("sample", "class_labels", "to be an int or 4 ints", "torch.float32 []")),
+        ({"class_labels": 0.5}, InvalidValue("sample", "class_labels", "to be an int or 4 ints", "torch.float32 of shape ()")),
         (
             {"model": tiny_unet(), "class_labels": 1},
             InvalidValue("sample", "class_labels", "to be None, as the model has no classes", "1"),
