@@ -329,7 +329,7 @@ def _read_scheduler(folder: Path) -> tuple[Objective, Scheduler]:
     def parse(values: dict[str, Any]) -> tuple[Objective, Scheduler]:
         scheduler = msgspec.convert(values, Scheduler)
         kind = checked_columns(scheduler.prediction_type), scheduler.variance_type or "fixed_small"
-        wanted = "not to be learned, because diffusers' variances may be negative, and this package's have logarithms"
+        wanted = "to be learned_range or fixed, as diffusers means a variance by learned, and ddpm_plan its logarithm"
         expect(scheduler.variance_type != "learned" or scheduler.own, "load_folder", "variance_type", wanted, "learned")
         with renaming("", {"prediction": "prediction_type"}):
             return Objective(schedule_from_config(values), *kind), scheduler

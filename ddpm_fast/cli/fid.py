@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ..training.data import ItemDataset
 
 _LEAST: Final = 2  # images, as one has no covariance
-_FULL_RANK: Final = 2049  # images: a covariance of 2048 features has full rank from here on
 _USUAL: Final = 50_000  # images of a published FID
 _APART: Final = timedelta(hours=24)  # between the ends of the first process and the last
 _MEMORY: Final = 1 << 30  # bytes of decoded images
@@ -42,7 +41,7 @@ def compare(
     """Print FID, KID and the Inception Score of images, or of a model's after drawing them."""
     from ..checks import computing_device
     from ..distributed import joined, own_device
-    from ..evaluation.inception import load_inception, scores, write_features
+    from ..evaluation.inception import FEATURES, load_inception, scores, write_features
     from ..files.writing import write_json
 
     place, shown = str(images), not options["quiet"]
@@ -82,7 +81,7 @@ def compare(
         "drawn_by": drawn_by,
     }
     if shown:
-        enough = min(map(len, sets)) >= _FULL_RANK
+        enough = min(map(len, sets)) > FEATURES  # then the covariance can have full rank
         kinds = {
             "FID" if network.is_standard and enough else "Frechet distance": ("frechet_distance", ".4f"),
             "KID": ("kernel_inception_distance_mean", ".6f"),
@@ -95,7 +94,7 @@ def compare(
         click.echo(f"{numbers}: {len(sets[0])} images of {place} and {against}; {about}{said}")
         if not enough:
             click.echo(
-                f"FID needs {_FULL_RANK} images in each set, because the covariance of 2048 features has full rank only then. "
+                f"FID needs {FEATURES + 1} images in each set, because the covariance of {FEATURES} features needs as many. "
                 "Compare this Frechet distance with those of as many images only, or compare KID."
             )
         if known is None:

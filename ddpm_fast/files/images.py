@@ -138,6 +138,7 @@ def _layout(n: int, columns: int | None, padding: int | None) -> tuple[int, int,
 
 
 @checked()
+@renaming("save_grid")
 def save_grid(
     images: Tensor,
     path: str | os.PathLike[str],
@@ -175,12 +176,11 @@ def save_grid(
     grid = _tiled(images, columns, padding, scale)
     if titles:
         grid = torch.cat([_titled(titles, grid), grid])
-    with renaming("save_grid"):
-        kind = image_format(path, grid.shape)
-    return _write(path, kind, [grid])
+    return _write(path, image_format(path, grid.shape), [grid])
 
 
 @checked()
+@renaming("save_trajectory")
 def save_trajectory(
     trajectory: Tensor,
     path: str | os.PathLike[str],

@@ -45,7 +45,7 @@ class Trainer:
     Args:
         model: Train this network in place: a `UNet`, or any module with float32 parameters that predicts what `prediction`
             says. The `num_class_embeds` of a `UNet` is the number of classes plus one, or None. Its configuration gets the
-            data set's `sample_size` and `class_names` if it has none.
+            data set's `sample_size`, `class_names` and `no_label` if it has none.
         schedule: Use this noise schedule. Or an objective, which replaces the options `prediction`, `variance` and
             `loss_weight`; leave them out.
         dataset: Train on these images: any map-style data set, with `__len__` and `__getitem__`.

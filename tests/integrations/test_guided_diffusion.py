@@ -150,7 +150,8 @@ def test_a_frozen_network_is_driven_as_the_original() -> None:
     assert frozen.eval() is frozen
     assert frozen.to("cpu") is frozen
     assert frozen(x, t, y).is_contiguous()
-    with pytest.raises(ValueError, match=r"FrozenModule: expected .* got input that records gradients: .* the UNetModel from"):
+    wanted = "FrozenModule: expected evaluation only, because the network is frozen, got input that records gradients"
+    with pytest.raises(ValueError, match=rf"^{wanted}: .* the UNetModel from"):
         torch.enable_grad()(frozen)(x.requires_grad_(), t, y)
 
 

@@ -140,7 +140,7 @@ def load_source(
     needed = len(source) * math.prod(dataset.info.shape) * dataset.info.dtype.itemsize
     if memory is not None and needed > memory and not dataset.in_memory:
         check_whole(source, broken)
-        if memory:
+        if memory:  # 0 asks for no image in memory
             message = "decoding images in %s as they are used, because all take %s, more than %s"
             _log.info(message, source.root, size_text(needed), size_text(memory))
         return dataset
