@@ -13,6 +13,7 @@ torch.manual_seed(0)
 unet = diffusers.UNet2DModel(
     sample_size=16,
     block_out_channels=(32, 64),
+    norm_num_groups=8,  # 4 channels or more in each, so that norms keep what the time embedding adds
     down_block_types=("DownBlock2D", "AttnDownBlock2D"),
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )

@@ -160,6 +160,7 @@ model = ddpm_fast.UNet(
     in_channels=1,
     out_channels=1,
     block_out_channels=[32, 64],
+    norm_num_groups=8,  # norms of single channels would take away the timestep and the class
     layers_per_block=1,
     down_block_types=["DownBlock2D", "DownBlock2D"],
     up_block_types=["UpBlock2D", "UpBlock2D"],

@@ -95,6 +95,16 @@ class ModelOptions(Options):
     head_dim: Annotated[
         int | None, _model("Give each attention head this many channels. Default: a single head.", low=1, high=1 << 16)
     ] = None
+    groups: Annotated[
+        int | None,
+        _model(
+            "Use this many groups in the norms. Default: up to 32, each of 4 channels or more; a resumed run keeps its own.",
+            low=1,
+            high=1 << 16,
+            changeable=True,  # the network's configuration is compared, and has them
+            recorded=False,
+        ),
+    ] = None
     scale_shift: Annotated[
         bool, _model("Use the time embedding to scale and shift the second norm instead of adding to its input.")
     ] = False

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ from .data import DATASETS, Checked, DatasetInfo, ItemDataset, load_dataset
 from .data.items import size_of
 from .options import DataOptions, ModelOptions, TrainOptions
 from .run import Run
+
+_LEAST_IN_GROUP: Final = 4
+"""Channels that a norm's group needs. A norm subtracts its group's mean, and with it what is common to the group's channels:
+of what the time embedding adds to them, all is lost with one channel, and half with two."""
+
+_log = logging.getLogger("ddpm_fast")
 
 
 def objective_of(caller: str, schedule: NoiseSchedule | Objective, options: TrainOptions) -> Objective:
@@ -43,9 +50,10 @@ def objective_of(caller: str, schedule: NoiseSchedule | Objective, options: Trai
 
 def built_from(run: Run, data: DataOptions, model: ModelOptions) -> tuple[UNet, ItemDataset]:
     """Return the network and the images that options describe."""
-    load = partial(_dataset, data, {} if run.stored is None else run.stored["unet"])
+    stored = {} if run.stored is None else run.stored["unet"]
+    load = partial(_dataset, data, stored)
     dataset = run.processes.machine_by_machine(load) if data.data in DATASETS else load()  # rank 0 downloads
-    config = _unet_config(model, dataset.info, run.objective)
+    config = _unet_config(model, dataset.info, run.objective, stored)
     with torch.random.fork_rng([]), renaming("train", {"block_out_channels": "channels", "attention_head_dim": "head_dim"}):
         torch.manual_seed(run.rng.weights_seed)
         return UNet(**config), dataset
@@ -79,6 +87,7 @@ def fitted(
             expect(kind == torch.uint8, "", "dataset", wanted, kind)
     if isinstance(model, UNet):
         info = adapted.info
+        _warn_of_small_groups(model)
         _check_fit(model, info, objective)
         describe_images(model, size=info.shape[1:], classes=info.classes, no_label=num_classes, **info.described)
     else:
@@ -120,6 +129,17 @@ def _adapted(dataset: Any, model: nn.Module, objective: Objective, num_classes: 
         wanted = "to have an even number of out_channels, to predict the variance too"
         expect(not odd, "", "model", wanted, interface.predicted_channels)
         return Checked(dataset, interface.channels, classes, interface.read_channels)
+
+
+def _warn_of_small_groups(model: UNet) -> None:
+    """Say so if norms take away what the time embedding, which has the class, adds before them."""
+    width, groups = min(model.config["block_out_channels"]), model.config["norm_num_groups"]
+    if model.config["resnet_time_scale_shift"] == "default" and width < _LEAST_IN_GROUP * groups:
+        _log.warning(
+            "the network's level of %d channels has %d groups, so its norms take away much of the timestep and the class: "
+            "choose norm_num_groups (--groups) of at most %d",
+            *(width, groups, max(1, width // _LEAST_IN_GROUP)),
+        )
 
 
 def _check_fit(model: UNet, info: DatasetInfo, objective: Objective) -> None:
@@ -185,8 +205,12 @@ def _dataset(data: DataOptions, stored: Mapping[str, Any]) -> ItemDataset:
         )
 
 
-def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective) -> dict[str, Any]:
-    """Return the configuration of the network that the options describe. Raise ValueError if the images do not fit it."""
+def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the network that the options describe. A run that is resumed keeps its number of groups.
+
+    Raises:
+        ValueError: The images do not fit the network.
+    """
     channels, height, width = info.shape
     labelled = options.conditional and len(info.classes) > 1
     widths = options.channels
@@ -205,7 +229,7 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective)
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
         "attention_head_dim": options.head_dim,
-        "norm_num_groups": math.gcd(32, *widths),
+        "norm_num_groups": options.groups or stored.get("norm_num_groups") or _groups(widths),
         "dropout": options.dropout,
         "resnet_time_scale_shift": "scale_shift" if options.scale_shift else "default",
         **({"num_class_embeds": len(info.classes) + 1, "no_label": len(info.classes)} if labelled else {}),
@@ -218,3 +242,9 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective)
         "freq_shift": 1,
         "norm_eps": 1e-6,
     }
+
+
+def _groups(widths: Sequence[int]) -> int:
+    """Return the largest number of groups up to 32 that divides all widths and leaves enough channels in each group."""
+    common, most = math.gcd(*widths), max(1, min(32, min(widths) // _LEAST_IN_GROUP))
+    return max(groups for groups in range(1, most + 1) if common % groups == 0)

@@ -65,7 +65,7 @@ def network(**changes: Any) -> UNet:
     """Return a tiny network for digits, with the weights from which `train` starts with seed 0."""
     config = {
         **{"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [16, 32], "layers_per_block": 1},
-        **{"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "norm_num_groups": 16},
+        **{"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "norm_num_groups": 4},
         **{"attention_head_dim": None, "num_class_embeds": 11, "downsample_padding": 0, "flip_sin_to_cos": False},
         **{"freq_shift": 1, "norm_eps": 1e-6},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ from runs import (
     SHARED,
     TINY,
     TRAIN,
+    assert_same_runs,
     assert_same_weights,
     log_rows,
     newest_checkpoint,
@@ -58,6 +60,7 @@ from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 from ddpm_fast.training.export import write_scheduler
 from ddpm_fast.training.log import CsvLog
 from ddpm_fast.training.options import STRUCTS
+from ddpm_fast.training.parts import _unet_config
 from ddpm_fast.training.rng import TrainingRng
 from ddpm_fast.training.run import RunFolder
 from ddpm_fast.training.step import lr_factor
@@ -172,6 +175,52 @@ def test_resuming_as_something_else_names_the_option(tmp_path: Path) -> None:
     assert train(tmp_path / "run", **QUIET | changes, resume=True).step == 2
     stored = RunFolder(tmp_path / "run").read_config()["options"]
     assert {name: stored[name] for name in changes} == changes
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"),
+    [
+        ((64, 128, 128), 16),
+        ((16, 32, 64, 128), 4),
+        ((128, 256, 256, 256), 32),
+        ((8,), 2),
+        ((24, 40), 4),
+        ((6, 9), 1),
+        ((2,), 1),
+    ],
+)
+def test_norms_have_four_channels_or_more_in_a_group(channels: tuple[int, ...], groups: int) -> None:
+    info, objective = load_dataset("digits").info, Objective(NoiseSchedule.cosine(10))
+    info = dataclasses.replace(info, shape=(1, 16, 16))
+    config = {"options": ModelOptions(channels=channels), "info": info, "objective": objective}
+    assert _unet_config(**config, stored={})["norm_num_groups"] == groups
+    assert _unet_config(**config, stored={"norm_num_groups": 2})["norm_num_groups"] == 2
+    config["options"] = ModelOptions(channels=channels, groups=1)
+    assert _unet_config(**config, stored={"norm_num_groups": 2})["norm_num_groups"] == 1
+
+
+def test_a_resumed_run_keeps_the_groups_of_its_network(tmp_path: Path) -> None:
+    options = QUIET | {"steps": 4, "log_every": 2}
+    train(tmp_path / "cut", **options | {"steps": 2, "groups": 16})
+    with pytest.raises(ValueError, match=r"model\.norm_num_groups to be 16"):
+        train(tmp_path / "cut", **options | {"groups": 4}, resume=True)
+    train(tmp_path / "cut", **options, resume=True)
+    train(tmp_path / "whole", **options | {"groups": 16})
+    assert_same_runs(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("groups", "scale_shift", "warned"), [(16, False, True), (8, False, True), (4, False, False), (16, True, False)]
+)
+def test_groups_of_too_few_channels_warn(
+    groups: int, scale_shift: bool, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path / "run", **QUIET | {"steps": 1, "groups": groups, "scale_shift": scale_shift})
+    expected = [
+        f"the network's level of 16 channels has {groups} groups, so its norms take away much of the timestep and the class: "
+        "choose norm_num_groups (--groups) of at most 4"
+    ]
+    assert [each.getMessage() for each in caplog.records if "norms" in each.getMessage()] == expected * warned
 
 
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
