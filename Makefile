@@ -21,7 +21,7 @@ MAKEFLAGS += --no-print-directory
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations peers bench gpu-check gpu-tune wheel docs tour format clean
+.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations peers bench leaderboard gpu-check gpu-tune wheel docs tour format clean
 
 .DEFAULT_GOAL := check
 
@@ -109,6 +109,9 @@ peers:  ## make environments of the peers of benchmark_unet.py that do not fit i
 # Idle threads sleep, so that a busy machine delays each library alike.
 bench:  ## time a network here beside the peers that are installed, in five minutes: a table, a plot, build/bench/results.json
 	OMP_WAIT_POLICY=passive $(RUN) benchmarks/benchmark_unet.py --quick --dtypes float32 --plot --out build/bench/results.json $(OPTIONS)
+
+leaderboard:  ## train ROW as long as one idle core does in ten minutes, with three seeds, and judge it; it goes on where it was stopped
+	$(RUN) benchmarks/leaderboard.py $(ROW) $(OPTIONS)
 
 gpu-check:  ## build, test and measure on a machine with an NVIDIA GPU, in nine minutes
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py $(OPTIONS)

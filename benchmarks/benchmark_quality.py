@@ -4,7 +4,7 @@
     python benchmarks/benchmark_quality.py --samplers ddpm:100 sde --evaluations 10 20 --seeds 1
     python benchmarks/benchmark_quality.py --table --plot quality.png      (from the results, without measuring)
 
-The script trains a small classifier once, in minutes, from a fixed recipe. Later runs read it from the user's cache.
+A small classifier, the class judge of judges.py, judges the images. It is trained once, in minutes, into the user's cache.
 Two figures describe the images of the built-in model, as 8-bit pixels:
 
 - Frechet distance (classifier features): between Gaussians fitted to the classifier's 64 penultimate features.
@@ -23,50 +23,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import common
-import safetensors.torch
 import torch
+from judges import CLASS_RECIPE, CLASSES, Measured, distance, judge_of, measure, split_real
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ddpm_fast import (
-    SamplingPlan,
-    ddim_plan,
-    ddpm_plan,
-    dpm_solver_plan,
-    fit_plan,
-    frechet_distance,
-    heun_plan,
-    load_builtin,
-)
+from ddpm_fast import SamplingPlan, ddim_plan, ddpm_plan, dpm_solver_plan, fit_plan, heun_plan, load_builtin
 from ddpm_fast.files.images import to_uint8
-from ddpm_fast.files.writing import replacing
 from ddpm_fast.pretrained import Pretrained
-from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, read_batch, to_unit_range
+from ddpm_fast.training.data import load_dataset, read_batch
 
-# Everything that decides the classifier's weights, up to rounding. The name of its file has its digest.
-RECIPE: Final[dict[str, Any]] = {
-    "version": 1,
-    "data": "fashion-mnist, 32x32",
-    "channels": [24, 48, 96],
-    "features": 64,
-    "epochs": 4,
-    "batch": 128,
-    "optimizer": "AdamW",
-    "peak_learning_rate": 4e-3,
-    "weight_decay": 0.05,
-    "seed": 0,
-}
-LEAST_ACCURACY: Final = 0.91  # a classifier has this on the 10,000 test images
-CLASSES: Final = len(FASHION_MNIST_CLASSES)
 DISTANCE: Final = "Frechet distance (classifier features)"
 REAL: Final = "real"
 EVALUATIONS: Final = (4, 5, 6, 8, 10, 20, 50, 100, 1000)
@@ -74,131 +46,10 @@ EVALUATIONS: Final = (4, 5, 6, 8, 10, 20, 50, 100, 1000)
 Row = dict[str, Any]
 
 
-# --------------------------------------------------------------------------------------------------------- classifier
-
-
-class Classifier(nn.Module):
-    """A small CNN for grey 32x32 images in [-1, 1]. It returns logits [N, 10] and penultimate features [N, 64]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        sizes = (1, *RECIPE["channels"])
-        layers: list[nn.Module] = []
-        for before, channels in pairwise(sizes):
-            convolution = nn.Conv2d(before, channels, 3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(sizes[-1] * 4 * 4, RECIPE["features"]), nn.ReLU())
-        self.head = nn.Linear(RECIPE["features"], CLASSES)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(images)
-        return self.head(features), features
-
-
-class Measured(NamedTuple):
-    """Predicted classes, int64 [N], and penultimate features, float64 [N, 64], of a set of images."""
-
-    predicted: Tensor
-    features: Tensor
-
-    def accuracy(self, labels: Tensor) -> float:
-        """Return the share of images that are predicted as `labels`, int64 [N]."""
-        return float((self.predicted == labels).double().mean())
-
-
-def measure(classifier: Classifier, images: Tensor, batch: int = 500) -> Measured:
-    """Apply the classifier to uint8 images [N, 1, 32, 32]."""
-    classifier.eval()
-    with torch.inference_mode():
-        parts = [classifier(to_unit_range(chunk)) for chunk in images.split(batch)]
-    return Measured(torch.cat([logits.argmax(1) for logits, _ in parts]), torch.cat([f for _, f in parts]).double())
-
-
-def train_classifier(images: Tensor, labels: Tensor, recipe: Mapping[str, Any] = RECIPE) -> Classifier:
-    """Train a classifier by the recipe on uint8 images [N, 1, 32, 32] of classes int64 [N]."""
-    batch, epochs = recipe["batch"], recipe["epochs"]
-    generator = torch.Generator().manual_seed(recipe["seed"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe["seed"])
-        classifier = Classifier().train()
-    rate = recipe["peak_learning_rate"]
-    optimizer = torch.optim.AdamW(classifier.parameters(), rate, weight_decay=recipe["weight_decay"])
-    steps = epochs * (len(images) // batch)
-    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    for epoch in range(epochs):
-        print(f"training the classifier: epoch {epoch + 1} of {epochs}", flush=True)
-        order = torch.randperm(len(images), generator=generator)
-        for indices in order[: len(images) // batch * batch].split(batch):
-            logits, _ = classifier(to_unit_range(images[indices]))
-            loss = functional.cross_entropy(logits, labels[indices])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            decay.step()
-    return classifier.eval()
-
-
-def classifier_file() -> Path:
-    """Return the classifier's place in the user's cache. Another recipe has another name."""
-    digest = hashlib.sha256(json.dumps(RECIPE, sort_keys=True).encode()).hexdigest()[:8]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "ddpm_fast" / f"fashion-mnist-classifier-{digest}.safetensors"
-
-
-def save_classifier(path: Path, classifier: Classifier) -> None:
-    """Write a classifier as safetensors, in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        safetensors.torch.save_file(classifier.state_dict(), temporary)
-
-
-def load_classifier(path: Path) -> Classifier:
-    classifier = Classifier()
-    classifier.load_state_dict(safetensors.torch.load_file(path))
-    return classifier.eval()
-
-
-def trained_classifier(path: Path, test_images: Tensor, test_labels: Tensor) -> tuple[Classifier, Measured]:
-    """Read the classifier, or train it into the file. Return it with what it makes of the test images.
-
-    Raises:
-        ValueError: It is too weak to measure with.
-    """
-    if path.is_file():
-        classifier = load_classifier(path)
-    else:
-        train = load_dataset("fashion-mnist")
-        images, labels, _ = read_batch(train, range(len(train)))
-        classifier = train_classifier(images, labels)
-    measured = measure(classifier, test_images)
-    accuracy = measured.accuracy(test_labels)
-    if not accuracy >= LEAST_ACCURACY:
-        raise ValueError(
-            f"benchmark_quality: expected the classifier's accuracy on test images to be at least {LEAST_ACCURACY}, "
-            f"got {accuracy:.4f} from {str(path)!r}"
-        )
-    if not path.is_file():
-        save_classifier(path, classifier)
-    return classifier, measured
-
-
-def split_real(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of two disjoint halves of the test images: those to measure, and the reference.
-
-    Image i of a half has class i % 10, so its first N images are balanced.
-    """
-    of_class = [(labels == label).nonzero().flatten() for label in range(CLASSES)]
-    half = min(len(indices) for indices in of_class) // 2
-    parts = (slice(half), slice(half, 2 * half))
-    first, second = (torch.stack([indices[part] for indices in of_class], dim=1).flatten() for part in parts)
-    return first, second
-
-
 def figures(measured: Measured, reference: Measured, start: int = 0) -> dict[str, float]:
     """Return the figures of images of all classes in turn, from `start` on."""
-    wanted = torch.arange(start, start + len(measured.predicted)) % CLASSES
-    distance = frechet_distance(measured.features, reference.features)
-    return {DISTANCE: distance, "accuracy": measured.accuracy(wanted)}
+    wanted = torch.arange(start, start + len(measured.features)) % CLASSES
+    return {DISTANCE: distance(measured, reference), "accuracy": measured.accuracy(wanted)}
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
@@ -381,8 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--plot": {"type": Path, "help": "draw the results into this PNG, and measure nothing"},
     }
     args = common.parse(__doc__, arguments, options)
-    if args.num <= RECIPE["features"]:
-        raise SystemExit(f"--num: expected more images than the {RECIPE['features']} features, got {args.num}")
+    features = CLASS_RECIPE["features"]
+    if args.num <= features:
+        raise SystemExit(f"--num: expected more images than the {features} features, got {args.num}")
     keys = [(REAL, None), *chosen(args.samplers, args.evaluations)]
 
     loaded = load_builtin(args.device)
@@ -407,13 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     test = load_dataset("fashion-mnist", split="test")
     images, labels, _ = read_batch(test, range(len(test)))
-    file = classifier_file()
-    classifier, of_test = trained_classifier(file, images, labels)
-    real, reference = (Measured(of_test.predicted[half], of_test.features[half]) for half in split_real(labels))
+    classifier, about = judge_of("class", images, labels)
+    real, reference = (measure(classifier, images[half]) for half in split_real(labels))
     run = common.Run(args.device, path)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    about = {"test accuracy": round(of_test.accuracy(labels), 4), "sha256": digest, "recipe": RECIPE}
-    options = {"weights": weights, "classifier": digest[:12], "batch": args.batch}
+    options = {"weights": weights, "classifier": about["sha256"][:12], "batch": args.batch}
     options |= {key: run.machine[key] for key in ("device", "threads")}
     if rows and before["machine"].get("options") != options:
         print(f"the options were {before['machine'].get('options')}: all rows are measured again")
@@ -429,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             part = slice(seed * args.num, (seed + 1) * args.num)  # sets of real images are disjoint
             if part.stop > len(real.features):
                 continue
-            found = figures(Measured(real.predicted[part], real.features[part]), reference, part.start)
+            found = figures(real.part(part), reference, part.start)
         else:
             drawn = to_uint8(draw(loaded, method, evaluations, seed, args))
             found = figures(measure(classifier, drawn), reference)

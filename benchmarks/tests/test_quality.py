@@ -1,4 +1,4 @@
-"""The quality benchmark: the classifier and its file, the split of real images, the samplers."""
+"""The quality benchmark: the samplers, the figures, the table and the plot."""
 
 from __future__ import annotations
 
@@ -10,37 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import benchmark_quality as quality
+import judges
 import pytest
 import torch
 
 import ddpm_fast
 from ddpm_fast import dpm_solver_plan, load_builtin
 from ddpm_fast.training.data import Item, read_batch
-
-
-def test_a_weak_classifier_is_refused(tmp_path: Path):
-    path = tmp_path / "weak"
-    quality.save_classifier(path, quality.Classifier())
-    with pytest.raises(ValueError, match=r"accuracy on test images to be at least 0.91, got .* from '.*weak'"):
-        quality.trained_classifier(path, torch.zeros(10, 1, 32, 32, dtype=torch.uint8), torch.arange(10))
-
-
-def test_the_recipe_trains_and_is_seeded():
-    labels = torch.arange(256) % 10
-    images = (labels * 25).to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 32, 32)  # the class is the brightness
-    recipe = quality.RECIPE | {"batch": 32, "epochs": 12}
-    one, other = (quality.train_classifier(images, labels, recipe) for _ in range(2))
-    assert quality.measure(one, images).accuracy(labels) > 0.9
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
-
-
-def test_real_images_and_reference_are_disjoint_and_of_the_same_size():
-    labels = torch.arange(3000) % 10
-    labels = labels[torch.randperm(3000, generator=torch.Generator().manual_seed(0))]
-    real, reference = quality.split_real(labels)
-    assert torch.equal(labels[real], torch.arange(1500) % 10)
-    assert torch.equal(labels[reference], torch.arange(1500) % 10)
-    assert torch.equal(torch.cat([real, reference]).sort().values, torch.arange(3000))
 
 
 def test_samplers_are_named_by_method_and_evaluations():
@@ -65,15 +41,15 @@ def test_each_plan_evaluates_as_often_as_its_name_says():
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], str]]:
     """Run the script with 16 images, a random classifier of 8 features and 40 random test images."""
-    monkeypatch.setitem(quality.RECIPE, "features", 8)
-    monkeypatch.setattr(quality, "LEAST_ACCURACY", 0.0)
+    monkeypatch.setitem(judges.CLASS_RECIPE, "features", 8)
+    monkeypatch.setitem(judges.LEAST, "class", 0.0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (80, 1, 32, 32), dtype=torch.uint8, generator=generator)
     items = [Item(image, number % 10) for number, image in enumerate(images)]
     monkeypatch.setattr(quality, "load_dataset", lambda *_, **__: items)
     torch.manual_seed(0)
-    quality.save_classifier(tmp_path / "classifier", quality.Classifier())
-    monkeypatch.setattr(quality, "classifier_file", lambda: tmp_path / "classifier")
+    judges.save_judge(tmp_path / "classifier", judges.ClassJudge())
+    monkeypatch.setattr(judges, "judge_file", lambda _: tmp_path / "classifier")
     out = tmp_path / "results.json"
 
     def run(*arguments: str) -> tuple[dict[str, Any], str]:
@@ -97,13 +73,13 @@ def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callab
     assert {"device", "torch", "commit", "classifier", "options"} <= set(section["machine"])
 
     loaded = load_builtin()
-    classifier = quality.load_classifier(tmp_path / "classifier")
+    classifier = judges.load_judge(tmp_path / "classifier", judges.ClassJudge())
     test_images, labels, _ = read_batch(quality.load_dataset("fashion-mnist"), range(80))
-    real, reference = (quality.measure(classifier, test_images[half]) for half in quality.split_real(labels))
+    real, reference = (judges.measure(classifier, test_images[half]) for half in judges.split_real(labels))
     sampler, wanted = loaded.sampler(dpm_solver_plan(loaded.objective, 4, eta=1.0)), torch.arange(16) % 10
     drawn = [sampler(16, seed=seed, batch_size=8, class_labels=wanted) for seed in range(3)]
-    ours = [quality.measure(classifier, ddpm_fast.to_uint8(images)) for images in drawn]
-    floor = [quality.Measured(real.predicted[i : i + 16], real.features[i : i + 16]) for i in (0, 16)]
+    ours = [judges.measure(classifier, ddpm_fast.to_uint8(images)) for images in drawn]
+    floor = [real.part(slice(i, i + 16)) for i in (0, 16)]
     for row, sets, first in ((rows["sde", 4], ours, 0), (rows["real", None], floor, 16)):
         distances = [ddpm_fast.frechet_distance(each.features, reference.features) for each in sets]
         accuracies = [each.accuracy(torch.arange(i * first, i * first + 16) % 10) for i, each in enumerate(sets)]
