@@ -28,7 +28,7 @@ from ddpm_fast.files.writing import replacing
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, read_batch, to_unit_range
 
 CLASSES: Final = len(FASHION_MNIST_CLASSES)
-# What decides a judge's weights, up to rounding. The name of its file has its digest, so raise `version` if the code changes.
+# All that decides a judge's weights, up to rounding. The digest names its file, so raise `version` if the code changes.
 CLASS_RECIPE: Final[dict[str, Any]] = {
     "version": 1,
     "data": "fashion-mnist, 32x32",

@@ -112,7 +112,7 @@ def _small(about: str, *, network: Mapping[str, Any] = {}, options: Mapping[str,
 
 
 ROWS: Final[dict[str, Row]] = {
-    # As things were, before norms had four channels or more in a group.
+    # Before norms had four channels or more in a group.
     "small-16-groups": Row(
         about="`small` as it was: 16 groups",
         network=SMALL | {"norm_num_groups": 16},
