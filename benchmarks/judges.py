@@ -4,7 +4,7 @@
 - The grain judge tells how much noise and blur was added to an image. Its features see what the class judge does not.
 
 Their files are in the user's cache, under the digest of their recipe. `python benchmarks/judges.py` trains those that are
-missing, in five minutes on two cores. Compare figures only if they have the same number of images and the same judge file.
+missing, in four minutes on two cores. Compare figures only if they have the same number of images and the same judge file.
 """
 
 from __future__ import annotations

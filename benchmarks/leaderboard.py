@@ -112,7 +112,7 @@ def _small(about: str, *, network: Mapping[str, Any] = {}, options: Mapping[str,
 
 
 ROWS: Final[dict[str, Row]] = {
-    # Before norms had four channels or more in a group.
+    # The options of `small` and of the built-in model until norms had four channels or more in a group.
     "small-16-groups": Row(
         about="`small` as it was: 16 groups",
         network=SMALL | {"norm_num_groups": 16},
@@ -192,15 +192,11 @@ def images_of(name: str, *, split: str) -> ItemDataset:
         return load_dataset(name, split=split)
     folder = BUILD / "emoji-pictures"
     if not folder.is_dir():
-        with TemporaryDirectory(dir=_made(BUILD)) as parent:  # it appears whole or not at all
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=BUILD) as parent:  # it appears whole or not at all
             subprocess.run([sys.executable, common.ROOT.parent / "examples" / "emoji.py", Path(parent) / "new"], check=True)
             (Path(parent) / "new").rename(folder)
     return load_dataset(str(folder / split))
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -310,13 +306,13 @@ def _train_diffusers(row: Row, dataset: ItemDataset, labelled: bool, steps: int,
         if on_step is not None:
             on_step(step, loss.detach())
     average.copy_to(model.parameters())
-    return Trained(model.eval(), Objective(getattr(NoiseSchedule, row.schedule)()), labelled)
+    return Trained(model.eval(), Objective(NoiseSchedule.from_diffusers(scheduler.config)), labelled)
 
 
 def _train_denoising_diffusion_pytorch(
     row: Row, dataset: ItemDataset, labelled: bool, steps: int, seed: int, on_step: OnStep | None
 ) -> Trained:
-    """Train as the Trainer of denoising-diffusion-pytorch does, at our batch and rate."""
+    """Train as the Trainer of denoising-diffusion-pytorch does, with at least its smallest batch, at our rate."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from denoising_diffusion_pytorch import Unet as PeerUnet
     from ema_pytorch import EMA
@@ -336,6 +332,7 @@ def _train_denoising_diffusion_pytorch(
         average.update()
         if on_step is not None:
             on_step(step, loss.detach())
+    assert process.objective == "pred_v", process.objective
     schedule = NoiseSchedule.from_betas(process.betas.double())
     return Trained(average.ema_model.model.eval(), Objective(schedule, "v_prediction"), labelled)
 
@@ -442,26 +439,27 @@ class Judging:
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return results as a Markdown table, the best error first."""
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the results of rows by name as a Markdown table, the best error first."""
 
     def cell(seeds: Sequence[Mapping[str, Any]], key: str, digits: str) -> str:
         values = [seed[key] for seed in seeds if key in seed]
         spread = f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):{digits}}{spread}" if values else ""
 
-    has_judges = any("class" in seed for each in found for seed in each["seeds"].values())
+    has_judges = any("class" in seed for each in found.values() for seed in each["seeds"].values())
     heads = ["row", "million parameters", "images/s", "steps", "error"]
     heads += ["Frechet distance", "accuracy", "grain"] if has_judges else []
     lines = [f"| {' | '.join([*heads, 'seeds'])} |", "|---" * (len(heads) + 1) + "|"]
 
-    def mean_error(each: Mapping[str, Any]) -> float:
-        return statistics.fmean(seed.get("error", math.inf) for seed in each["seeds"].values())
+    def mean_error(name: str) -> float:
+        return statistics.fmean(seed.get("error", math.inf) for seed in found[name]["seeds"].values())
 
-    for each in sorted(found, key=mean_error):
+    for name in sorted(found, key=mean_error):
+        each = found[name]
         seeds, made = list(each["seeds"].values()), each["made"]
         cells = [
-            made["row"]["about"],
+            ROWS[name].about,
             f"{each['parameters'] / 1e6:.2f}",
             f"{made['images_per_second']:.3g}",
             str(made["steps"]),
@@ -471,7 +469,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             cells += [cell(seeds, "class", ".3g"), cell(seeds, "accuracy", ".3f"), cell(seeds, "grain", ".2g")]
         lines.append(f"| {' | '.join([*cells, str(len(seeds))])} |")
     if has_judges:
-        real = [found[0]["real"]]
+        real = [next(iter(found.values()))["real"]]
         cells = [cell(real, "class", ".3g"), cell(real, "accuracy", ".3f"), cell(real, "grain", ".2g")]
         lines.append(f"| {' | '.join(['other test images', '', '', '', '', *cells, ''])} |")
     return "\n".join(lines)
@@ -484,7 +482,7 @@ def train_and_judge(name: str, args: argparse.Namespace, judging: Judging, rate:
     """Train the seeds of a row that its file lacks, and write their figures."""
     row = ROWS[name]
     made = {
-        "row": json.loads(json.dumps(asdict(row))),
+        "row": {key: value for key, value in json.loads(json.dumps(asdict(row))).items() if key != "about"},
         "steps": math.ceil(args.minutes * 60 * rate["images_per_second"] / row.options["batch_size"]),
         "images_per_second": rate["images_per_second"],
         "device": rate["machine"]["device"],
@@ -495,7 +493,7 @@ def train_and_judge(name: str, args: argparse.Namespace, judging: Judging, rate:
     kind = f"{args.minutes:g} minutes, {args.num} images"
     kept = common.read_results(file).get(kind, {"made": made})["made"]
     if kept != made:
-        changed = ", ".join(key for key in made if kept[key] != made[key])
+        changed = ", ".join(key for key in made if kept.get(key) != made[key])
         raise SystemExit(f"leaderboard: expected {name} to be as in {str(file)!r}, got another {changed}: delete the file")
     digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:8]
     for seed in range(args.seeds):
@@ -535,8 +533,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"--num: expected more images than the {features} features, got {args.num}")
     files = {name: args.results / args.data / f"{name}.json" for name in args.rows or ROWS}
     if args.table:
-        found = [common.read_results(file).get(f"{args.minutes:g} minutes, {args.num} images") for file in files.values()]
-        print(table([each for each in found if each]))
+        kind = f"{args.minutes:g} minutes, {args.num} images"
+        found = {name: common.read_results(file).get(kind) for name, file in files.items()}
+        if not any(found.values()):
+            raise SystemExit(f"--table: expected results of {kind} in {str(args.results)!r}, got none: train first")
+        print(table({name: each for name, each in found.items() if each}))
         return
     judging = None if args.rates else Judging(args.data)
     torch.set_num_threads(1)

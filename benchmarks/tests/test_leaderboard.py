@@ -181,13 +181,15 @@ def test_an_unknown_row_is_refused() -> None:
 def test_the_table_sorts_by_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, errors in (("fast", [0.2, 0.3]), ("fast-v", [0.1, 0.1])):
         seeds = {str(number): {"error": error} for number, error in enumerate(errors)}
-        made = {"row": {"about": name}, "steps": 7, "images_per_second": 3.0}
+        made = {"row": {}, "steps": 7, "images_per_second": 3.0}
         section = {"made": made, "parameters": 2e6, "seeds": seeds}
         folder = tmp_path / "emoji"
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps({"10 minutes, 1000 images": section}))
     leaderboard.main(["--table", "--data", "emoji", "--results", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| fast-v | 2.00 | 3 | 7 | 0.1000 ± 0 | 2 |",
-        "| fast | 2.00 | 3 | 7 | 0.2500 ± 0.07 | 2 |",
+        "| fast, v prediction, cosine schedule | 2.00 | 3 | 7 | 0.1000 ± 0 | 2 |",
+        f"| {leaderboard.ROWS['fast'].about} | 2.00 | 3 | 7 | 0.2500 ± 0.07 | 2 |",
     ]
+    with pytest.raises(SystemExit, match=r"expected results of 5 minutes, 1000 images in .*, got none: train first"):
+        leaderboard.main(["--table", "--data", "emoji", "--minutes", "5", "--results", str(tmp_path)])
