@@ -4,9 +4,10 @@
     python benchmarks/leaderboard.py small-fast diffusers --minutes 5 --seeds 1
     python benchmarks/leaderboard.py --table                        (from the results, without training)
 
-A row trains for as many steps as one idle core takes in the minutes. Its images per second are measured once, over ten seconds,
-and kept in its file, so a busy machine changes how long a row takes, but not what it finds. `--rates` measures those of all
-rows named, again if they are known, and trains nothing. It refuses to do so on a busy machine.
+A row trains for as many steps as one idle core takes in the minutes. Its images per second are measured once and kept in its
+file, so a busy machine changes how long a row takes, but not what it finds. Rows of one network, batch and precision share
+them. Machines change their speed within minutes, so each is measured three times, just after small-fast, and their
+ratio counts. A busy machine is refused. `--rates` measures those of the rows named that have none, and trains nothing.
 
 Figures, of the averaged weights:
 
@@ -35,7 +36,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
@@ -102,6 +103,7 @@ class Row:
 
 _OLD: Final[dict[str, Any]] = {"batch_size": 64, "lr": 4e-4, "warmup_steps": 500, "ema_decay": 0.999}
 _OLD_SMALL: Final[dict[str, Any]] = {"batch_size": 8, "lr": 1e-3, "warmup_steps": 100, "prediction": "v_prediction"}
+_SCALE_SHIFT: Final = {"attn_norm_num_groups": 4, "resnet_time_scale_shift": "scale_shift"}
 _FAST_SMALL: Final = FAST | {"batch_size": 8, "prediction": "v_prediction"}
 
 
@@ -126,11 +128,6 @@ ROWS: Final[dict[str, Row]] = {
         options=_OLD,
     ),
     "builtin-8-groups": Row(about="the built-in network, 8 groups", options=_OLD),
-    "builtin-32-groups-scale-shift": Row(
-        about="the built-in network, 32 groups, scale and shift",
-        network=BUILTIN | {"norm_num_groups": 32, "attn_norm_num_groups": 32, "resnet_time_scale_shift": "scale_shift"},
-        options=_OLD,
-    ),
     # The built-in network, trained faster.
     "fast": Row(about="fast: the built-in network, 8 groups, 16 images a step at 1e-3, decay over 30 %, average over 7 %"),
     "fast-one-layer": Row(about="fast, one layer a level", network=BUILTIN | {"layers_per_block": 1}),
@@ -141,13 +138,30 @@ ROWS: Final[dict[str, Row]] = {
     "fast-v": Row(
         about="fast, v prediction, cosine schedule", options=FAST | {"prediction": "v_prediction"}, schedule="cosine"
     ),
+    "fast-v-bf16": Row(
+        about="fast, v prediction, cosine schedule, bfloat16",
+        options=FAST | {"prediction": "v_prediction", "precision": "bf16"},
+        schedule="cosine",
+    ),
+    "fast-v-scale-shift-bf16": Row(
+        about="fast, v prediction, cosine schedule, scale and shift, bfloat16",
+        network=BUILTIN | {"attn_norm_num_groups": 8, "resnet_time_scale_shift": "scale_shift"},
+        options=FAST | {"prediction": "v_prediction", "precision": "bf16"},
+        schedule="cosine",
+    ),
     "fast-bf16": Row(about="fast, bfloat16", options=FAST | {"precision": "bf16"}),
     # `small`, trained faster.
     "small-fast": _small("small-fast: `small`, decay over the last 30 %, average over 7 %"),
     "small-fast-16-groups": _small("small-fast, 16 groups", network={"norm_num_groups": 16}),
+    "small-fast-16-groups-scale-shift": _small(
+        "small-fast, 16 groups, scale and shift",
+        network={"norm_num_groups": 16, "attn_norm_num_groups": 16, "resnet_time_scale_shift": "scale_shift"},
+    ),
     "small-fast-lr-2e-3": _small("small-fast, at 2e-3", options={"lr": 2e-3}),
     "small-fast-batch-16": _small("small-fast, 16 images a step", options={"batch_size": 16}),
+    "small-fast-batch-32": _small("small-fast, 32 images a step", options={"batch_size": 32}),
     "small-fast-no-decay": _small("small-fast, without decay", options={"decay": 0.0}),
+    "small-fast-decay-60": _small("small-fast, decay over the last 60 %", options={"decay": 0.6}),
     "small-fast-two-layers": _small("small-fast, two layers a level", network={"layers_per_block": 2}),
     "small-fast-wide": _small(
         "small-fast, 32 to 256 channels", network={"block_out_channels": [32, 64, 128, 256], "norm_num_groups": 8}
@@ -157,8 +171,14 @@ ROWS: Final[dict[str, Row]] = {
     "small-fast-wide-time": _small(
         "small-fast, a time embedding of 256 channels instead of 64", network={"time_embedding_dim": 256}
     ),
-    "small-fast-scale-shift": _small(
-        "small-fast, scale and shift", network={"attn_norm_num_groups": 4, "resnet_time_scale_shift": "scale_shift"}
+    "small-fast-scale-shift": _small("small-fast, scale and shift", network=_SCALE_SHIFT),
+    "small-fast-scale-shift-batch-16": _small(
+        "small-fast, scale and shift, 16 images a step", network=_SCALE_SHIFT, options={"batch_size": 16}
+    ),
+    "small-fast-scale-shift-batch-16-bf16": _small(
+        "small-fast, scale and shift, 16 images a step, bfloat16",
+        network=_SCALE_SHIFT,
+        options={"batch_size": 16, "precision": "bf16"},
     ),
     "small-fast-min-snr": _small("small-fast, min-SNR weights", options={"loss_weight": "min_snr"}),
     "small-fast-laplace": _small("small-fast, laplace schedule", schedule="laplace"),
@@ -174,12 +194,14 @@ ROWS: Final[dict[str, Row]] = {
     ),
     "diffusers-no-classes": _small("diffusers, without classes", library="diffusers", schedule="linear", labelled=False),
     "denoising-diffusion-pytorch": _small(
-        "denoising-diffusion-pytorch: Unet(dim=16, dim_mults=(1, 2, 4, 8)), its own loop and average, without classes",
+        "denoising-diffusion-pytorch: Unet(dim=16, dim_mults=(1, 2, 4, 8)), its own loop, our average, without classes",
         options={"batch_size": 16},  # its Trainer refuses fewer
         library="denoising-diffusion-pytorch",
         labelled=False,
     ),
 }
+ANCHOR: Final = "small-fast"
+"""The row to whose speed those of others are related."""
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -312,7 +334,10 @@ def _train_diffusers(row: Row, dataset: ItemDataset, labelled: bool, steps: int,
 def _train_denoising_diffusion_pytorch(
     row: Row, dataset: ItemDataset, labelled: bool, steps: int, seed: int, on_step: OnStep | None
 ) -> Trained:
-    """Train as the Trainer of denoising-diffusion-pytorch does, with at least its smallest batch, at our rate."""
+    """Train as the Trainer of denoising-diffusion-pytorch does, with at least its smallest batch, at our rate.
+
+    Its own average has a mean age of 1600 steps or more, which is most of a short run, so it is given that of ours.
+    """
     from denoising_diffusion_pytorch import GaussianDiffusion
     from denoising_diffusion_pytorch import Unet as PeerUnet
     from ema_pytorch import EMA
@@ -322,7 +347,7 @@ def _train_denoising_diffusion_pytorch(
     network = PeerUnet(dim=widths[0], dim_mults=tuple(width // widths[0] for width in widths), channels=channels)
     process = GaussianDiffusion(network, image_size=side, timesteps=1000, auto_normalize=False)
     optimizer = torch.optim.Adam(process.parameters(), row.options["lr"], betas=(0.9, 0.99))
-    average = EMA(process, beta=0.995, update_every=10)
+    average = EMA(process, beta=options_of(row, steps)["ema_decay"], update_every=1)
     for step, (x_0, _) in enumerate(_batches(dataset, row, steps, seed), 1):
         loss = process(x_0)
         loss.backward()
@@ -359,6 +384,39 @@ def rate_of(row: Row, data: str, seconds: float = 10) -> float:
         train_row(row, data, 1_000_000, 0, Path(folder) / "run", watch)
     taken = [after - before for before, after in pairwise(times[3::4])]
     return 4 * row.options["batch_size"] / statistics.quantiles(taken, n=4)[0]
+
+
+def speed_of(row: Row) -> str:
+    """Return what decides how many images a second a row trains, as text. Rows that share it are measured once."""
+    network = {name: value for name, value in row.network.items() if name != "norm_num_groups"}
+    decides = [row.library, network, row.attention, row.options["batch_size"], row.options.get("precision")]
+    return json.dumps(decides, sort_keys=True)
+
+
+def write_rates(names: Sequence[str], args: argparse.Namespace, rounds: int = 3) -> None:
+    """Write the images a second of rows into their files: those of a row with the same speed, or else new ones.
+
+    A new rate is `ANCHOR`'s times the median of how many times as fast the row was, just after it, in some rounds.
+    """
+    speeds = {name: speed_of(row) for name, row in ROWS.items()}
+    rates = {name: common.read_results(file_of(name, args)).get("rate") for name in ROWS}
+    known = {speeds[name]: rate for name, rate in rates.items() if rate is not None}
+    unknown = {speeds[name]: ROWS[name] for name in names if speeds[name] not in known}
+    if unknown:
+        machine, anchors = common.machine(), []
+        ratios: dict[str, list[float]] = {speed: [] for speed in unknown}
+        for _, (speed, row) in product(range(rounds), unknown.items()):
+            anchors.append(rate_of(ROWS[ANCHOR], args.data))
+            ratios[speed].append(1.0 if speed == speeds[ANCHOR] else rate_of(row, args.data) / anchors[-1])
+        anchor = known[speeds[ANCHOR]]["images_per_second"] if speeds[ANCHOR] in known else max(anchors)
+        for speed, found in ratios.items():
+            known[speed] = {"images_per_second": float(f"{anchor * statistics.median(found):.4g}"), "machine": machine}
+    for name in names:
+        file = file_of(name, args)
+        results = common.read_results(file)
+        if "rate" not in results:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, results | {"rate": known[speeds[name]]})
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -478,9 +536,15 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-def train_and_judge(name: str, args: argparse.Namespace, judging: Judging, rate: Mapping[str, Any], file: Path) -> None:
+def file_of(name: str, args: argparse.Namespace) -> Path:
+    """Return the file with the results of a row."""
+    return args.results / args.data / f"{name}.json"
+
+
+def train_and_judge(name: str, args: argparse.Namespace, judging: Judging) -> None:
     """Train the seeds of a row that its file lacks, and write their figures."""
-    row = ROWS[name]
+    row, file = ROWS[name], file_of(name, args)
+    rate = common.read_results(file)["rate"]
     made = {
         "row": {key: value for key, value in json.loads(json.dumps(asdict(row))).items() if key != "about"},
         "steps": math.ceil(args.minutes * 60 * rate["images_per_second"] / row.options["batch_size"]),
@@ -521,7 +585,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="repeat each row with this many seeds (3)")
     parser.add_argument("--num", type=int, default=1000, help="draw this many images for the judges (1000)")
-    parser.add_argument("--rates", action="store_true", help="measure the images per second of the rows, and train nothing")
+    parser.add_argument(
+        "--rates", action="store_true", help="measure the images per second of rows that have none, and train nothing"
+    )
     parser.add_argument("--table", action="store_true", help="print the results as a Markdown table, and train nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="keep a file for each row here")
     args = parser.parse_args(arguments)
@@ -531,26 +597,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     features = judges.CLASS_RECIPE["features"]
     if args.num <= features:
         raise SystemExit(f"--num: expected more images than the {features} features, got {args.num}")
-    files = {name: args.results / args.data / f"{name}.json" for name in args.rows or ROWS}
     if args.table:
         kind = f"{args.minutes:g} minutes, {args.num} images"
-        found = {name: common.read_results(file).get(kind) for name, file in files.items()}
+        found = {name: common.read_results(file_of(name, args)).get(kind) for name in args.rows or ROWS}
         if not any(found.values()):
             raise SystemExit(f"--table: expected results of {kind} in {str(args.results)!r}, got none: train first")
         print(table({name: each for name, each in found.items() if each}))
         return
     judging = None if args.rates else Judging(args.data)
     torch.set_num_threads(1)
-    for name, file in files.items():
-        results = common.read_results(file)
-        if judging is None or "rate" not in results:
-            rate = float(f"{rate_of(ROWS[name], args.data):.4g}")
-            results["rate"] = {"images_per_second": rate, "machine": common.machine()}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, results)
-        print(f"{name}: {results['rate']['images_per_second']} images/s", flush=True)
+    write_rates(args.rows, args)
+    for name in args.rows:
+        print(f"{name}: {common.read_results(file_of(name, args))['rate']['images_per_second']} images/s", flush=True)
         if judging is not None:
-            train_and_judge(name, args, judging, results["rate"], file)
+            train_and_judge(name, args, judging)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,31 @@ def test_rates_are_measured_on_an_idle_machine_alone(tmp_path: Path, monkeypatch
     assert leaderboard.rate_of(row, "emoji", seconds=0) > 0
 
 
+def test_rates_are_shared_and_relate_to_the_anchor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []  # batch sizes
+    speed = iter([2.0, 2.0, 4.0, 4.0, 3.0, 9.0, 5.0, 5.0, 5.0, 8.0, 6.0, 5.0, 6.0, 4.0, 3.0])
+
+    def rate_of(row: leaderboard.Row, data: str) -> float:
+        asked.append(row.options["batch_size"])
+        return next(speed)
+
+    monkeypatch.setattr(leaderboard, "rate_of", rate_of)
+
+    def rates(*names: str) -> list[float]:
+        leaderboard.main([*names, "--rates", "--results", str(tmp_path)])
+        files = (tmp_path / "fashion-mnist" / f"{name}.json" for name in names)
+        return [json.loads(file.read_text())["rate"]["images_per_second"] for file in files]
+
+    # Groups and the objective do not change the speed; the batch does.
+    names = ["small-fast", "small-fast-16-groups", "small-fast-batch-16", "small-fast-epsilon"]
+    # small-fast alone, then just before the other: 2 (2 4), 4 (3 9), 5 (5 5). The median ratio is 2.
+    assert rates(*names) == [5.0, 5.0, 10.0, 5.0]
+    assert asked == [8, 8, 16] * 3
+    assert rates("small-fast-min-snr") == [5.0]  # known from a row of the same speed
+    assert len(asked) == 9
+    assert rates("small-fast-bf16") == [5.0 * 6 / 8]  # small-fast's own is kept
+
+
 def test_the_help_shows_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         leaderboard.main(["--help"])

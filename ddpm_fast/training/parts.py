@@ -220,6 +220,7 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective,
     got = f"{width}x{height}; choose another image_size, such as {size_of(fitting)}, or fewer numbers in channels"
     expect(height % factor == 0 and width % factor == 0, "train", "", wanted, got)
     attended = [min(height, width) >> level in options.attention for level in range(len(widths))]
+    groups = options.groups or stored.get("norm_num_groups") or _groups(widths)
     return {
         "sample_size": height if height == width else [height, width],
         "in_channels": channels + info.condition_channels,
@@ -229,10 +230,12 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective,
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
         "attention_head_dim": options.head_dim,
-        "norm_num_groups": options.groups or stored.get("norm_num_groups") or _groups(widths),
+        "norm_num_groups": groups,
         "dropout": options.dropout,
         "resnet_time_scale_shift": "scale_shift" if options.scale_shift else "default",
         **({"num_class_embeds": len(info.classes) + 1, "no_label": len(info.classes)} if labelled else {}),
+        # Otherwise the middle attention would have no norm.
+        **({"attn_norm_num_groups": groups} if options.scale_shift else {}),
         **({"variance": objective.variance} if objective.predicts_variance else {}),
         # Images next to sub-folders make a class without a name.
         **({"class_names": list(info.classes)} if labelled and all(info.classes) else {}),

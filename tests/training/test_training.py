@@ -199,6 +199,13 @@ def test_norms_have_four_channels_or_more_in_a_group(channels: tuple[int, ...], 
     assert _unet_config(**config, stored={"norm_num_groups": 2})["norm_num_groups"] == 1
 
 
+def test_scale_and_shift_keep_the_norm_of_the_middle_attention(tmp_path: Path) -> None:
+    for scale_shift in (True, False):
+        train(tmp_path / str(scale_shift), **QUIET | {"steps": 1, "scale_shift": scale_shift})
+        attention = load_folder(tmp_path / str(scale_shift)).model.mid_block.attentions[0]
+        assert attention.group_norm.num_groups == 4
+
+
 def test_a_resumed_run_keeps_the_groups_of_its_network(tmp_path: Path) -> None:
     options = QUIET | {"steps": 4, "log_every": 2}
     train(tmp_path / "cut", **options | {"steps": 2, "groups": 16})
