@@ -151,7 +151,7 @@ ROWS: Final[dict[str, Row]] = {
     ),
     "fast-bf16": Row(about="fast, bfloat16", options=FAST | {"precision": "bf16"}),
     # `small`, trained faster.
-    "small-fast": _small("small-fast: `small`, decay over the last 30 %, average over 7 %"),
+    "small-fast": _small("small-fast: 4 groups, decay over the last 30 %, average over 7 %"),
     "small-fast-16-groups": _small("small-fast, 16 groups", network={"norm_num_groups": 16}),
     "small-fast-16-groups-scale-shift": _small(
         "small-fast, 16 groups, scale and shift",

@@ -95,6 +95,7 @@ def test_a_schedule_without_all_levels_has_no_error() -> None:
 def test_a_run_goes_on_and_judges_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"one": leaderboard.Row(about="tiny", network=TINY, options={"batch_size": 4, "warmup": 0.5, "average": 0.5})}
     monkeypatch.setattr(leaderboard, "ROWS", rows)
+    monkeypatch.setattr(leaderboard, "ANCHOR", "one")
     monkeypatch.setattr(leaderboard, "BUILD", tmp_path / "build")
     monkeypatch.setattr(leaderboard, "rate_of", lambda row, data: 4.0)
     monkeypatch.setattr(judges, "judge_of", lambda name, images, labels: (Judge(), {"sha256": "of " + name}))

@@ -34,6 +34,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
             "channels": (16, 32, 64, 128),  # the width at full resolution costs most
             "layers": 1,
             "attention": (),
+            "scale_shift": True,
             "prediction": "v_prediction",
             "schedule": "cosine",
             "steps": 1500,
