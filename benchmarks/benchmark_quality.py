@@ -4,16 +4,15 @@
     python benchmarks/benchmark_quality.py --samplers ddpm:100 sde --evaluations 10 20 --seeds 1
     python benchmarks/benchmark_quality.py --table --plot quality.png      (from the results, without measuring)
 
-A small classifier, the class judge of judges.py, judges the images. It is trained once, in minutes, into the user's cache.
-Two figures describe the images of the built-in model, as 8-bit pixels:
+The judges of judges.py judge images of the built-in model, as 8-bit pixels. They are trained once, in minutes, into the user's
+cache. Their reference is 5,000 test images, 500 of each class.
 
-- Frechet distance (classifier features): between Gaussians fitted to the classifier's 64 penultimate features.
-  The reference is 5,000 test images, 500 of each class. This is not FID, which uses Inception's features.
-- accuracy: the share of images that the classifier assigns to the class that was asked for.
+- Frechet distance: of the class judge's features, which tell shapes apart.
+- accuracy: the share of images to which the class judge assigns the class that was asked for.
+- grain: the Frechet distance of the grain judge's features, which see noise and blur.
 
 The floor is the same measurement of real images: disjoint sets from the other 5,000 test images, one a seed.
-The classifier has seen neither half. The Frechet distance depends on N and on the classifier: compare figures of one
-N and one classifier file only.
+The judges have seen neither half. The distances depend on N and on the judges: compare figures of one N and the same files.
 
 Every seed of every row is written when it is done. A later run with the same weights and options continues.
 All rows of seed 0 come first, the cheapest ones first.
@@ -31,37 +30,30 @@ from typing import Any, Final, NamedTuple
 
 import common
 import torch
-from judges import CLASS_RECIPE, CLASSES, Measured, distance, judge_of, measure, split_real
+from judges import CLASS_RECIPE, CLASSES, Jury
 from torch import Tensor, nn
 
-from ddpm_fast import SamplingPlan, ddim_plan, ddpm_plan, dpm_solver_plan, fit_plan, heun_plan, load_builtin
+from ddpm_fast import SamplingPlan, fit_plan, load_builtin
 from ddpm_fast.files.images import to_uint8
 from ddpm_fast.pretrained import Pretrained
 from ddpm_fast.training.data import load_dataset, read_batch
 
-DISTANCE: Final = "Frechet distance (classifier features)"
 REAL: Final = "real"
-EVALUATIONS: Final = (4, 5, 6, 8, 10, 20, 50, 100, 1000)
+EVALUATIONS: Final = (4, 5, 6, 8, 10, 20, 50, 100)
 
 Row = dict[str, Any]
-
-
-def figures(measured: Measured, reference: Measured, start: int = 0) -> dict[str, float]:
-    """Return the figures of images of all classes in turn, from `start` on."""
-    wanted = torch.arange(start, start + len(measured.features)) % CLASSES
-    return {DISTANCE: distance(measured, reference), "accuracy": measured.accuracy(wanted)}
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
 
 
-def _planned(build: Callable[..., SamplingPlan], **options: Any) -> Callable[[Pretrained, int, float], SamplingPlan]:
-    """Return how to build a plan for a model from the number of evaluations, and the scale of guidance."""
+def _planned(sampler: str, **options: Any) -> Callable[[Pretrained, int, float], SamplingPlan]:
+    """Return how to build the plan of a sampler, as the command does, from a model, evaluations and the scale of guidance."""
 
     def plan(loaded: Pretrained, evaluations: int, guidance: float) -> SamplingPlan:
         # Heun's method evaluates the network 2 S - 1 times in S steps.
-        steps = (evaluations + 1) // 2 if build is heun_plan else evaluations
-        return build(loaded.objective, steps, clip=loaded.clip, **options)
+        steps = (evaluations + 1) // 2 if sampler == "heun" else evaluations
+        return loaded.build_plan(sampler=sampler, steps=steps, **options)[0]
 
     return plan
 
@@ -80,37 +72,26 @@ class Method(NamedTuple):
     evaluations: tuple[int, ...]
 
 
-# Ordinary differential equations have converged at 50 evaluations. Only eq. 13 is used with all timesteps.
-_CONVERGED: Final = EVALUATIONS[:-2]
-_FEW: Final = EVALUATIONS[:5]  # where the levels end and begin matters most
-_LEVELS: Final[dict[str, Any]] = {"solver": "heun", "spacing": "karras", "sigma_min": 0.06, "sigma_max": 80.0}
-_TEACHER: Final = _planned(dpm_solver_plan, **_LEVELS)
+_LEVELS: Final[dict[str, Any]] = {"spacing": "karras", "sigma_min": 0.06, "sigma_max": 80.0}
+_TEACHER: Final = _planned("dpm++2m", **_LEVELS)
 
 
 def _fitted(loaded: Pretrained, evaluations: int, guidance: float) -> SamplingPlan:
-    """Return a plan that is fitted to one of 8 evaluations, as `ddpm-fast fit` does."""
-    start = _planned(dpm_solver_plan, **_LEVELS | {"sigma_min": 0.07, "sigma_max": 40.0})(loaded, evaluations, guidance)
+    """Return a plan that is fitted to one of 8 evaluations, as `ddpm-fast fit --seed 1000` does."""
+    start = _planned("dpm++2m", **_LEVELS | {"sigma_min": 0.07, "sigma_max": 40.0})(loaded, evaluations, guidance)
     teacher = _TEACHER(loaded, 8, guidance)
     scale = None if guidance == 1 else guidance
-    return fit_plan(loaded.sampler(start), teacher=teacher, guidance_scale=scale, progress=False)
+    return fit_plan(loaded.sampler(start), teacher=teacher, seed=1000, guidance_scale=scale, progress=False)
 
 
 METHODS: Final = {
-    "ddpm": Method("ancestral (eq. 13)", _planned(ddpm_plan), EVALUATIONS),
-    "ddim": Method("DDIM", _planned(ddim_plan), EVALUATIONS[:-1]),
-    "2m": Method("DPM-Solver++(2M)", _planned(dpm_solver_plan), _CONVERGED),
-    "heun": Method("Heun", _planned(heun_plan), _CONVERGED[1:]),  # 3 evaluations give noise
-    "sde": Method("DPM-Solver++(2M) SDE", _planned(dpm_solver_plan, eta=1.0), EVALUATIONS[:-1]),
-    "sde-karras": Method(
-        "DPM-Solver++(2M) SDE, Karras, Heun",
-        _planned(dpm_solver_plan, eta=1.0, spacing="karras", solver="heun"),
-        EVALUATIONS[:-1],
-    ),
-    "2m-few": Method("DPM-Solver++(2M), levels 80 to 0.06", _TEACHER, (*_FEW, 20)),
-    "2m-fewer": Method(
-        "DPM-Solver++(2M), levels 40 to 0.06", _planned(dpm_solver_plan, **_LEVELS | {"sigma_max": 40.0}), _FEW[:3]
-    ),
-    "fitted": Method("DPM-Solver++(2M), fitted to 8 evaluations", _fitted, _FEW[:3]),
+    "ddpm": Method("ancestral (eq. 13)", _planned("ddpm"), (10, 20, 50, 100)),
+    "ddim": Method("DDIM", _planned("ddim"), (5, 10, 20, 50)),
+    "2m": Method("DPM-Solver++(2M)", _planned("dpm++2m"), (5, 6, 8, 10, 20)),
+    "heun": Method("Heun", _planned("heun"), (5, 10, 20)),
+    "sde": Method("DPM-Solver++(2M) SDE, the default", _planned("dpm++2m-sde"), (5, 6, 8, 10, 20, 50)),
+    "few": Method("DPM-Solver++(2M), levels 80 to 0.06", _TEACHER, (4, 5, 6, 8, 10, 20)),
+    "fitted": Method("DPM-Solver++(2M), fitted to 8 evaluations", _fitted, (4, 5, 6)),
 }
 
 
@@ -175,10 +156,11 @@ def table(rows: Sequence[Row]) -> str:
     def cell(figure: Mapping[str, Any], digits: str) -> str:
         return f"{figure['mean']:{digits}}" + ("" if figure["std"] is None else f" ± {figure['std']:.2g}")
 
-    lines = ["| sampler | evaluations | Frechet distance | accuracy | seeds |", "|---|---|---|---|---|"]
+    lines = ["| sampler | evaluations | Frechet distance | accuracy | grain | seeds |", "|---|---|---|---|---|---|"]
     order = [*METHODS, REAL]
     for row in sorted(rows, key=lambda row: (order.index(row["name"]), row["evaluations"] or 0)):
-        cells = [row["sampler"], row["evaluations"] or "", cell(row[DISTANCE], ".3g"), cell(row["accuracy"], ".3f")]
+        cells = [row["sampler"], row["evaluations"] or "", cell(row["class"], ".3g"), cell(row["accuracy"], ".3f")]
+        cells.append(cell(row["grain"], ".2g"))
         lines.append(f"| {' | '.join(map(str, [*cells, len(row['seeds'])]))} |")
     return "\n".join(lines)
 
@@ -190,14 +172,14 @@ def plot(rows: Sequence[Row], title: str) -> Any:
         points = sorted((row for row in rows if row["name"] == name), key=lambda row: row["evaluations"])
         if not points:
             continue
-        means, stds = ([row[DISTANCE][key] or 0 for row in points] for key in ("mean", "std"))
+        means, stds = ([row["class"][key] or 0 for row in points] for key in ("mean", "std"))
         # An error bar has to end above zero on a logarithmic axis.
         errors = [[min(std, 0.9 * mean) for std, mean in zip(stds, means, strict=True)], stds]
         style = {"color": f"C{place}", "marker": "osD^vPX"[place % 7], "capsize": 2}
         axes.errorbar([row["evaluations"] for row in points], means, errors, label=method.label, **style)
     for row in rows:
         if row["name"] == REAL:
-            mean = row[DISTANCE]["mean"]
+            mean = row["class"]["mean"]
             axes.axhline(mean, color="#444444", linestyle="--", label=f"real images: {mean:.3g}")
     axes.set(xscale="log", yscale="log", title=title)
     axes.set(xlabel="network evaluations an image", ylabel="Frechet distance in classifier features")
@@ -259,10 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     test = load_dataset("fashion-mnist", split="test")
     images, labels, _ = read_batch(test, range(len(test)))
-    classifier, about = judge_of("class", images, labels)
-    real, reference = (measure(classifier, images[half]) for half in split_real(labels))
+    jury = Jury(images, labels)
     run = common.Run(args.device, path)
-    options = {"weights": weights, "classifier": about["sha256"][:12], "batch": args.batch}
+    options = {"weights": weights, "batch": args.batch} | {name: about["sha256"][:12] for name, about in jury.about.items()}
     options |= {key: run.machine[key] for key in ("device", "threads")}
     if rows and before["machine"].get("options") != options:
         print(f"the options were {before['machine'].get('options')}: all rows are measured again")
@@ -276,16 +257,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         if evaluations is None:
             part = slice(seed * args.num, (seed + 1) * args.num)  # sets of real images are disjoint
-            if part.stop > len(real.features):
+            if part.stop > len(jury.real):
                 continue
-            found = figures(real.part(part), reference, part.start)
+            judged, wanted = jury.real[part], torch.arange(part.start, part.stop) % CLASSES
         else:
-            drawn = to_uint8(draw(loaded, method, evaluations, seed, args))
-            found = figures(measure(classifier, drawn), reference)
+            judged = to_uint8(draw(loaded, method, evaluations, seed, args))
+            wanted = torch.arange(args.num) % CLASSES
+        found = jury.figures(judged, wanted)
         by_key[key] = row
         add_seed(row, seed, found)
         row["commit"] = common.commit()
-        run.save(section, list(by_key.values()), classifier=about, options=options)
+        run.save(section, list(by_key.values()), judges=jury.about, options=options)
         words = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
         print(f"{method}:{evaluations or ''} seed {seed}: {words}", flush=True)
     print(f"\n{table([by_key[key] for key in keys if key in by_key])}")

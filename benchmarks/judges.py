@@ -105,10 +105,6 @@ class Measured(NamedTuple):
     outputs: Tensor
     features: Tensor
 
-    def part(self, rows: slice) -> Measured:
-        """Return some of the images."""
-        return Measured(self.outputs[rows], self.features[rows])
-
     def accuracy(self, labels: Tensor) -> float:
         """Return the share of images that the class judge predicts as `labels`, int64 [N]."""
         return float((self.outputs.argmax(1) == labels).double().mean())
@@ -262,18 +258,45 @@ def split_real(labels: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def distance(measured: Measured, reference: Measured) -> float:
-    """Return the Frechet distance of features."""
-    return frechet_distance(measured.features, reference.features)
+class Jury:
+    """Both judges, and the test images to which they compare others.
+
+    Attributes:
+        real: The other half of the test images, uint8 [N, 1, 32, 32]. Image i has class i % 10.
+        about: The record of each judge.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        """Read or train the judges. Take all test images, uint8 [N, 1, 32, 32], and their classes, int64 [N]."""
+        first, reference = split_real(labels)
+        self.real = images[first]
+        self.about: dict[str, dict[str, Any]] = {}
+        self._judges: dict[str, tuple[nn.Module, Measured]] = {}
+        for name in LEAST:
+            judge, self.about[name] = judge_of(name, images, labels)
+            self._judges[name] = judge, measure(judge, images[reference])
+
+    def figures(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """Return the judges' Frechet distances of uint8 images [N, 1, 32, 32], "class" and "grain".
+
+        With the classes that were asked for, int64 [N], there is also the "accuracy", their share that the class judge sees.
+        """
+        found = {}
+        for name, (judge, reference) in self._judges.items():
+            measured = measure(judge, images)
+            found[name] = frechet_distance(measured.features, reference.features)
+            if name == "class" and labels is not None:
+                found["accuracy"] = measured.accuracy(labels)
+        return found
 
 
 def main() -> None:
     test = load_dataset("fashion-mnist", split="test")
     images, labels, _ = read_batch(test, range(len(test)))
-    for name in LEAST:
-        judge, about = judge_of(name, images, labels)
-        real, reference = (measure(judge, images[half]) for half in split_real(labels))
-        print(f"{name}: score {about['score']}, real images {distance(real.part(slice(1000)), reference):.3g}")
+    jury = Jury(images, labels)
+    found = jury.figures(jury.real[:1000], None)
+    for name, about in jury.about.items():
+        print(f"{name}: score {about['score']}, real images {found[name]:.3g}")
 
 
 if __name__ == "__main__":

@@ -458,40 +458,31 @@ def draw(trained: Trained, num: int, seed: int, shape: Sequence[int]) -> Tensor:
 
 
 class Judging:
-    """The test images and the judges of a set."""
+    """The test images of a set, and its judges if it has some."""
 
     def __init__(self, data: str) -> None:
         test = images_of(data, split="test")
         images, labels, _ = read_batch(test, range(len(test)))
-        self.shape, self.about = test.info.shape, {}
-        self.judges: dict[str, tuple[nn.Module, judges.Measured]] = {}
-        self.real = images
-        held_out = torch.arange(min(len(test), HELD_OUT))
-        if data == "fashion-mnist":
-            first, reference = judges.split_real(labels)
-            self.real, held_out = images[first], first[:HELD_OUT]
-            for name in judges.LEAST:
-                judge, self.about[name] = judges.judge_of(name, images, labels)
-                self.judges[name] = judge, judges.measure(judge, images[reference])
-        self.images, self.labels = to_unit_range(images[held_out]), labels[held_out]
+        self.shape = test.info.shape
+        self.jury = judges.Jury(images, labels) if data == "fashion-mnist" else None
+        held_out = torch.arange(len(test)) if self.jury is None else judges.split_real(labels)[0]
+        self.images, self.labels = to_unit_range(images[held_out[:HELD_OUT]]), labels[held_out[:HELD_OUT]]
 
     def figures(self, trained: Trained, num: int, seed: int, sheet: Path) -> dict[str, Any]:
         """Return the figures of a network. Write a sheet of 40 of its images."""
         errors = x_0_errors(trained, self.images, self.labels)
         found: dict[str, Any] = {"error": statistics.geometric_mean(errors), "errors": errors} if errors else {}
-        drawn = draw(trained, num if self.judges else 40, seed, self.shape)
+        drawn = draw(trained, 40 if self.jury is None else num, seed, self.shape)
         save_grid(drawn[:40], sheet, scale=2)
-        return found | self.judged(to_uint8(drawn), labelled=trained.labelled)
+        labels = torch.arange(len(drawn)) % judges.CLASSES if trained.labelled else None
+        return found | ({} if self.jury is None else self.jury.figures(to_uint8(drawn), labels))
 
-    def judged(self, images: Tensor, *, labelled: bool) -> dict[str, float]:
-        """Return what the judges say of uint8 images, of all classes in turn if they are labelled."""
-        found = {}
-        for name, (judge, reference) in self.judges.items():
-            measured = judges.measure(judge, images)
-            found[name] = judges.distance(measured, reference)
-            if name == "class" and labelled:
-                found["accuracy"] = measured.accuracy(torch.arange(len(images)) % judges.CLASSES)
-        return found
+    def real(self, num: int) -> dict[str, float]:
+        """Return the judges' figures of up to `num` real images."""
+        if self.jury is None:
+            return {}
+        images = self.jury.real[:num]
+        return self.jury.figures(images, torch.arange(len(images)) % judges.CLASSES)
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -550,7 +541,7 @@ def train_and_judge(name: str, args: argparse.Namespace, judging: Judging) -> No
         "steps": math.ceil(args.minutes * 60 * rate["images_per_second"] / row.options["batch_size"]),
         "images_per_second": rate["images_per_second"],
         "device": rate["machine"]["device"],
-        "judges": {judge: about["sha256"] for judge, about in judging.about.items()},
+        "judges": {} if judging.jury is None else {name: about["sha256"] for name, about in judging.jury.about.items()},
         "levels": LEVELS.tolist(),
         "sampler": DEFAULT_SAMPLER,
     }
@@ -569,7 +560,7 @@ def train_and_judge(name: str, args: argparse.Namespace, judging: Judging) -> No
         results = common.read_results(file)  # another process may have written another seed
         section = results.setdefault(kind, {"made": made, "seeds": {}})
         section["parameters"] = sum(each.numel() for each in trained.model.parameters())
-        section["real"] = judging.judged(judging.real[: args.num], labelled=True)
+        section["real"] = judging.real(args.num)
         section["seeds"][str(seed)] = found | {"commit": common.commit()}
         write_json(file, results)
         print(f"{name} seed {seed}: {found}", flush=True)

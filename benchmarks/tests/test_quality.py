@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,8 @@ from ddpm_fast.training.data import Item, read_batch
 
 
 def test_samplers_are_named_by_method_and_evaluations():
-    assert quality.chosen(["sde", "ddpm:7", "ddpm"], [4, 1000]) == [("ddpm", 4), ("sde", 4), ("ddpm", 7), ("ddpm", 1000)]
-    assert quality.chosen(["heun"], quality.EVALUATIONS) == [("heun", n) for n in (5, 7, 9, 19, 49)]
+    assert quality.chosen(["sde", "ddpm:7", "ddpm"], [4, 10, 100]) == [("ddpm", 7), ("ddpm", 10), ("sde", 10), ("ddpm", 100)]
+    assert quality.chosen(["heun"], quality.EVALUATIONS) == [("heun", n) for n in (5, 9, 19)]
     for name in ("euler:20", "ddim:", "ddim:x", "ddim:0"):
         with pytest.raises(ValueError, match=f"expected a sampler to be METHOD or METHOD:EVALUATIONS, .* got '{name}'"):
             quality.chosen([name], [4])
@@ -33,23 +34,24 @@ def test_each_plan_evaluates_as_often_as_its_name_says():
     for name, evaluations in quality.chosen(list(quality.METHODS), [5, 20]):
         plans[name] = quality.METHODS[name].plan(loaded, evaluations, 1.0)
         assert plans[name].num_steps == evaluations
-    assert {name for name, plan in plans.items() if plan.is_random} == {"ddpm", "sde", "sde-karras"}
-    levels = {name: (1 / plans[name].alpha_bars[[0, -1]] - 1).sqrt().tolist() for name in ("2m-few", "2m-fewer")}
-    assert levels == {"2m-few": pytest.approx([80, 0.06]), "2m-fewer": pytest.approx([40, 0.06])}
+    assert {name for name, plan in plans.items() if plan.is_random} == {"ddpm", "sde"}
+    assert (1 / plans["few"].alpha_bars[[0, -1]] - 1).sqrt().tolist() == pytest.approx([80, 0.06])
 
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], str]]:
-    """Run the script with 16 images, a random classifier of 8 features and 40 random test images."""
-    monkeypatch.setitem(judges.CLASS_RECIPE, "features", 8)
-    monkeypatch.setitem(judges.LEAST, "class", 0.0)
+    """Run the script with 16 images, random judges of 8 features and 40 random test images."""
+    for name, recipe in (("class", judges.CLASS_RECIPE), ("grain", judges.GRAIN_RECIPE)):
+        monkeypatch.setitem(recipe, "features", 8)
+        monkeypatch.setitem(judges.LEAST, name, -math.inf)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (80, 1, 32, 32), dtype=torch.uint8, generator=generator)
     items = [Item(image, number % 10) for number, image in enumerate(images)]
     monkeypatch.setattr(quality, "load_dataset", lambda *_, **__: items)
     torch.manual_seed(0)
-    judges.save_judge(tmp_path / "classifier", judges.ClassJudge())
-    monkeypatch.setattr(judges, "judge_file", lambda _: tmp_path / "classifier")
+    judges.save_judge(tmp_path / "class", judges.ClassJudge())
+    judges.save_judge(tmp_path / "grain", judges.GrainJudge())
+    monkeypatch.setattr(judges, "judge_file", lambda recipe: tmp_path / ("grain" if "noise" in recipe else "class"))
     out = tmp_path / "results.json"
 
     def run(*arguments: str) -> tuple[dict[str, Any], str]:
@@ -62,7 +64,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
 
 
 def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callable[..., tuple[dict[str, Any], str]]):
-    section, _ = small("--samplers", "sde", "ddpm:3", "--evaluations", "4", "--seeds", "3")
+    section, _ = small("--samplers", "sde:4", "ddpm:3", "--seeds", "3")
     rows = {(row["name"], row["evaluations"]): row for row in section["rows"]}
     # 40 real images are two sets of 16, which are disjoint
     assert {key: row["seeds"] for key, row in rows.items()} == {
@@ -70,23 +72,26 @@ def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callab
         ("ddpm", 3): [0, 1, 2],
         ("sde", 4): [0, 1, 2],
     }
-    assert {"device", "torch", "commit", "classifier", "options"} <= set(section["machine"])
+    assert {"device", "torch", "commit", "judges", "options"} <= set(section["machine"])
 
     loaded = load_builtin()
-    classifier = judges.load_judge(tmp_path / "classifier", judges.ClassJudge())
     test_images, labels, _ = read_batch(quality.load_dataset("fashion-mnist"), range(80))
-    real, reference = (judges.measure(classifier, test_images[half]) for half in judges.split_real(labels))
-    sampler, wanted = loaded.sampler(dpm_solver_plan(loaded.objective, 4, eta=1.0)), torch.arange(16) % 10
-    drawn = [sampler(16, seed=seed, batch_size=8, class_labels=wanted) for seed in range(3)]
-    ours = [judges.measure(classifier, ddpm_fast.to_uint8(images)) for images in drawn]
-    floor = [real.part(slice(i, i + 16)) for i in (0, 16)]
-    for row, sets, first in ((rows["sde", 4], ours, 0), (rows["real", None], floor, 16)):
-        distances = [ddpm_fast.frechet_distance(each.features, reference.features) for each in sets]
-        accuracies = [each.accuracy(torch.arange(i * first, i * first + 16) % 10) for i, each in enumerate(sets)]
-        assert row[quality.DISTANCE]["by seed"] == pytest.approx(distances, rel=1e-3)
-        assert row[quality.DISTANCE]["mean"] == pytest.approx(statistics.fmean(distances), rel=1e-3)
-        assert row[quality.DISTANCE]["std"] == pytest.approx(statistics.stdev(distances), rel=2e-2)
-        assert row["accuracy"]["by seed"] == pytest.approx(accuracies, rel=1e-3)
+    real, reference = (test_images[half] for half in judges.split_real(labels))
+    sampler, wanted = loaded.sampler(sampler="dpm++2m-sde", steps=4), torch.arange(16) % 10
+    ours = [ddpm_fast.to_uint8(sampler(16, seed=seed, batch_size=8, class_labels=wanted)) for seed in range(3)]
+    floor = [real[:16], real[16:32]]
+    for name, build in (("class", judges.ClassJudge), ("grain", judges.GrainJudge)):
+        judge = judges.load_judge(tmp_path / name, build())
+        known = judges.measure(judge, reference).features
+        for row, sets, first in ((rows["sde", 4], ours, 0), (rows["real", None], floor, 16)):
+            measured = [judges.measure(judge, images) for images in sets]
+            distances = [ddpm_fast.frechet_distance(each.features, known) for each in measured]
+            assert row[name]["by seed"] == pytest.approx(distances, rel=1e-3)
+            assert row[name]["mean"] == pytest.approx(statistics.fmean(distances), rel=1e-3)
+            assert row[name]["std"] == pytest.approx(statistics.stdev(distances), rel=2e-2)
+            if name == "class":
+                accuracies = [each.accuracy(torch.arange(i * first, i * first + 16) % 10) for i, each in enumerate(measured)]
+                assert row["accuracy"]["by seed"] == pytest.approx(accuracies, rel=1e-3)
 
 
 def test_a_run_continues(small: Callable[..., tuple[dict[str, Any], str]], monkeypatch: pytest.MonkeyPatch):
@@ -117,7 +122,7 @@ def test_a_run_continues(small: Callable[..., tuple[dict[str, Any], str]], monke
 def test_guidance_reaches_the_sampler():
     loaded = load_builtin()
     args = argparse.Namespace(num=11, batch=4, guidance=2.0, device="cpu")
-    drawn = quality.draw(loaded, "2m-few", 4, 0, args)
+    drawn = quality.draw(loaded, "few", 4, 0, args)
     plan = dpm_solver_plan(loaded.objective, 4, solver="heun", spacing="karras", sigma_min=0.06, sigma_max=80.0)
     options = {"batch_size": 4, "guidance_scale": 2.0, "progress": False}
     assert torch.equal(drawn, loaded.sampler(plan)(11, seed=0, class_labels=torch.arange(11) % 10, **options))
@@ -135,7 +140,7 @@ def test_the_table_and_the_plot_come_from_the_results(
     capsys.readouterr()
     assert small(*samplers, "--table", "--plot", str(tmp_path / "plot.png"))[1] == text
     lines = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    names = ["ancestral (eq. 13)", "ancestral (eq. 13)", "DPM-Solver++(2M) SDE", "real images"]
+    names = ["ancestral (eq. 13)", "ancestral (eq. 13)", "DPM-Solver++(2M) SDE, the default", "real images"]
     assert [[cell.strip() for cell in line] for line in lines[2:]] == [
         list(pair) for pair in zip(names, ["2", "3", "2", ""], strict=True)
     ]
@@ -144,6 +149,6 @@ def test_the_table_and_the_plot_come_from_the_results(
 
     lines = quality.plot(section["rows"], "title").axes[0].lines
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
-    means = {(row["name"], row["evaluations"]): row[quality.DISTANCE]["mean"] for row in section["rows"]}
+    means = {(row["name"], row["evaluations"]): row["class"]["mean"] for row in section["rows"]}
     assert ([2, 3], [means["ddpm", 2], means["ddpm", 3]]) in drawn
     assert [means["real", None]] * 2 in [y for _, y in drawn]
