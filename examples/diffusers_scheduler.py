@@ -26,12 +26,12 @@ def draw(scheduler, x_t, generator=None):
 
 # 1. Only the import changes, and the image stays.
 x_T = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-theirs = draw(diffusers.DDPMScheduler(), x_T, torch.Generator().manual_seed(1))
-ours = draw(DDPMScheduler(), x_T, torch.Generator().manual_seed(1))
+theirs = draw(diffusers.DDPMScheduler.from_pretrained(BUILTIN / "scheduler"), x_T, torch.Generator().manual_seed(1))
+ours = draw(DDPMScheduler.from_pretrained(BUILTIN / "scheduler"), x_T, torch.Generator().manual_seed(1))
 print(f"largest difference to diffusers: {(ours - theirs).abs().max():.1e}")
 
 # 2. With seeds, an image depends only on its seed: the second of four is the same alone.
-scheduler = DDPMScheduler()
+scheduler = DDPMScheduler.from_pretrained(BUILTIN / "scheduler")
 seeds = ddpm_fast.sample_seeds(0, 4)
 
 

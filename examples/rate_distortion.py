@@ -48,7 +48,8 @@ class Spaced(torch.nn.Module):
         return self.network(x_t, timesteps[t], class_labels)
 
 
-bound = ddpm_fast.variational_bound(Spaced(), to_unit_range(images), spaced)
+objective = ddpm_fast.Objective(spaced, garments.objective.prediction)
+bound = ddpm_fast.variational_bound(Spaced(), to_unit_range(images), objective)
 
 # Columns in reverse time. Once x_t is known, L_T and the terms of all larger t have been sent.
 sent = torch.cat([bound.prior[:, None], bound.terms[:, 1:].flip(1)], dim=1)
