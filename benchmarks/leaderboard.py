@@ -280,9 +280,8 @@ def _train_ours(
 ) -> Trained:
     config = network_of(row, dataset, len(dataset.info.classes) + 1 if labelled else None)
     records = {"sample_every": 0, "tensorboard": False, "keep": 1, "log_every": 100, "checkpoint_minutes": 2.0}
-    options = TrainOptions(
-        steps=steps, seed=seed, threads=torch.get_num_threads(), auto_resume=True, **options_of(row, steps), **records
-    )
+    machine = {"device": "cpu", "threads": torch.get_num_threads()}
+    options = TrainOptions(steps=steps, seed=seed, auto_resume=True, **options_of(row, steps), **machine, **records)
     schedule = getattr(NoiseSchedule, row.schedule)()
     stopped_by = Trainer(UNet(**config), schedule, dataset, options, folder, on_step=on_step).run().stopped_by
     if stopped_by is not None:  # the Trainer keeps a checkpoint when a signal stops it
@@ -336,7 +335,7 @@ def _train_denoising_diffusion_pytorch(
 ) -> Trained:
     """Train as the Trainer of denoising-diffusion-pytorch does, with at least its smallest batch, at our rate.
 
-    Its own average has a mean age of 1600 steps or more, which is most of a short run, so it is given that of ours.
+    Its own average forgets the first weights after 1000 steps at the earliest, and a short run has fewer. So it has ours.
     """
     from denoising_diffusion_pytorch import GaussianDiffusion
     from denoising_diffusion_pytorch import Unet as PeerUnet
@@ -377,9 +376,6 @@ def rate_of(row: Row, data: str, seconds: float = 10) -> float:
         if len(times) > 24 and times[-1] - times[0] > seconds:
             raise Enough
 
-    load = os.getloadavg()[0]  # a rate that was measured just before makes it 1
-    if load > 1.5:
-        raise SystemExit(f"leaderboard: expected an idle machine, to measure images per second, got a load of {load:.1f}")
     with TemporaryDirectory() as folder, suppress(Enough):
         train_row(row, data, 1_000_000, 0, Path(folder) / "run", watch)
     taken = [after - before for before, after in pairwise(times[3::4])]
@@ -393,24 +389,36 @@ def speed_of(row: Row) -> str:
     return json.dumps(decides, sort_keys=True)
 
 
+def _rate(images_per_second: float, machine: Mapping[str, Any]) -> dict[str, Any]:
+    return {"images_per_second": float(f"{images_per_second:.4g}"), "machine": machine}
+
+
 def write_rates(names: Sequence[str], args: argparse.Namespace, rounds: int = 3) -> None:
     """Write the images a second of rows into their files: those of a row with the same speed, or else new ones.
 
-    A new rate is `ANCHOR`'s times the median of how many times as fast the row was, just after it, in some rounds.
+    A new rate is `ANCHOR`'s times the median of how many times as fast the row was, just after it, in some rounds. The
+    anchor's own rate is the fastest of its first rounds.
     """
     speeds = {name: speed_of(row) for name, row in ROWS.items()}
     rates = {name: common.read_results(file_of(name, args)).get("rate") for name in ROWS}
     known = {speeds[name]: rate for name, rate in rates.items() if rate is not None}
     unknown = {speeds[name]: ROWS[name] for name in names if speeds[name] not in known}
     if unknown:
-        machine, anchors = common.machine(), []
+        machine, (load, _, _) = common.machine(), os.getloadavg()
+        if load > 1:
+            raise SystemExit(f"leaderboard: expected an idle machine, to measure images per second, got a load of {load:.1f}")
+        if speeds[ANCHOR] not in known:
+            names, unknown = [ANCHOR, *names], {speed: row for speed, row in unknown.items() if speed != speeds[ANCHOR]}
+            known[speeds[ANCHOR]] = _rate(max(rate_of(ROWS[ANCHOR], args.data) for _ in range(rounds)), machine)
+        anchor = rates[ANCHOR] or known[speeds[ANCHOR]]
+        if anchor["machine"]["device"] != machine["device"]:
+            raise SystemExit(f"leaderboard: expected {anchor['machine']['device']}, as for {ANCHOR}: pass --results FOLDER")
         ratios: dict[str, list[float]] = {speed: [] for speed in unknown}
         for _, (speed, row) in product(range(rounds), unknown.items()):
-            anchors.append(rate_of(ROWS[ANCHOR], args.data))
-            ratios[speed].append(1.0 if speed == speeds[ANCHOR] else rate_of(row, args.data) / anchors[-1])
-        anchor = known[speeds[ANCHOR]]["images_per_second"] if speeds[ANCHOR] in known else max(anchors)
+            before = rate_of(ROWS[ANCHOR], args.data)
+            ratios[speed].append(rate_of(row, args.data) / before)
         for speed, found in ratios.items():
-            known[speed] = {"images_per_second": float(f"{anchor * statistics.median(found):.4g}"), "machine": machine}
+            known[speed] = _rate(anchor["images_per_second"] * statistics.median(found), machine)
     for name in names:
         file = file_of(name, args)
         results = common.read_results(file)
@@ -496,6 +504,9 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         spread = f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):{digits}}{spread}" if values else ""
 
+    used = {json.dumps(each["made"]["judges"], sort_keys=True) for each in found.values()}
+    if len(used) > 1:
+        raise SystemExit("--table: expected rows of the same judges, got rows of several: pass --results FOLDER and train")
     has_judges = any("class" in seed for each in found.values() for seed in each["seeds"].values())
     heads = ["row", "million parameters", "images/s", "steps", "error"]
     heads += ["Frechet distance", "accuracy", "grain"] if has_judges else []
@@ -549,7 +560,7 @@ def train_and_judge(name: str, args: argparse.Namespace, judging: Judging) -> No
     kept = common.read_results(file).get(kind, {"made": made})["made"]
     if kept != made:
         changed = ", ".join(key for key in made if kept.get(key) != made[key])
-        raise SystemExit(f"leaderboard: expected {name} to be as in {str(file)!r}, got another {changed}: delete the file")
+        raise SystemExit(f"leaderboard: expected {name} to be as in {str(file)!r}, got another {changed}: pass --results")
     digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:8]
     for seed in range(args.seeds):
         if str(seed) in common.read_results(file).get(kind, {"seeds": {}})["seeds"]:
@@ -557,7 +568,7 @@ def train_and_judge(name: str, args: argparse.Namespace, judging: Judging) -> No
         run = BUILD / args.data / name / f"{digest}-seed-{seed}"
         trained = train_row(row, args.data, made["steps"], seed, run)
         found = judging.figures(trained, args.num, seed, run / "sheet.png")
-        results = common.read_results(file)  # another process may have written another seed
+        results = common.read_results(file)
         section = results.setdefault(kind, {"made": made, "seeds": {}})
         section["parameters"] = sum(each.numel() for each in trained.model.parameters())
         section["real"] = judging.real(args.num)
@@ -595,9 +606,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(f"--table: expected results of {kind} in {str(args.results)!r}, got none: train first")
         print(table({name: each for name, each in found.items() if each}))
         return
-    judging = None if args.rates else Judging(args.data)
     torch.set_num_threads(1)
     write_rates(args.rows, args)
+    judging = None if args.rates else Judging(args.data)
     for name in args.rows:
         print(f"{name}: {common.read_results(file_of(name, args))['rate']['images_per_second']} images/s", flush=True)
         if judging is not None:

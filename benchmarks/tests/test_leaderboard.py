@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import common
 import judges
 import leaderboard
 import pytest
@@ -98,6 +99,7 @@ def test_a_run_goes_on_and_judges_the_average(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(leaderboard, "ANCHOR", "one")
     monkeypatch.setattr(leaderboard, "BUILD", tmp_path / "build")
     monkeypatch.setattr(leaderboard, "rate_of", lambda row, data: 4.0)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(judges, "judge_of", lambda name, images, labels: (Judge(), {"sha256": "of " + name}))
     train, trained = leaderboard.train_row, []
 
@@ -128,7 +130,7 @@ def test_a_run_goes_on_and_judges_the_average(tmp_path: Path, monkeypatch: pytes
     assert file.read_text() == text
     assert len(list((tmp_path / "build").rglob("sheet.png"))) == 2
     rows["one"] = dataclasses.replace(rows["one"], options={"batch_size": 4, "lr": 1e-3})
-    with pytest.raises(SystemExit, match=r"expected one to be as in '.*one.json', got another row: delete the file"):
+    with pytest.raises(SystemExit, match=r"expected one to be as in '.*one.json', got another row: pass --results"):
         leaderboard.main(arguments)
     assert file.read_text() == text
 
@@ -161,22 +163,23 @@ def test_peers_train_and_draw(name: str, tmp_path: Path) -> None:
 
 def test_rates_are_measured_on_an_idle_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = leaderboard.Row(about="tiny", network=TINY, options={"batch_size": 2})
+    assert leaderboard.rate_of(row, "emoji", seconds=0) > 0
     monkeypatch.setattr(os, "getloadavg", lambda: (1.6, 0.0, 0.0))
     with pytest.raises(SystemExit, match=r"expected an idle machine, to measure images per second, got a load of 1\.6"):
-        leaderboard.rate_of(row, "emoji")
-    monkeypatch.setattr(os, "getloadavg", lambda: (1.2, 0.0, 0.0))
-    assert leaderboard.rate_of(row, "emoji", seconds=0) > 0
+        leaderboard.main(["small-fast", "--rates", "--results", str(tmp_path)])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_rates_are_shared_and_relate_to_the_anchor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []  # batch sizes
-    speed = iter([2.0, 2.0, 4.0, 4.0, 3.0, 9.0, 5.0, 5.0, 5.0, 8.0, 6.0, 5.0, 6.0, 4.0, 3.0])
+    speed = iter([2.0, 5.0, 4.0, 2.0, 4.0, 3.0, 9.0, 5.0, 5.0, 8.0, 6.0, 5.0, 6.0, 4.0, 3.0])
 
     def rate_of(row: leaderboard.Row, data: str) -> float:
         asked.append(row.options["batch_size"])
         return next(speed)
 
     monkeypatch.setattr(leaderboard, "rate_of", rate_of)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
     def rates(*names: str) -> list[float]:
         leaderboard.main([*names, "--rates", "--results", str(tmp_path)])
@@ -184,13 +187,17 @@ def test_rates_are_shared_and_relate_to_the_anchor(tmp_path: Path, monkeypatch: 
         return [json.loads(file.read_text())["rate"]["images_per_second"] for file in files]
 
     # Groups and the objective do not change the speed; the batch does.
-    names = ["small-fast", "small-fast-16-groups", "small-fast-batch-16", "small-fast-epsilon"]
-    # small-fast alone, then just before the other: 2 (2 4), 4 (3 9), 5 (5 5). The median ratio is 2.
-    assert rates(*names) == [5.0, 5.0, 10.0, 5.0]
-    assert asked == [8, 8, 16] * 3
+    names = ["small-fast-16-groups", "small-fast-batch-16", "small-fast-epsilon", "small-fast"]
+    # small-fast alone, then just before the other: (2 4), (3 9), (5 5). The median ratio is 2.
+    assert rates(*names) == [5.0, 10.0, 5.0, 5.0]
+    assert asked == [8, 8, 8, *[8, 16] * 3]
     assert rates("small-fast-min-snr") == [5.0]  # known from a row of the same speed
     assert len(asked) == 9
     assert rates("small-fast-bf16") == [5.0 * 6 / 8]  # small-fast's own is kept
+    file = tmp_path / "fashion-mnist" / "small-fast.json"
+    file.write_text(file.read_text().replace(common.machine()["device"], "another processor"))
+    with pytest.raises(SystemExit, match="expected another processor, as for small-fast: pass --results FOLDER"):
+        rates("small-fast-wide")
 
 
 def test_the_help_shows_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +214,7 @@ def test_an_unknown_row_is_refused() -> None:
 def test_the_table_sorts_by_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, errors in (("fast", [0.2, 0.3]), ("fast-v", [0.1, 0.1])):
         seeds = {str(number): {"error": error} for number, error in enumerate(errors)}
-        made = {"row": {}, "steps": 7, "images_per_second": 3.0}
+        made = {"row": {}, "steps": 7, "images_per_second": 3.0, "judges": {}}
         section = {"made": made, "parameters": 2e6, "seeds": seeds}
         folder = tmp_path / "emoji"
         folder.mkdir(exist_ok=True)

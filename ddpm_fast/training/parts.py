@@ -221,6 +221,8 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective,
     expect(height % factor == 0 and width % factor == 0, "train", "", wanted, got)
     attended = [min(height, width) >> level in options.attention for level in range(len(widths))]
     groups = options.groups or stored.get("norm_num_groups") or _groups(widths)
+    divides = options.groups is None or all(width % groups == 0 for width in widths)
+    expect(divides, "train", "groups", f"to divide all of channels {list(widths)}", groups)
     return {
         "sample_size": height if height == width else [height, width],
         "in_channels": channels + info.condition_channels,

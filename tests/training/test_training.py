@@ -247,6 +247,7 @@ WRONG_VALUES: list[tuple[str, object, str]] = [
     ("label_dropout", 1.5, "label_dropout to be at least 0 and at most 1"),
     ("lr", 0.0, "lr to be positive"),
     ("channels", [], "channels to be at least one number"),
+    ("groups", 5, r"groups to divide all of channels \[16, 32\], got 5"),
     ("threads", 0, "threads to be a positive integer or None"),
     ("threads", 100_000, r"threads to be an integer in 1\.\.\d+ or None, got 100000"),
     ("num_workers", -1, r"num_workers to be an integer in 0\.\.1024 or None, got -1"),
