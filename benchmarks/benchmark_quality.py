@@ -84,6 +84,11 @@ def _fitted(loaded: Pretrained, evaluations: int, guidance: float) -> SamplingPl
     return fit_plan(loaded.sampler(start), teacher=teacher, seed=1000, guidance_scale=scale, progress=False)
 
 
+def _own(loaded: Pretrained, evaluations: int, guidance: float) -> SamplingPlan:
+    """Return the plan that the command takes by default, in this number of steps."""
+    return loaded.build_plan(steps=evaluations, guidance_scale=guidance)[0]
+
+
 METHODS: Final = {
     "ddpm": Method("ancestral (eq. 13)", _planned("ddpm"), (10, 20, 50, 100)),
     "ddim": Method("DDIM", _planned("ddim"), (5, 10, 20, 50)),
@@ -91,7 +96,8 @@ METHODS: Final = {
     "heun": Method("Heun", _planned("heun"), (5, 10, 20)),
     "sde": Method("DPM-Solver++(2M) SDE, the default", _planned("dpm++2m-sde"), (5, 6, 8, 10, 20, 50)),
     "few": Method("DPM-Solver++(2M), levels 80 to 0.06", _TEACHER, (4, 5, 6, 8, 10, 20)),
-    "fitted": Method("DPM-Solver++(2M), fitted to 8 evaluations", _fitted, (4, 5, 6)),
+    "fitted": Method("DPM-Solver++(2M), fitted to 8 evaluations", _fitted, (4, 5)),
+    "own": Method("the built-in model's plan", _own, (6,)),
 }
 
 
