@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = common.read_results(path).get(section, {"machine": {}, "rows": []})
     rows: list[Row] = before["rows"]
     if args.table or args.plot:
-        rows = [row for row in rows if (row["name"], row["evaluations"]) in keys and "grain" in row]  # of both judges
+        rows = [row for row in rows if (row["name"], row["evaluations"]) in keys and "grain" in row]  # both judges have seen it
         if not rows:
             raise SystemExit(
                 f"--table, --plot: expected {str(path)!r} to have the section {section!r}, got none: measure first"
