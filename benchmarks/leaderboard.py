@@ -34,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
@@ -84,24 +84,23 @@ class Row:
     Attributes:
         about: What it changes.
         network: The configuration of the UNet, without what the images say.
-        attention: Resolutions with self-attention.
         schedule: A constructor of NoiseSchedule.
         options: Options of `Trainer`. `warmup`, `decay` and `average` are shares of the run: of its first steps and last
             steps, and the mean age of the weights in the average.
+        attention: Resolutions with self-attention.
         labelled: Whether the network is given classes, if there are any.
         library: Whose training loop it is.
     """
 
     about: str
-    network: Mapping[str, Any] = field(default_factory=lambda: BUILTIN)
+    network: Mapping[str, Any]
+    schedule: str
+    options: Mapping[str, Any]
     attention: Sequence[int] = ()
-    schedule: str = "linear"
-    options: Mapping[str, Any] = field(default_factory=lambda: FAST)
     labelled: bool = True
     library: str = "ddpm_fast"
 
 
-_OLD: Final[dict[str, Any]] = {"batch_size": 64, "lr": 4e-4, "warmup_steps": 500, "ema_decay": 0.999}
 _OLD_SMALL: Final[dict[str, Any]] = {"batch_size": 8, "lr": 1e-3, "warmup_steps": 100, "prediction": "v_prediction"}
 _SCALE_SHIFT: Final = {"attn_norm_num_groups": 4, "resnet_time_scale_shift": "scale_shift"}
 _FAST_SMALL: Final = FAST | {"batch_size": 8, "prediction": "v_prediction"}
@@ -114,42 +113,26 @@ def _small(about: str, *, network: Mapping[str, Any] = {}, options: Mapping[str,
 
 
 ROWS: Final[dict[str, Row]] = {
-    # The options of `small` and of the built-in model until norms had four channels or more in a group.
+    # The options of `small` until norms had four channels or more in a group.
     "small-16-groups": Row(
         about="`small` as it was: 16 groups",
         network=SMALL | {"norm_num_groups": 16},
         options=_OLD_SMALL,
         schedule="cosine",
     ),
-    "small-4-groups": Row(about="`small`, 4 groups", network=SMALL, options=_OLD_SMALL, schedule="cosine"),
-    "builtin-32-groups": Row(
-        about="the built-in network as it was: 32 groups, 64 images a step, warm-up of 500 steps",
-        network=BUILTIN | {"norm_num_groups": 32},
-        options=_OLD,
-    ),
-    "builtin-8-groups": Row(about="the built-in network, 8 groups", options=_OLD),
-    # The built-in network, trained faster.
-    "fast": Row(about="fast: the built-in network, 8 groups, 16 images a step at 1e-3, decay over 30 %, average over 7 %"),
-    "fast-one-layer": Row(about="fast, one layer a level", network=BUILTIN | {"layers_per_block": 1}),
-    "fast-narrow": Row(
-        about="fast, one layer a level, 16 channels at full resolution",
-        network=BUILTIN | {"layers_per_block": 1, "block_out_channels": [16, 64, 128], "norm_num_groups": 4},
-    ),
-    "fast-v": Row(
-        about="fast, v prediction, cosine schedule", options=FAST | {"prediction": "v_prediction"}, schedule="cosine"
-    ),
-    "fast-v-bf16": Row(
-        about="fast, v prediction, cosine schedule, bfloat16",
+    # The built-in model's network, trained faster.
+    "builtin-v-bf16": Row(
+        about="the built-in network, 8 groups, 16 images a step, v prediction, cosine schedule, bfloat16",
+        network=BUILTIN,
         options=FAST | {"prediction": "v_prediction", "precision": "bf16"},
         schedule="cosine",
     ),
-    "fast-v-scale-shift-bf16": Row(
-        about="fast, v prediction, cosine schedule, scale and shift, bfloat16",
+    "builtin-v-scale-shift-bf16": Row(
+        about="the built-in network, 8 groups, 16 images a step, v prediction, cosine schedule, scale and shift, bfloat16",
         network=BUILTIN | {"attn_norm_num_groups": 8, "resnet_time_scale_shift": "scale_shift"},
         options=FAST | {"prediction": "v_prediction", "precision": "bf16"},
         schedule="cosine",
     ),
-    "fast-bf16": Row(about="fast, bfloat16", options=FAST | {"precision": "bf16"}),
     # `small`, trained faster.
     "small-fast": _small("small-fast: 4 groups, decay over the last 30 %, average over 7 %"),
     "small-fast-16-groups": _small("small-fast, 16 groups", network={"norm_num_groups": 16}),
@@ -157,16 +140,11 @@ ROWS: Final[dict[str, Row]] = {
         "small-fast, 16 groups, scale and shift",
         network={"norm_num_groups": 16, "attn_norm_num_groups": 16, "resnet_time_scale_shift": "scale_shift"},
     ),
-    "small-fast-lr-2e-3": _small("small-fast, at 2e-3", options={"lr": 2e-3}),
     "small-fast-batch-16": _small("small-fast, 16 images a step", options={"batch_size": 16}),
     "small-fast-batch-32": _small("small-fast, 32 images a step", options={"batch_size": 32}),
     "small-fast-no-decay": _small("small-fast, without decay", options={"decay": 0.0}),
     "small-fast-decay-60": _small("small-fast, decay over the last 60 %", options={"decay": 0.6}),
     "small-fast-two-layers": _small("small-fast, two layers a level", network={"layers_per_block": 2}),
-    "small-fast-wide": _small(
-        "small-fast, 32 to 256 channels", network={"block_out_channels": [32, 64, 128, 256], "norm_num_groups": 8}
-    ),
-    "small-fast-three-levels": _small("small-fast, 16, 64 and 128 channels", network={"block_out_channels": [16, 64, 128]}),
     "small-fast-attention-8": _small("small-fast, self-attention at 8x8", attention=(8,)),
     "small-fast-wide-time": _small(
         "small-fast, a time embedding of 256 channels instead of 64", network={"time_embedding_dim": 256}

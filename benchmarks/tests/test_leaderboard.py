@@ -94,7 +94,11 @@ def test_a_schedule_without_all_levels_has_no_error() -> None:
 
 
 def test_a_run_goes_on_and_judges_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {"one": leaderboard.Row(about="tiny", network=TINY, options={"batch_size": 4, "warmup": 0.5, "average": 0.5})}
+    rows = {
+        "one": leaderboard.Row(
+            about="tiny", network=TINY, schedule="linear", options={"batch_size": 4, "warmup": 0.5, "average": 0.5}
+        )
+    }
     monkeypatch.setattr(leaderboard, "ROWS", rows)
     monkeypatch.setattr(leaderboard, "ANCHOR", "one")
     monkeypatch.setattr(leaderboard, "BUILD", tmp_path / "build")
@@ -136,7 +140,7 @@ def test_a_run_goes_on_and_judges_the_average(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_run_that_a_signal_stops_is_not_judged(tmp_path: Path) -> None:
-    row = leaderboard.Row(about="tiny", network=TINY, options={"batch_size": 4})
+    row = leaderboard.Row(about="tiny", network=TINY, schedule="linear", options={"batch_size": 4})
     with pytest.raises(SystemExit, match="stopped by SIGTERM; the same command goes on"):
         leaderboard.train_row(row, "emoji", 3, 0, tmp_path / "run", lambda step, loss: signal.raise_signal(signal.SIGTERM))
 
@@ -162,7 +166,7 @@ def test_peers_train_and_draw(name: str, tmp_path: Path) -> None:
 
 
 def test_rates_are_measured_on_an_idle_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = leaderboard.Row(about="tiny", network=TINY, options={"batch_size": 2})
+    row = leaderboard.Row(about="tiny", network=TINY, schedule="linear", options={"batch_size": 2})
     assert leaderboard.rate_of(row, "emoji", seconds=0) > 0
     monkeypatch.setattr(os, "getloadavg", lambda: (1.6, 0.0, 0.0))
     with pytest.raises(SystemExit, match=r"expected an idle machine, to measure images per second, got a load of 1\.6"):
@@ -197,7 +201,7 @@ def test_rates_are_shared_and_relate_to_the_anchor(tmp_path: Path, monkeypatch: 
     file = tmp_path / "fashion-mnist" / "small-fast.json"
     file.write_text(file.read_text().replace(common.machine()["device"], "another processor"))
     with pytest.raises(SystemExit, match="expected another processor, as for small-fast: pass --results FOLDER"):
-        rates("small-fast-wide")
+        rates("small-fast-two-layers")
 
 
 def test_the_help_shows_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +216,7 @@ def test_an_unknown_row_is_refused() -> None:
 
 
 def test_the_table_sorts_by_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, errors in (("fast", [0.2, 0.3]), ("fast-v", [0.1, 0.1])):
+    for name, errors in (("small-fast", [0.2, 0.3]), ("small-fast-bf16", [0.1, 0.1])):
         seeds = {str(number): {"error": error} for number, error in enumerate(errors)}
         made = {"row": {}, "steps": 7, "images_per_second": 3.0, "judges": {}}
         section = {"made": made, "parameters": 2e6, "seeds": seeds}
@@ -221,8 +225,8 @@ def test_the_table_sorts_by_error(tmp_path: Path, capsys: pytest.CaptureFixture[
         (folder / f"{name}.json").write_text(json.dumps({"10 minutes, 1000 images": section}))
     leaderboard.main(["--table", "--data", "emoji", "--results", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| fast, v prediction, cosine schedule | 2.00 | 3 | 7 | 0.1000 ± 0 | 2 |",
-        f"| {leaderboard.ROWS['fast'].about} | 2.00 | 3 | 7 | 0.2500 ± 0.07 | 2 |",
+        "| small-fast, bfloat16 | 2.00 | 3 | 7 | 0.1000 ± 0 | 2 |",
+        f"| {leaderboard.ROWS['small-fast'].about} | 2.00 | 3 | 7 | 0.2500 ± 0.07 | 2 |",
     ]
     with pytest.raises(SystemExit, match=r"expected results of 5 minutes, 1000 images in .*, got none: train first"):
         leaderboard.main(["--table", "--data", "emoji", "--minutes", "5", "--results", str(tmp_path)])
