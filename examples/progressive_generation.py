@@ -26,9 +26,9 @@ columns = []
 with torch.inference_mode():
     x_t = ddpm_fast.initial_noise((args.num, 1, 32, 32), seeds)  # x_T
     for step, t in enumerate(plan.timesteps.tolist()):
-        epsilon = network(x_t, torch.full((args.num,), t), labels)
-        # x_0^ = (x_t - sqrt(1 - abar_t) epsilon) / sqrt(abar_t), clipped: the estimate of the finished image.
-        x_t, x_0 = ddpm_fast.reverse_step(x_t, epsilon, step, plan, seeds=seeds, return_x_0=True)
+        v = network(x_t, torch.full((args.num,), t), labels)
+        # x_0^ = sqrt(abar_t) x_t - sqrt(1 - abar_t) v, clipped: the estimate of the finished image.
+        x_t, x_0 = ddpm_fast.reverse_step(x_t, v, step, plan, seeds=seeds, return_x_0=True)
         if step in shown:
             columns.append(x_0)
 

@@ -93,7 +93,7 @@ print(ddpm_fast.ddim_plan(garments.objective, 6))
 
 # %% [markdown]
 # The images of a column start from the same noise. The rows are DDIM with 3, 12 and 50 steps, and the built-in model's own plan
-# of 6 steps. Images of 3 steps are blurred. Those of the 6 steps are sharp, because that plan was
+# of 6 steps. Three steps are too few for garments. Those of the 6 steps are sharp, because that plan was
 # [fitted](../docs/sampling.md#fit-a-plan) to a slower one.
 
 # %%

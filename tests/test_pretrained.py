@@ -155,22 +155,17 @@ def test_the_builtin_model_is_what_its_record_says() -> None:
     builtin = load_builtin()
     config = builtin.model.config
     assert (config["in_channels"], config["sample_size"], config["num_class_embeds"]) == (1, 32, 11)
-    assert (tuple(config["class_names"]), builtin.objective.prediction) == (FASHION_MNIST_CLASSES, "epsilon")
+    assert (tuple(config["class_names"]), builtin.objective.prediction) == (FASHION_MNIST_CLASSES, "v_prediction")
     assert {parameter.dtype for parameter in builtin.model.parameters()} == {torch.float32}
     assert builtin.objective.schedule.num_timesteps == 1000
     assert sum(file.stat().st_size for file in BUILTIN.rglob("*") if file.is_file()) <= 8e6
     record = json.loads((BUILTIN / "training.json").read_text(encoding="utf-8"))
-    assert record["dataset"]["images"] == 60_000
+    assert (record["dataset"]["images"], record["options"]["data"]) == (60_000, "fashion-mnist")
+    assert record["unet"].items() >= {"norm_num_groups": 8, "resnet_time_scale_shift": "scale_shift"}.items()
     with (BUILTIN / "training_log.csv").open(newline="", encoding="utf-8") as file:
-        log = list(csv.DictReader(file))
-    for number, segment in enumerate(record["segments"], 1):  # each starts from the weights that the one before left
-        assert segment.keys() == {"commit", "steps", "images", "seconds", "versions", "options"}
-        assert segment["options"]["data"] == "fashion-mnist"
-        assert segment["images"] == segment["steps"] * segment["options"]["batch_size"]
-        steps = [int(row["step"]) for row in log if int(row["segment"]) == number]
-        assert steps == sorted(steps)
-        assert 0 <= segment["steps"] - steps[-1] <= segment["options"]["log_every"]
-    assert {int(row["segment"]) for row in log} == set(range(1, len(record["segments"]) + 1))
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == sorted(steps)
+    assert steps[-1] == record["step"] == record["options"]["steps"]
 
 
 def test_the_builtin_model_draws_garments() -> None:
@@ -237,7 +232,7 @@ def test_a_model_brings_its_plan_and_others_draw_with_noise() -> None:
     ]
     for model, options, name, expected in cases:
         plan, called = model.build_plan(**options)
-        wanted = dpm_solver_plan(model.objective.schedule, **expected)
+        wanted = dpm_solver_plan(model.objective, clip=model.clip, **expected)
         assert called == name
         assert torch.equal(plan.coefficients, wanted.coefficients)
         assert torch.equal(plan.timesteps, wanted.timesteps)
