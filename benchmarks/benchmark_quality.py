@@ -34,9 +34,9 @@ from judges import CLASS_RECIPE, CLASSES, Jury
 from torch import Tensor, nn
 
 from ddpm_fast import SamplingPlan, load_builtin
+from ddpm_fast.data import load_dataset, read_batch
 from ddpm_fast.files.images import to_uint8
 from ddpm_fast.pretrained import Pretrained
-from ddpm_fast.training.data import load_dataset, read_batch
 
 REAL: Final = "real"
 EVALUATIONS: Final = (5, 6, 8, 10, 12, 20, 50)

@@ -122,7 +122,7 @@ def speed(args: argparse.Namespace, run: common.Run) -> None:
 
 
 def batches(steps: int, n: int, size: int) -> list[idioms.Batch]:
-    from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
+    from ddpm_fast.data import load_dataset, read_batch, to_unit_range
 
     dataset = load_dataset("digits", image_size=size)
     generator = torch.Generator().manual_seed(0)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddpm_fast import frechet_distance
+from ddpm_fast.data import FASHION_MNIST_CLASSES, load_dataset, read_batch, to_unit_range
 from ddpm_fast.files.writing import replacing
-from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, read_batch, to_unit_range
 
 CLASSES: Final = len(FASHION_MNIST_CLASSES)
 # All that decides a judge's weights, up to rounding. The digest names its file, so raise `version` if the code changes.

@@ -47,13 +47,13 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast import NoiseSchedule, Objective, Sampler, Trainer, TrainOptions, UNet, load_folder
+from ddpm_fast.data import ItemDataset, load_dataset, read_batch, to_unit_range
 from ddpm_fast.files.images import save_grid, to_uint8
 from ddpm_fast.files.writing import write_json
 from ddpm_fast.inference.model import predict
 from ddpm_fast.plan import named_plan
 from ddpm_fast.plan.levels import fractional_timesteps, level_range
 from ddpm_fast.samplers import DEFAULT_SAMPLER
-from ddpm_fast.training.data import ItemDataset, load_dataset, read_batch, to_unit_range
 
 BUILD: Final = common.ROOT.parent / "build" / "leaderboard"
 RESULTS: Final = common.ROOT / "results" / "leaderboard"

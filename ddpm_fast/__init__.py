@@ -10,7 +10,7 @@ from .version import __version__ as __version__
 
 _NAMES_BY_MODULE = {
     "pretrained": ("Pretrained", "load_builtin", "load_folder"),
-    "sampling.editing": ("inpaint", "interpolate", "invert", "vary"),
+    "sampling.editing": ("inpaint", "interpolate", "invert", "load_image", "vary"),
     "evaluation": ("Moments", "VariationalBound", "frechet_distance", "variational_bound"),
     "files.images": ("image_grid", "save_grid", "save_trajectory", "to_uint8"),
     "integrations.freezing": ("freeze", "plan_of"),
@@ -34,7 +34,6 @@ _NAMES_BY_MODULE = {
     "sampling.sample_files": ("write_samples",),
     "sampling.sampler": ("Sampler", "sample"),
     "schedule": ("NoiseSchedule", "Objective"),
-    "training.data": ("load_image",),
     "training.export": ("export_checkpoint",),
     "training.log": ("Logger",),
     "training.loop": ("TrainResult",),

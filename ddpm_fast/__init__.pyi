@@ -50,6 +50,7 @@ from .samplers import PlanOptions as PlanOptions
 from .sampling.editing import inpaint as inpaint
 from .sampling.editing import interpolate as interpolate
 from .sampling.editing import invert as invert
+from .sampling.editing import load_image as load_image
 from .sampling.editing import vary as vary
 from .sampling.fitting import fit_plan as fit_plan
 from .sampling.options import BatchOptions as BatchOptions
@@ -60,7 +61,6 @@ from .sampling.sampler import Sampler as Sampler
 from .sampling.sampler import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
 from .schedule import Objective as Objective
-from .training.data import load_image as load_image
 from .training.export import export_checkpoint as export_checkpoint
 from .training.log import Logger as Logger
 from .training.loop import TrainResult as TrainResult

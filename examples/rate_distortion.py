@@ -9,7 +9,7 @@ import argparse
 import torch
 
 import ddpm_fast
-from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
+from ddpm_fast.data import load_dataset, read_batch, to_unit_range
 
 parser = argparse.ArgumentParser(description="Print rate and distortion of progressive lossy coding over reverse time.")
 parser.add_argument("--steps", type=int, default=1000, help="timesteps; fewer are quicker and cost more bits")

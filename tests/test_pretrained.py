@@ -28,13 +28,13 @@ from ddpm_fast import (
     repaint_plan,
     sample,
 )
+from ddpm_fast.data import FASHION_MNIST_CLASSES
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.inference import Interface
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
 from ddpm_fast.samplers import PlanOptions
 from ddpm_fast.training.checkpoint import Checkpoints
-from ddpm_fast.training.data import FASHION_MNIST_CLASSES
 
 
 def write_scheduler(folder: Path, **config: Any) -> None:

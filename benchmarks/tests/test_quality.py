@@ -17,7 +17,7 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import dpm_solver_plan, load_builtin
-from ddpm_fast.training.data import Item, read_batch
+from ddpm_fast.data import Item, read_batch
 
 
 def test_samplers_are_named_by_method_and_evaluations():

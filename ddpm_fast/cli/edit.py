@@ -33,8 +33,8 @@ from .outputs import check_output, close, grey_for_bad, try_writing, write
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..data import ItemDataset
     from ..pretrained import Pretrained
-    from ..training.data import ItemDataset
 
 _SOURCES = click.argument("sources", metavar="IMAGE...", nargs=-1, required=True)
 _STRENGTH = click.option(
@@ -208,8 +208,8 @@ def _opened(
     """
     import torch
 
+    from ..data import DATASETS, to_unit_range
     from ..files.images import image_format
-    from ..training.data import DATASETS, to_unit_range
 
     out = options["out"]
     check_output(command, "out", out)
@@ -237,7 +237,7 @@ def _opened(
 
 def _read(command: str, source: str, shape: tuple[int, int, int], datasets: dict[str, ItemDataset]) -> Tensor:
     """Return the image of a file or of a data set, uint8 [C, H, W]."""
-    from ..training.data import load_dataset, read_image
+    from ..data import load_dataset, read_image
 
     if os.path.isfile(source):
         return read_image(source, shape, caller=command, name="IMAGE")
@@ -259,7 +259,7 @@ def _labels(command: str, loaded: Pretrained, options: dict[str, Any], count: in
 
 def _mask(path: str, images: Tensor) -> Tensor:
     """Return the mask in a file, float32 [1, 1, H, W]."""
-    from ..training.data import read_image
+    from ..data import read_image
 
     mask = read_image(path, (1, *images.shape[2:]), caller="inpaint", name="mask")[None]
     # A mask of zeros and ones has none.

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..checks import Ranges
+    from ..data import ItemDataset
     from ..pretrained import Pretrained
-    from ..training.data import ItemDataset
 
 _OF_TESTS = ("data", "data_dir", "condition", "data_range", "condition_range", "samples", "variance", "labels")
 _OF_FID = ("images", "features", "inception")
@@ -113,9 +113,9 @@ def evaluate_command(
     With --fid, print the Frechet Inception Distance, KID and the Inception Score of --images. torchrun can start several
     processes, and needs --num-samples for --num.
     """
+    from ..data import read_batch
+    from ..data.condition import evaluated_images
     from ..files.writing import write_json
-    from ..training.data import read_batch
-    from ..training.data.condition import evaluated_images
 
     failures: list[str] = []
     if json is not None:
@@ -177,7 +177,7 @@ def _bounded(
     loaded: Pretrained, dataset: ItemDataset, num: int, variance: Any, arguments: dict[str, Any], failures: list[str]
 ) -> tuple[str, list[str], dict[str, Any]]:
     """Return the head, the lines and the figures of the variational bound."""
-    from ..training.data import read_batch, to_unit_range
+    from ..data import read_batch, to_unit_range
 
     got = "numbers of another range"
     expect(dataset.info.data_range is None, "evaluate", "data", "to be pictures of 256 levels, for bits per dimension", got)
@@ -217,10 +217,10 @@ def _restored(
     """Return the head, the lines and the figures of restored images."""
     import torch
 
+    from ..data.condition import examples
     from ..files.images import condition_as_image
     from ..inference.model import device_and_dtype
     from ..resources import import_extra
-    from ..training.data.condition import examples
 
     metrics = import_extra("torchmetrics.functional.image", "train")
     smallest = min(dataset.info.shape[1:])

@@ -19,9 +19,9 @@ from .sample import write_each
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..data import ItemDataset
     from ..evaluation import Moments
     from ..pretrained import Pretrained
-    from ..training.data import ItemDataset
 
 _LEAST: Final = 2  # images, as one has no covariance
 _USUAL: Final = 50_000  # images of a published FID
@@ -126,9 +126,9 @@ def _moments(path: str) -> Moments | None:
     import numpy as np
     import torch
 
+    from ..data.arrays import loaded_arrays
     from ..evaluation import Moments
     from ..evaluation.inception import FEATURES
-    from ..training.data.arrays import loaded_arrays
 
     names: set[str] = set()
     with suppress(Exception), np.load(path) as opened:  # what is damaged is refused as images
@@ -146,7 +146,7 @@ def _moments(path: str) -> Moments | None:
 
 def _pictures(name: str, path: str, num: int | None = None) -> ItemDataset:
     """Return pictures as a data set. Raise unless they are enough, of one size, grey or in RGB."""
-    from ..training.data import load_dataset
+    from ..data import load_dataset
 
     expect(os.path.exists(path), "evaluate", name, "to be a folder or an .npz of images", f"{path!r}, which does not exist")
     try:
@@ -163,6 +163,6 @@ def _pictures(name: str, path: str, num: int | None = None) -> ItemDataset:
 
 
 def _pixels(dataset: ItemDataset, part: range) -> Tensor:
-    from ..training.data import read_batch
+    from ..data import read_batch
 
     return read_batch(dataset, part).images

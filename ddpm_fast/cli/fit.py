@@ -129,7 +129,7 @@ def _real_images(loaded: Pretrained, model: Path, options: dict[str, Any]) -> Te
     """
     import torch
 
-    from ..training.data import load_dataset, read_batch, to_unit_range
+    from ..data import load_dataset, read_batch, to_unit_range
     from ..training.run import RunFolder
 
     config, asked = loaded.model.config, options["data"]

@@ -160,7 +160,7 @@ def _check_places(out: str, gif: Path | None, size: int) -> bool:
 
 def _conditions(loaded: Pretrained, path: str | None, seed: int, num: int | None, ranges: Ranges | None) -> Tensor | None:
     """Return the conditions of --condition, or None for a model without. Raise unless they go together."""
-    from ..training.data.condition import read_conditions
+    from ..data.condition import read_conditions
 
     channels, kind = loaded.interface.condition_channels, loaded.model.config.get("condition")
     shape = loaded.interface.shape

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_float, check_strided
+from ..data import read_image, to_unit_range
 from ..dtypes import FLOATS, opmath
 from ..errors import InvalidType, InvalidValue, expect
 from ..ops import initial_noise, noise
@@ -167,6 +168,29 @@ def inpaint(sampler: Sampler, images: Tensor, mask: Tensor, **options: Unpack[Ed
         drawn, _ = sampler._draw(request.part(chunk, callback=keep))
         results.append(_blend(known[chunk], drawn, painted[chunk]))
     return torch.cat(results)
+
+
+@checked()
+def load_image(image: Any, sampler: Sampler) -> Tensor:
+    """Read an image for `vary`, `interpolate`, `invert` or `inpaint`.
+
+    The largest centred part with the proportions of the sampler's images is resized to theirs.
+
+    Args:
+        image: A path of a file that Pillow can read, or a `PIL.Image.Image`.
+        sampler: A Sampler that draws grey, RGB or RGBA pictures.
+
+    Returns:
+        float32 [1, C, H, W] in [-1, 1] on the CPU.
+
+    Raises:
+        ValueError: The file is damaged or holds no image, or the sampler draws no pictures.
+        OSError: The file cannot be opened.
+        TypeError: An argument has an unsupported type.
+    """
+    shape = sampler.shape
+    expect(len(shape) == 3 and shape[0] in (1, 3, 4), "load_image", "sampler", "to draw pictures, grey, RGB or RGBA", shape)
+    return to_unit_range(read_image(image, shape, caller="load_image", name="image"))[None]
 
 
 def _request(

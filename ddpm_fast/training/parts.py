@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..checks import check_int, checked_bytes
+from ..data import DATASETS, Checked, DatasetInfo, ItemDataset, load_dataset
+from ..data.items import size_of
 from ..errors import InvalidValue, expect, renaming
 from ..inference import Interface
 from ..inference.model import device_and_dtype, evaluation_mode, predict
 from ..nn import UNet
 from ..nn.unet import describe_images
 from ..schedule import NoiseSchedule, Objective
-from .data import DATASETS, Checked, DatasetInfo, ItemDataset, load_dataset
-from .data.items import size_of
 from .options import DataOptions, ModelOptions, TrainOptions
 from .run import Run
 

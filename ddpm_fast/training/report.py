@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..checks import listed
+from ..data.condition import examples
 from ..files.images import in_bands, save_grid, shown_channels
 from ..plan import default_plan
 from ..sampling.progress import progress_bar
 from ..sampling.sampler import sample
-from .data.condition import examples
 from .log import COLUMNS, LOGGER_FAILS, Logger, tensorboard
 from .state import State
 from .task import Task

@@ -14,11 +14,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from ..data import Batch, Degradation, batches, to_unit_range
 from ..inference.model import predict
 from ..nn import UNet
 from ..ops import denoising_loss, q_sample
 from ..variational import variational_loss
-from .data import Batch, Degradation, batches, to_unit_range
 from .options import TrainOptions
 from .state import State
 from .task import Task

@@ -11,11 +11,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..data import ItemDataset
 from ..errors import expect, renaming
 from ..nn import UNet, UNetConfig
 from ..schedule import Objective
 from ..version import __version__
-from .data import ItemDataset
 from .log import Logger
 from .options import LOCAL
 from .run import FORMAT, Run

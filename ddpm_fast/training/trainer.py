@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..checks import check_type
+from ..data import DATASETS, Degradation
 from ..distributed import joined
 from ..options import AnyOptions, checked, within
 from ..schedule import NoiseSchedule, Objective
-from .data import DATASETS, Degradation
 from .log import Logger
 from .loop import TrainResult, run_steps
 from .options import DataOptions, ModelOptions, TrainOptions

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import ddpm_fast
 from ddpm_fast import pretrained
+from ddpm_fast.data import load_dataset, read_batch, to_unit_range
 from ddpm_fast.files.images import save_grid
-from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 
 SCHEDULE = ddpm_fast.NoiseSchedule.linear(1000)
 SIZE = 8

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from ddpm_fast import NoiseSchedule, UNet, noise, sample_seeds, variational_bound
+from ddpm_fast.data import load_dataset, read_batch, to_unit_range
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 from ddpm_fast.reference import philox
-from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 
 T = 30
 SCHEDULE = NoiseSchedule.linear(T, beta_start=2e-3, beta_end=0.35)

@@ -30,9 +30,9 @@ from runs import QUIET, assert_same_weights, log_rows, newest_checkpoint, train
 
 from ddpm_fast import UNet, export_checkpoint, save_grid
 from ddpm_fast.cli import main as main_command
+from ddpm_fast.data import load_dataset
 from ddpm_fast.files.writing import PREFIX
 from ddpm_fast.training.checkpoint import Checkpoints
-from ddpm_fast.training.data import load_dataset
 
 KINDS = {"KILL": -1, "SHORT": -2}
 FINISHED, REFUSED, BROKEN = 0, 3, 4  # exit statuses of a child; REFUSED: it raised an OSError

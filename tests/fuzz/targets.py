@@ -27,10 +27,10 @@ from items import encoded, write
 from mutations import bytes_of, json_of, safetensors_of, torch_of
 
 from ddpm_fast import NoiseSchedule, Objective
+from ddpm_fast.data import load_dataset, published
 from ddpm_fast.nn import UNet, UNetConfig
 from ddpm_fast.pretrained import _read_scheduler
 from ddpm_fast.training.checkpoint import Checkpoints, read_state, why_damaged
-from ddpm_fast.training.data import load_dataset, published
 from ddpm_fast.training.export import write_scheduler
 from ddpm_fast.training.options import STRUCTS
 from ddpm_fast.training.run import FORMAT, RunFolder

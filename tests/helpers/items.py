@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_fast.training.data import Batch, Item, ItemDataset, read_batch
+from ddpm_fast.data import Batch, Item, ItemDataset, read_batch
 
 
 def whole(dataset: ItemDataset) -> Batch:

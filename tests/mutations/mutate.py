@@ -15,10 +15,16 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 QUOTAS = {  # files -> number of mutations of a seed: 70 in Python by statements, and 30 in C++
-    **{"ddpm_fast/*.py": 7, "ddpm_fast/cli/**/*.py": 5, "ddpm_fast/distributed/**/*.py": 1, "ddpm_fast/evaluation/**/*.py": 1},
+    **{
+        "ddpm_fast/*.py": 7,
+        "ddpm_fast/cli/**/*.py": 5,
+        "ddpm_fast/data/**/*.py": 6,
+        "ddpm_fast/distributed/**/*.py": 1,
+        "ddpm_fast/evaluation/**/*.py": 1,
+    },
     **{"ddpm_fast/files/**/*.py": 2, "ddpm_fast/inference/**/*.py": 7, "ddpm_fast/integrations/**/*.py": 6},
     **{"ddpm_fast/nn/**/*.py": 4, "ddpm_fast/ops/**/*.py": 8, "ddpm_fast/plan/**/*.py": 4, "ddpm_fast/sampling/**/*.py": 5},
-    **{"ddpm_fast/schedule/**/*.py": 2, "ddpm_fast/training/**/*.py": 14, "ddpm_fast/triton_kernels/**/*.py": 4},
+    **{"ddpm_fast/schedule/**/*.py": 2, "ddpm_fast/training/**/*.py": 8, "ddpm_fast/triton_kernels/**/*.py": 4},
     **{"csrc/cpu/*": 25, "csrc/common/*": 5},
 }
 

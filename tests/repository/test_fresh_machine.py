@@ -14,7 +14,7 @@ from pathlib import Path
 import fresh_machine
 import pytest
 
-from ddpm_fast.training.data import load_dataset, published
+from ddpm_fast.data import load_dataset, published
 
 # Runs in processes of all kinds. A process that is not guarded would wait for 192.0.2.1, which nobody has (RFC 5737).
 PROBE = """
@@ -104,7 +104,7 @@ def test_a_test_may_be_given_the_machine() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("hidden", [True, False])
 def test_a_python_hides_the_folders_that_the_package_reads(hidden: bool) -> None:
-    script = "from ddpm_fast.training.data import FASHION_MNIST_DEBIAN, published\n"
+    script = "from ddpm_fast.data import FASHION_MNIST_DEBIAN, published\n"
     script += "print(FASHION_MNIST_DEBIAN, published._default_folder())"
     with nullcontext() if hidden else fresh_machine.lifted():
         done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)

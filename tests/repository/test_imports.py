@@ -30,6 +30,7 @@ ALLOWED = {
     "plan": {"checks", "options", "samplers", "reference", "predictions", "schedule", "plan"},
     "triton_kernels": {"reference", "triton_kernels"},
     "ops": {"dtypes", "checks", "predictions", "reference", "schedule", "plan", "triton_kernels", "ops"},
+    "data": {"resources", "checks", "files", "options", "ops", "data"},
     "variational": {"dtypes", "checks", "predictions", "reference", "schedule", "ops"},
     "info": {"version", "ops"},
     "nn": {"dtypes", "resources", "checks", "files", "options", "reference", "ops", "nn"},
@@ -52,7 +53,7 @@ ALLOWED = {
     },
     "sampling": {
         *("distributed", "dtypes", "resources", "checks", "files", "options", "reference", "plan", "ops", "schemas"),
-        *("inference", "sampling"),
+        *("data", "inference", "sampling"),
     },
     "evaluation": {
         *("distributed", "dtypes", "resources", "checks", "files", "options", "predictions", "schedule", "plan", "ops"),
@@ -60,7 +61,7 @@ ALLOWED = {
     },
     "training": {
         *("version", "allocator", "distributed", "resources", "checks", "files", "options", "predictions", "schedule"),
-        *("plan", "ops", "variational", "nn", "schemas", "inference", "sampling", "training"),
+        *("plan", "ops", "data", "variational", "nn", "schemas", "inference", "sampling", "training"),
     },
     "pretrained": {
         *("checks", "resources", "files", "options", "samplers", "schedule", "plan", "nn", "schemas", "inference"),
@@ -70,7 +71,7 @@ ALLOWED = {
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {
         *("version", "distributed", "resources", "checks", "files", "options", "predictions", "samplers", "info"),
-        *("plan", "inference", "sampling", "evaluation", "training", "pretrained", "ddpm_fast", "cli"),
+        *("plan", "data", "inference", "sampling", "evaluation", "training", "pretrained", "ddpm_fast", "cli"),
     },
     "__main__": {"cli"},
 }

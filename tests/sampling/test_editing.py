@@ -35,8 +35,8 @@ from ddpm_fast import (
     sample_seeds,
     vary,
 )
+from ddpm_fast.data import load_dataset, read_batch, to_unit_range
 from ddpm_fast.reference import STREAM_KNOWN
-from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 
 SCHEDULE = NoiseSchedule.linear()
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 4 * 4).reshape(2, 3, 4, 4)

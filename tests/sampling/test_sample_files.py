@@ -24,6 +24,7 @@ from refusals import refused
 from torch import Tensor, nn
 
 import ddpm_fast as d
+from ddpm_fast.data import load_dataset, read_batch
 from ddpm_fast.distributed import Processes
 from ddpm_fast.errors import InvalidValue, UnusablePath
 from ddpm_fast.files.writing import PREFIX
@@ -31,7 +32,6 @@ from ddpm_fast.inference.adapter import weights_digest
 from ddpm_fast.sampling import arguments, sample_files, sample_formats
 from ddpm_fast.sampling.arguments import Request
 from ddpm_fast.sampling.sampler import Sampler
-from ddpm_fast.training.data import load_dataset, read_batch
 
 NAMES = ("folder", "a.npz")
 NUM, BATCH = 10, 4

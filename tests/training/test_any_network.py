@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddpm_fast import NoiseSchedule, Sampler, Trainer, TrainOptions, ddim_plan, export_checkpoint, freeze, load_folder
+from ddpm_fast.data import load_dataset
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training.data import load_dataset
 
 SCHEDULE = NoiseSchedule.linear()
 SIDES = {1: (12,), 2: (6, 4), 3: (4, 2, 6)}

@@ -20,9 +20,9 @@ from runs import QUIET, TRAIN, assert_same_weights, pictures, resume_and_compare
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, Sampler, Trainer, TrainOptions, load_folder, sample_seeds
+from ddpm_fast.data import Degradation, arrays, load_dataset, read_batch, to_unit_range
+from ddpm_fast.data.condition import evaluated_images, examples, read_conditions
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training.data import Degradation, arrays, load_dataset, read_batch, to_unit_range
-from ddpm_fast.training.data.condition import evaluated_images, examples, read_conditions
 
 RUN: dict[str, Any] = QUIET | {"channels": [8, 16], "batch_size": 8, "micro_batch_size": 2, "steps": 3}
 

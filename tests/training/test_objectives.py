@@ -25,9 +25,9 @@ from ddpm_fast import (
     export_checkpoint,
     load_folder,
 )
+from ddpm_fast.data import load_dataset
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.integrations.guided_diffusion import load_guided_diffusion
-from ddpm_fast.training.data import load_dataset
 
 LEARNED = QUIET | {"variance": "learned_range", "num_timesteps": 20, "flip": True}
 FLOW = QUIET | {"prediction": "flow", "num_timesteps": 20}

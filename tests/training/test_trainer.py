@@ -38,10 +38,10 @@ from torch.utils.data import ChainDataset, Dataset, Subset, TensorDataset
 
 import ddpm_fast
 from ddpm_fast import Logger, NoiseSchedule, Trainer, TrainOptions, UNet, load_folder
+from ddpm_fast.data import Checked, batches, load_dataset, to_unit_range
 from ddpm_fast.distributed import ProcessLost
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.training import loop
-from ddpm_fast.training.data import Checked, batches, load_dataset, to_unit_range
 from ddpm_fast.training.rng import TrainingRng
 from ddpm_fast.training.state import State
 from ddpm_fast.training.task import Task
@@ -571,7 +571,7 @@ def test_a_wrong_item_of_a_later_batch_ends_the_run_with_a_checkpoint(num_worker
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
 def test_a_worker_may_die_while_it_sends(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     read_or_fail = Mock(side_effect=[(torch.zeros(1), torch.zeros(1)), error])
-    monkeypatch.setattr("ddpm_fast.training.data.loader.DataLoader", lambda *_, **__: iter(read_or_fail, None))
+    monkeypatch.setattr("ddpm_fast.data.loader.DataLoader", lambda *_, **__: iter(read_or_fail, None))
     read = batches(Checked(Digits(), 1, tuple("0123456789")), [], num_workers=1)
     next(read)
     with pytest.raises(

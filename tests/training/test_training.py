@@ -50,13 +50,13 @@ from ddpm_fast import (
     variational_loss,
 )
 from ddpm_fast.checks import MAX_TIMESTEPS
+from ddpm_fast.data import load_dataset, read_batch, to_unit_range
 from ddpm_fast.errors import InvalidValue, UnusablePath
 from ddpm_fast.nn.config import MAX_LAYERS
 from ddpm_fast.options import options_of
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.training import parts, report
 from ddpm_fast.training.checkpoint import Checkpoints, read_state
-from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 from ddpm_fast.training.export import write_scheduler
 from ddpm_fast.training.log import CsvLog
 from ddpm_fast.training.options import STRUCTS

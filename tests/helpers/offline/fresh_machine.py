@@ -20,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[2] / "build" / "cache-of-tests"  # in place of ~/.cache; matplotlib keeps its list of fonts there
 HIDDEN = "DDPM_FAST_TESTS_HIDE"  # variable with the folders of data sets, for the processes that a test starts
 DEBIAN = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
-PUBLISHED = "ddpm_fast.training.data.published"
-NAMED_IN = ("ddpm_fast.training.data", PUBLISHED)  # modules with the constant FASHION_MNIST_DEBIAN
+PUBLISHED = "ddpm_fast.data.published"
+NAMED_IN = ("ddpm_fast.data", PUBLISHED)  # modules with the constant FASHION_MNIST_DEBIAN
 
 _hidden: tuple[str, ...] = ()  # folders that do not exist for this process; empty: it may use everything
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from items import encoded, whole
 
-from ddpm_fast.training.data import load_dataset
+from ddpm_fast.data import load_dataset
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 6, 6, 3), dtype=np.uint8)
 LABELS = [0, 2, 1, 1, 0, 2, 2]

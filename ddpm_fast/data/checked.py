@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
-from ...errors import InvalidType, InvalidValue, expect
+from ..errors import InvalidType, InvalidValue, expect
 from .items import DatasetInfo, Item, ItemDataset
 
 _log = logging.getLogger("ddpm_fast")

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...checks import Ranges, checked_ranges
-from ...errors import InvalidValue, expect
+from ..checks import Ranges, checked_ranges
+from ..errors import InvalidValue, expect
 from .items import DatasetInfo, ItemDataset
 from .labels import checked_labels
 from .sources import Decoded, Opened, Source

@@ -23,8 +23,8 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from ...checks import check_choice, listed
-from ...errors import InvalidValue, expect
+from ..checks import check_choice, listed
+from ..errors import InvalidValue, expect
 from .items import DatasetInfo, ItemDataset, central_box
 from .sources import Decoded, Source
 

@@ -14,8 +14,8 @@ from items import whole, write
 from runs import QUIET, train
 
 from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, load_folder, write_samples
+from ddpm_fast.data import load_dataset
 from ddpm_fast.plan import ddpm_plan
-from ddpm_fast.training.data import load_dataset
 
 N, H, W, C = 7, 4, 6, 5
 VALUES = np.random.default_rng(0).normal(3, 2, (N, H, W, C)).astype(np.float32)

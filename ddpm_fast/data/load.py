@@ -11,22 +11,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
-from ...checks import Ranges, check_ints, check_path, check_type, checked_ranges, listed
-from ...errors import InvalidValue, expect, renaming
-from ...options import checked, within
-from ...resources import size_text
+from ..checks import Ranges, check_ints, check_path, checked_ranges, listed
+from ..errors import InvalidValue, expect, renaming
+from ..options import checked, within
+from ..resources import size_text
 from .arrays import arrays, read_array_file
 from .degradation import Degradation
-from .items import Cached, Conditioned, ItemDataset, Resized, Wrapper, to_unit_range
+from .items import Cached, Conditioned, ItemDataset, Resized, Wrapper
 from .published import DATASETS, read_table
 from .sources import ARRAYS, PICTURES, Source, read_archive, read_folder
-
-if TYPE_CHECKING:
-    from ...sampling.sampler import Sampler
 
 _Range = Sequence[float] | Sequence[Sequence[float]] | Literal["measured"] | None
 
@@ -226,31 +223,6 @@ def read_image(path: Any, shape: Sequence[int], *, caller: str = "read_image", n
         if isinstance(error, MemoryError) or getattr(error, "filename", None) is not None:
             raise
         raise InvalidValue(caller, name, "to be an image", f"{str(path)!r}: {error}") from error
-
-
-def load_image(image: Any, sampler: Sampler) -> Tensor:
-    """Read an image for `vary`, `interpolate`, `invert` or `inpaint`.
-
-    The largest centred part with the proportions of the sampler's images is resized to theirs.
-
-    Args:
-        image: A path of a file that Pillow can read, or a `PIL.Image.Image`.
-        sampler: A Sampler that draws grey, RGB or RGBA pictures.
-
-    Returns:
-        float32 [1, C, H, W] in [-1, 1] on the CPU.
-
-    Raises:
-        ValueError: The file is damaged or holds no image, or the sampler draws no pictures.
-        OSError: The file cannot be opened.
-        TypeError: An argument has an unsupported type.
-    """
-    from ...sampling.sampler import Sampler
-
-    check_type("load_image", "sampler", sampler, Sampler)
-    shape = sampler.shape
-    expect(len(shape) == 3 and shape[0] in (1, 3, 4), "load_image", "sampler", "to draw pictures, grey, RGB or RGBA", shape)
-    return to_unit_range(read_image(image, shape, caller="load_image", name="image"))[None]
 
 
 def _range(name: str, value: Any) -> Ranges | Literal["measured"] | None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import InvalidValue, expect
+from ..errors import InvalidValue, expect
 
 _MAX_LABEL: Final = 65_535  # ImageNet-21k has 21,841 classes
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from ...checks import Ranges, as_json
+from ..checks import Ranges, as_json
 from .degradation import Degradation
 
 

@@ -18,9 +18,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InvalidValue, expect
-from ...files.writing import replacing
-from ...resources import import_extra
+from ..errors import InvalidValue, expect
+from ..files.writing import replacing
+from ..resources import import_extra
 from .arrays import read_rows
 from .labels import checked_labels
 from .sources import Source

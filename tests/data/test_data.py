@@ -20,9 +20,9 @@ from items import assert_equal, encoded, flip_bits, whole, write
 from PIL import Image
 from refusals import refused
 
+from ddpm_fast.data import FASHION_MNIST_CLASSES, collate, load_dataset, published, read_batch, to_unit_range
+from ddpm_fast.data.sources import PICTURES
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training.data import FASHION_MNIST_CLASSES, collate, load_dataset, published, read_batch, to_unit_range
-from ddpm_fast.training.data.sources import PICTURES
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -473,7 +473,7 @@ def test_only_the_first_images_are_read_but_all_classes_counted(skip_broken: boo
 @pytest.mark.parametrize("memory", [None, 0])
 def test_a_lack_of_memory_is_no_broken_image(memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    monkeypatch.setattr("ddpm_fast.training.data.pictures.converted", Mock(side_effect=MemoryError))
+    monkeypatch.setattr("ddpm_fast.data.pictures.converted", Mock(side_effect=MemoryError))
     for skip_broken in (False, True):
         with pytest.raises(MemoryError):
             load_dataset(str(tmp_path), memory=memory, skip_broken=skip_broken)[0]

@@ -21,7 +21,7 @@ from runs import QUIET, assert_same_weights, train
 from test_data_tables import write_folder
 
 from ddpm_fast.checks import checked_bytes
-from ddpm_fast.training.data import ItemDataset, batches, load_dataset, loader, read_batch
+from ddpm_fast.data import ItemDataset, batches, load_dataset, loader, read_batch
 
 COUNT = 300  # items of an archive, or of arrays
 KINDS: dict[str, dict[str, Any]] = {
@@ -98,7 +98,7 @@ def test_workers_that_are_started_anew_read_the_right_items(sources: Path) -> No
     """Python 3.14 starts processes by a server, on macOS by themselves. They get the data set as a pickle."""
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)
-    multiprocessing.set_forkserver_preload(["ddpm_fast.training.data.load"])  # saves time
+    multiprocessing.set_forkserver_preload(["ddpm_fast.data.load"])  # saves time
     try:
         for dataset in (loaded(sources, "class folders with conditions", memory=0), loaded(sources, "arrays with rows")):
             indices = drawn(dataset)
@@ -198,7 +198,7 @@ def test_memory_decides_where_images_are(folder: Path, caplog: pytest.LogCapture
 
 
 def test_sizes_are_checked_without_decoding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_fast.training.data.pictures.decoded", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr("ddpm_fast.data.pictures.decoded", lambda *_: pytest.fail("an image was decoded"))
     load_dataset(str(folder), memory=0)
     (folder / "a" / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"got 1 of 31 that it cannot: a/text\.png \(UnidentifiedImageError\); remove"):

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import Ranges, checked_ranges
-from ...errors import expect, renaming
-from ...ops import sample_seeds
+from ..checks import Ranges, checked_ranges
+from ..errors import expect, renaming
+from ..ops import sample_seeds
 from .degradation import Degradation, masked, resized_bicubically
 from .items import ItemDataset, read_batch, to_unit_range
 from .load import load_dataset, load_source, read_source

@@ -13,7 +13,7 @@ import pytest
 import torch
 from items import whole
 
-from ddpm_fast.training.data import load_dataset, published
+from ddpm_fast.data import load_dataset, published
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 NAMES = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]

@@ -14,8 +14,8 @@ from items import assert_equal, encoded, whole, write
 from refusals import refused
 from test_data_tables import FEATURES, write_folder
 
+from ddpm_fast.data import load_dataset, read_batch
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training.data import load_dataset, read_batch
 
 COUNT = 12
 FLAT, CLASSES = [str(number) for number in range(COUNT)], [f"{'ab'[number % 2]}/{number}" for number in range(COUNT)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from items import encoded, flip_bits, whole, write
 
-from ddpm_fast.training.data import batches, load_dataset, sources
+from ddpm_fast.data import batches, load_dataset, sources
 
 NAMES = ["00000/img1.png", "00000/img0.png", "b.png", "00001-more/deep/img2.PNG", "A.png"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import InvalidValue, expect
+from ..errors import InvalidValue, expect
 from .items import DatasetInfo, Item, ItemDataset
 from .labels import checked_labels, listed_labels
 

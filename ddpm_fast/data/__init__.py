@@ -1,9 +1,9 @@
-"""Data sets to train on: items of an image, a label and a condition, read by index."""
+"""Data sets: items of an image, a label and a condition, read by index."""
 
 from .checked import Checked
 from .degradation import Degradation
 from .items import Batch, DatasetInfo, Item, ItemDataset, collate, read_batch, to_unit_range
-from .load import load_dataset, load_image, read_image
+from .load import load_dataset, read_image
 from .loader import DECODING_WORKERS, batches
 from .published import DATASETS, FASHION_MNIST_CLASSES, FASHION_MNIST_DEBIAN
 
@@ -21,7 +21,6 @@ __all__ = [
     "batches",
     "collate",
     "load_dataset",
-    "load_image",
     "read_batch",
     "read_image",
     "to_unit_range",
