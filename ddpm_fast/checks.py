@@ -300,6 +300,17 @@ def check_map(op: str, name: str, x: Tensor) -> None:
         raise InvalidValue(op, name, "to be [N, C, H, W]", f"shape {list(x.shape)}")
 
 
+def check_finite_maps(caller: str, name: str, x: Any, wanted: list[int]) -> None:
+    """Raise a TypeError or ValueError unless x is a floating tensor of a shape, finite if it is on a CPU."""
+    if not isinstance(x, Tensor):
+        raise InvalidType(caller, name, "to be a tensor or None", type(x).__name__)
+    check_values(caller, name, x)
+    fits = x.dtype in FLOATS and list(x.shape) == wanted
+    expect(fits, caller, name, f"to be floating {wanted}", f"{x.dtype} {list(x.shape)}")
+    if x.device.type == "cpu" and not x.isfinite().all():  # a GPU would have to be waited for
+        raise InvalidValue(caller, name, "to be finite", "NaN or infinity")
+
+
 def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """Raise a ValueError unless x is on the device of `like`."""
     if x.device != like.device:

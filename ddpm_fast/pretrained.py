@@ -20,8 +20,9 @@ from .errors import expect, renaming
 from .files.images import in_range
 from .files.models import model_folder, scheduler_file
 from .files.writing import read_json, write_json
-from .inference import Interface
+from .inference import interface_of
 from .inference.adapter import weights_digest
+from .interface import Interface
 from .nn.checkpoint import read_config
 from .nn.unet import UNet
 from .options import checked, checked_options, taking
@@ -72,14 +73,14 @@ class Pretrained:
         """Return what the model draws, and how, in a few lines."""
         size, found = sum(each.numel() for each in self.model.parameters()), self.interface
         lines = [f"Pretrained: a UNet of {size:,} parameters for images {found.shape}", f"objective: {self.objective}"]
-        lines += [f"classes: {', '.join(found.class_names[:10]) or len(found.classes)}"] if found.classes else []
+        lines += [str(found.labels)] if found.labels.number else []
         lines += [f"plan: {len(self.plan)} steps{', fitted' * (self.plan.fit is not None)}"] if self.plan is not None else []
         return "\n".join(lines)
 
     @property
     def interface(self) -> Interface:
         """The input and output of the network, as its configuration says."""
-        return Interface.of(self.model, predicts_variance=self.objective.predicts_variance)
+        return interface_of(self.model, predicts_variance=self.objective.predicts_variance)
 
     @taking(PlanOptions)
     def sampler(
@@ -300,7 +301,7 @@ def load_folder(
     else:
         step, (model, objective, scheduler) = None, read(folder, folder)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
-    reads, gives = model.config["in_channels"], Interface.of(model).predicted_channels
+    reads, gives = model.config["in_channels"], interface_of(model).predicted_channels
     kept = model.config.get("variance")
     if scheduler.variance_type is None and (kept or gives == 2 * reads):  # the scheduler is one that ignores variances
         objective = replace(objective, variance=kept or "learned_range")

@@ -102,7 +102,7 @@ def push_to_hub(
                 shutil.copy(source / file, out / file)
         if loaded.plan is not None:  # a fitted one belongs to the weights as they are written
             load_folder(out).save_plan(loaded.plan, out)
-        if loaded.interface.shape is not None and not loaded.interface.condition_channels:
+        if loaded.interface.shape is not None and not loaded.interface.condition.channels:
             images = loaded.sampler()(16).cpu()
             save_grid(images, out / _PICTURE, scale=max(1, 128 // images.shape[-1]), channels=shown_channels(images.shape[1]))
         about = hub.ModelCardData(
@@ -124,12 +124,12 @@ def _card(loaded: Pretrained, folder: Path, name: str, metadata: str, quality: M
     options = {**trained.get("options", {}), "prediction": loaded.objective.name, "variance": loaded.objective.variance}
     training = {key: options[key] for key in _TOLD if trained and options.get(key) is not None}
     tables = {"Training": training, "Quality": dict(_figures(quality))}
-    reads, shape, names = interface.condition_channels, interface.shape, interface.class_names
+    reads, shape, labels = interface.condition.channels, interface.shape, str(interface.labels)
     return _CARD.format(
         metadata=metadata.strip(),
         title=name.partition("/")[2],
         size="" if shape is None else f"{shape[2]}x{shape[1]} ",
-        classes=f" of {len(names)} classes: {', '.join(map(_quoted, names))}" * bool(names),
+        classes=f" of {_quoted(labels)}" * bool(labels),
         picture=f"\n![16 images that it draws]({_PICTURE})\n" * (folder / _PICTURE).is_file(),
         name=name,
         given=f"c = ...  # conditions, float [16, {reads}, H, W]\n" * bool(reads),

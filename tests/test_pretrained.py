@@ -30,7 +30,7 @@ from ddpm_fast import (
 )
 from ddpm_fast.data import FASHION_MNIST_CLASSES
 from ddpm_fast.errors import InvalidType, InvalidValue
-from ddpm_fast.inference import Interface
+from ddpm_fast.inference import interface_of
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
 from ddpm_fast.samplers import PlanOptions
@@ -248,7 +248,7 @@ def test_a_model_and_its_sampler_print_in_a_few_lines() -> None:
     garments = ddpm_fast.load_builtin()
     lines = repr(garments).splitlines()
     assert re.fullmatch(r"Pretrained: a UNet of \d{1,3}(,\d{3})+ parameters for images \(1, 32, 32\)", lines[0])
-    assert lines[2].startswith("classes: T-shirt, trouser, ")
+    assert lines[2].startswith("10 classes: T-shirt, trouser, ")
     assert lines[3:] == ["plan: 6 steps, fitted"]
     assert all(len(line) < 200 for line in lines)
     first, second = repr(garments.sampler(sampler="ddim", steps=10)).splitlines()
@@ -331,7 +331,7 @@ def test_a_configuration_says_which_variance_a_network_predicts(tmp_path: Path) 
         model = UNet(**config, variance=variance)
         model.save_pretrained(tmp_path / variance)
         assert UNet.from_pretrained(tmp_path / variance).config["variance"] == variance
-        assert (Interface.of(model).shape, Interface.of(model).predicts_variance) == ((1, 8, 8), True)
+        assert (interface_of(model).shape, interface_of(model).predicts_variance) == ((1, 8, 8), True)
     with pytest.raises(
         ValueError, match=r"UNet: expected variance to be one of learned, learned_range or None, got 'fixed_small'"
     ):

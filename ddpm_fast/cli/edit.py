@@ -23,7 +23,6 @@ from .options import (
     class_options,
     drawing,
     dtype_of,
-    labels_of_option,
     load_model,
     model_options,
     plan_options,
@@ -135,7 +134,7 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
     sampler = loaded.sampler(forth, dtype=dtype_of(options))
     x_T = ddpm_fast.invert(sampler, images, **arguments)
     if arguments["class_labels"] is None:
-        arguments["class_labels"] = loaded.interface.no_label
+        arguments["class_labels"] = loaded.interface.labels.none
     again = sampler.with_plan(back)(len(sources), x_T=x_T, **arguments)
     x_T, again = x_T.cpu().float(), again.cpu().float()
     rows = torch.stack([images, (x_T / 3).clamp(-1, 1), again], dim=1)
@@ -229,8 +228,7 @@ def _opened(
     if shape is None or shape[0] not in (1, 3, 4):
         got = f"sample_size {interface.size} and {interface.channels} channels"
         raise InvalidValue(command, "model", "to be one that draws grey, RGB or RGBA pictures of one size", got)
-    wanted = "to be one without a condition (ddpm_fast.vary and its like take one)"
-    expect(not interface.condition_channels, command, "model", wanted, loaded.model.config.get("condition"))
+    interface.condition.expect_none(command, "model", " (ddpm_fast.vary and its like take one)")
     datasets: dict[str, ItemDataset] = {}
     return loaded, to_unit_range(torch.stack([_read(command, source, shape, datasets) for source in sources]))
 
@@ -254,7 +252,7 @@ def _read(command: str, source: str, shape: tuple[int, int, int], datasets: dict
 
 def _labels(command: str, loaded: Pretrained, options: dict[str, Any], count: int) -> list[int] | str | None:
     """Return a label for each of so many images, or None for no class."""
-    return labels_of_option(command, loaded, options["classes"], count, each=True)
+    return loaded.interface.labels.listed(command, options["classes"], count, each=True)
 
 
 def _mask(path: str, images: Tensor) -> Tensor:

@@ -133,16 +133,15 @@ def evaluate_command(
         return
     num = 256 if num is None else num
     loaded = load_model("evaluate", options)
-    config, kind, interface = loaded.model.config, loaded.model.config.get("condition"), loaded.interface
-    given = kind not in (None, "images")
-    why = f"restores {kind}" if given else "reads none"
-    fits = condition is None or (interface.condition_channels and not given)
+    config, interface, reads = loaded.model.config, loaded.interface, loaded.interface.condition
+    why = f"restores {reads.kind}" if reads.is_computed else "reads none"
+    fits = condition is None or (reads.channels and not reads.is_computed)
     expect(fits, "evaluate", "condition", f"to be left out, as the model {why}", condition)
-    restored, ranges = kind if given else condition, (data_range, condition_range)
+    restored, ranges = reads.kind if reads.is_computed else condition, (data_range, condition_range)
     dataset = evaluated_images(data, data_dir, restored, config, interface.channels or 0, num, *ranges)
     expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
-    classes, known = read_batch(dataset, range(num)).labels, interface.classes or []
-    unused = variance is not None and interface.condition_channels
+    classes, known = read_batch(dataset, range(num)).labels, interface.labels.classes or []
+    unused = variance is not None and reads.channels
     expect(not unused, "evaluate", "variance", "to be left out, as the model restores images", variance)
     labelled = bool(labels and known)
     fits, got = not labelled or {*classes.tolist()} <= {*known}, f"{int(classes.max())}; --no-labels evaluates without"
@@ -156,7 +155,7 @@ def evaluate_command(
         "progress": not options["quiet"],
     }
     began = time.perf_counter()
-    if interface.condition_channels:
+    if reads.channels:
         head, lines, result = _restored(loaded, dataset, num, samples, arguments, failures)
     else:
         head, lines, result = _bounded(loaded, dataset, num, variance or loaded.objective.variance, arguments, failures)

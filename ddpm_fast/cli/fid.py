@@ -109,7 +109,7 @@ def _draw(loaded: Pretrained, place: str, num: int | None, reference: ItemDatase
     """Draw a model's images, and return how. Raise before, unless they can be compared."""
     interface, num = loaded.interface, _USUAL if num is None else num
     shape, ranges = interface.shape, loaded.model.config.get("data_range")
-    pictures = shape is not None and shape[0] in (1, 3) and not interface.condition_channels and ranges is None
+    pictures = shape is not None and shape[0] in (1, 3) and not interface.condition.channels and ranges is None
     wanted, got = "to draw pictures of a size, grey or in RGB, without a condition", f"shape {shape}, range {ranges}"
     expect(pictures, "evaluate", "model", wanted, got)
     size = None if reference is None else reference.info.shape[1:]

@@ -19,7 +19,6 @@ from .options import (
     class_options,
     drawing,
     dtype_of,
-    labels_of_option,
     load_model,
     model_options,
 )
@@ -61,9 +60,8 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
 
     expect(teacher_steps > steps, "fit", "teacher_steps", f"to be more than --steps, {steps}", teacher_steps)
     loaded = load_model("fit", options | {"model": model, "dtype": None})  # a plan belongs to weights in float32
-    reads = loaded.interface.condition_channels
-    wanted = "to read no condition: call fit_plan in Python with conditions"
-    expect(not reads, "fit", "model", wanted, f"{reads} channels of one")
+    loaded.interface.condition.expect_none("fit", "model", ": call fit_plan in Python with conditions")
+    labels = loaded.interface.labels
     for path in (model / "plan.json", model / "fit" / "fitted.png"):
         check_output("fit", "model", path)
         try_writing("fit", "model", path)
@@ -71,7 +69,7 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
         teacher = _without_noise(loaded, teacher_steps, 0.06, 80.0)
     sampler = loaded.sampler(_without_noise(loaded, steps, 0.07, 40.0), dtype=dtype_of(options))
     real = _real_images(loaded, model, options)
-    arguments = drawing(options) | {"class_labels": labels_of_option("fit", loaded, options["classes"], 2 * num)}
+    arguments = drawing(options) | {"class_labels": labels.listed("fit", options["classes"], 2 * num)}
     fitted = ddpm_fast.fit_plan(sampler, teacher=teacher, num_images=num, **arguments)
     fit = fitted.fit
     if fit is None or not fit.error < fit.error_before:
@@ -81,7 +79,7 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
     plans = {"fitted": fitted, "teacher": teacher, DEFAULT_SAMPLER: loaded.build_plan(sampler=DEFAULT_SAMPLER)[0]}
     count = max(_GRID, len(real))
     # The seed is another than that of the fit, and none is too large.
-    arguments |= {"seed": options["seed"] ^ 1, "class_labels": labels_of_option("fit", loaded, options["classes"], count)}
+    arguments |= {"seed": options["seed"] ^ 1, "class_labels": labels.listed("fit", options["classes"], count)}
     drawn = dict[str, Any]()
     for name, each in plans.items():
         if not options["quiet"]:

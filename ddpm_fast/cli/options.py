@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import click
 
-from ..errors import expect, renaming
+from ..errors import renaming
 from ..options import Declared, Ranges, options_of
 from ..predictions import Variance
 from ..samplers import PlanOptions
@@ -189,26 +189,3 @@ def drawing(options: dict[str, Any]) -> dict[str, Any]:
     return {"batch_size": options["batch_size"], "seed": options["seed"], "progress": not options["quiet"]} | (
         {"guidance_scale": options["guidance_scale"]} if "guidance_scale" in options else {}
     )
-
-
-def labels_of_option(
-    command: str, loaded: Pretrained, classes: str | None, num: int, *, each: bool = False
-) -> list[int] | str | None:
-    """Return a label for each image, the classes in turn, "none", or None for the default.
-
-    With `each`, a class that would get no image is an error.
-    """
-    from ..sampling.arguments import labels_of
-
-    names = loaded.interface.class_names
-    known = {*(loaded.interface.classes or ()), *range(len(names))}  # a label for no class may have a name
-    if classes is None or (classes == "none" and "none" not in [name.lower() for name in names]):  # a class may be called none
-        return classes
-    expect(known, command, "classes", "to be none, as the model has no classes", repr(classes))
-    entries = [part.strip() for part in classes.split(",")]
-    chosen: Any = labels_of(command, names, entries)
-    expect({*chosen} <= known, command, "classes", f"to be in {min(known)}..{max(known)}", max(chosen))
-    wanted = "one class" if num == 1 else f"at most {num} classes"
-    fits = not each or len(chosen) <= num
-    expect(fits, command, "classes", f"to be {wanted}, as there are no more images", repr(classes))
-    return [chosen[i % len(chosen)] for i in range(num)]

@@ -22,7 +22,6 @@ from .options import (
     class_options,
     drawing,
     dtype_of,
-    labels_of_option,
     load_model,
     model_options,
     numbers,
@@ -98,7 +97,7 @@ def sample_command(num: int | None, out: str, gif: Path | None, show_channels: l
     num = num or (16 if restored is None else len(restored))
     shown = _shown(loaded, show_channels)
     arguments = drawing(options) | {
-        "class_labels": labels_of_option("sample", loaded, options["classes"], num),
+        "class_labels": loaded.interface.labels.listed("sample", options["classes"], num),
         "condition": _repeated(restored, num),
     }
     sampler = loaded.sampler(plan, dtype=dtype_of(options))
@@ -109,7 +108,8 @@ def sample_command(num: int | None, out: str, gif: Path | None, show_channels: l
     else:
         seconds, failure = _write_grid(sampler, num, Path(out), gif, shown, arguments)
     if not options["quiet"] and rank == 0:
-        labels = "" if not loaded.interface.num_labels else f" of {_described(loaded, arguments, num)}"
+        chosen = "none" if arguments["class_labels"] is None and restored is not None else arguments["class_labels"]
+        labels = f" of {loaded.interface.labels.described(chosen, num)}" if loaded.interface.labels.number else ""
         trained = "" if loaded.step is None else f", from step {loaded.step} of {options['model']}"
         rate = "" if writes_each else f", {num / seconds:.3g} images/s"  # some images may be there already
         part = "" if writes_each or len(shown) == sampler.shape[0] else f" Shown channels: {', '.join(map(str, shown))}."
@@ -120,17 +120,6 @@ def sample_command(num: int | None, out: str, gif: Path | None, show_channels: l
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _described(loaded: Pretrained, arguments: dict[str, Any], num: int) -> str:
-    """Return which classes are drawn."""
-    labels, names = arguments["class_labels"], loaded.interface.class_names
-    if labels == "none" or (labels is None and arguments["condition"] is not None):
-        return "no class"
-    chosen = (loaded.interface.classes or [])[:num] if labels is None else [*dict.fromkeys(labels)]
-    if len(chosen) > 1:
-        return f"{len(chosen)} classes in turn"
-    return f"class {names[chosen[0]] if chosen[0] < len(names) else chosen[0]}"
 
 
 def _check_places(out: str, gif: Path | None, size: int) -> bool:
@@ -162,14 +151,12 @@ def _conditions(loaded: Pretrained, path: str | None, seed: int, num: int | None
     """Return the conditions of --condition, or None for a model without. Raise unless they go together."""
     from ..data.condition import read_conditions
 
-    channels, kind = loaded.interface.condition_channels, loaded.model.config.get("condition")
-    shape = loaded.interface.shape
+    reads, shape = loaded.interface.condition, loaded.interface.shape
     if path is None:
-        wanted = f"to be given, as the model reads a condition of {channels} channels ({kind})"
-        expect(channels == 0, "sample", "condition", wanted, "none")
+        expect(reads.channels == 0, "sample", "condition", f"to be given, as the model reads {reads}", "none")
         expect(ranges is None, "sample", "condition_range", "to go with --condition", ranges)
         return None
-    expect(channels, "sample", "condition", "to be left out, as the model reads none", repr(path))
+    expect(reads.channels, "sample", "condition", "to be left out, as the model reads none", repr(path))
     if shape is None:
         raise InvalidValue("sample", "model", "to have a sample_size in its config.json", "null")
     return read_conditions(path, loaded.model.config, shape, seed, first=num, condition_range=ranges)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..checks import Ranges, checked_ranges
 from ..errors import InvalidValue, expect
+from ..interface.labels import checked_labels
 from .items import DatasetInfo, ItemDataset
-from .labels import checked_labels
 from .sources import Decoded, Opened, Source
 
 # -------------------------------------------------------------------------------------------------------------------- files

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidValue, expect
 from ..files.writing import replacing
+from ..interface.labels import checked_labels
 from ..resources import import_extra
 from .arrays import read_rows
-from .labels import checked_labels
 from .sources import Source
 
 FASHION_MNIST_CLASSES: Final = (

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InvalidValue, expect
+from ..interface.labels import checked_labels, listed_labels
 from .items import DatasetInfo, Item, ItemDataset
-from .labels import checked_labels, listed_labels
 
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ARRAYS: Final = (".npy", ".npz")

@@ -17,12 +17,12 @@ from ..checks import (
 )
 from ..dtypes import opmath
 from ..errors import InvalidValue, expect, renaming
-from ..inference import Interface, adapted
+from ..inference import adapted, interface_of
 from ..inference.model import Model, device_and_dtype, evaluation_mode
 from ..options import checked, within
 from ..plan import COLUMNS, Clip, PlanPrediction, ddpm_plan
 from ..predictions import Variance
-from ..sampling.arguments import check_condition, check_model, resolve_labels, resolve_seeds
+from ..sampling.arguments import check_model, resolve_labels, resolve_seeds
 from ..sampling.options import ClassLabels
 from ..sampling.progress import progress_bar
 from ..schedule import NoiseSchedule, Objective
@@ -135,9 +135,9 @@ def variational_bound(
         variance = schedule.variance if isinstance(schedule, Objective) else "fixed_small"
     schedule, gives_mean = plan.schedule, plan.prediction == "previous_sample"
     total = len(x_0)
-    interface = Interface.of(model, predicts_variance=variance.startswith("learned"))
+    interface = interface_of(model, predicts_variance=variance.startswith("learned"))
     interface.check_images(caller, "x_0", tuple(x_0.shape[1:]))
-    check_condition(caller, interface, tuple(x_0.shape[1:]), total, condition)
+    interface.condition.check(caller, condition, total, x_0.shape[1:])
     labels = resolve_labels(caller, model, interface, class_labels, total)
     seeds, predicted = resolve_seeds(caller, seed, total), x_0.shape[1] * (2 if interface.predicts_variance else 1)
     weights = plan.coefficients.flip(0)  # row t

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_float
 from ..errors import InvalidValue, expect
-from ..inference import Interface
+from ..inference import interface_of
 from ..inference.model import device_and_dtype, evaluation_mode
 from ..nn import UNet
 
@@ -86,10 +86,9 @@ def network_features(model: UNet, images: Tensor, batch_size: int = 64) -> Tenso
         float32 [N, D] on the CPU.
     """
     device, dtype = device_and_dtype(model)
-    interface, found = Interface.of(model), list[Tensor]()
-    label = interface.no_label or 0
+    labels, found = interface_of(model).labels, list[Tensor]()
     keep = model.mid_block.register_forward_hook(lambda block, given, h: found.append(h.float().mean(dim=(2, 3)).cpu()))
     with keep, evaluation_mode(model):
         for x in images.to(device, dtype).split(batch_size):
-            model(x, 0, torch.full((len(x),), label, device=device) if interface.num_labels else None)
+            model(x, 0, labels.blank(len(x)).to(device) if labels.number else None)
     return torch.cat(found)

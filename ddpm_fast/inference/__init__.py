@@ -1,18 +1,17 @@
 """The network as it samples: frozen U-Nets, their programs, and CUDA graphs."""
 
 from .adapter import Adapter
-from .frozen import FrozenUNet, adapted, frozen_unet, unpacked_output
-from .interface import Interface
+from .frozen import FrozenUNet, adapted, frozen_unet, interface_of, unpacked_output
 from .network import why_not_frozen
 from .step import StepState
 
 __all__ = [
     "Adapter",
     "FrozenUNet",
-    "Interface",
     "StepState",
     "adapted",
     "frozen_unet",
+    "interface_of",
     "unpacked_output",
     "why_not_frozen",
 ]

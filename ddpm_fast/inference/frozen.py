@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, computing_device
 from ..errors import InvalidType, InvalidValue, expect
+from ..interface import Interface
 from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
 from ..ops.modes import is_transformed_tensor, runs_eagerly
@@ -25,7 +26,7 @@ from ..plan import SamplingPlan
 from ..reference import VARIANCES
 from .adapter import Adapter, weights_digest
 from .calls import Layers, append_network
-from .model import Model, inference_form, placed
+from .model import Model, inference_form, model_config, placed
 from .network import Network, held_tensors, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram, Value
@@ -359,3 +360,20 @@ def _network_inputs(builder: Builder, network: FrozenUNet, state: StepState, ima
 def _write_x_t(x_t: Tensor, centered: bool, *, backend: str | None, out: tuple[Tensor]) -> None:
     """Write x_t to its channels of the network's input."""
     write_beside_condition(*out, x_t, centered=centered)
+
+
+def interface_of(model: Model, *, predicts_variance: bool | None = None, no_label: int | None = None) -> Interface:
+    """Return the interface of a network.
+
+    Args:
+        model: The network.
+        predicts_variance: As the objective or the plan says. None: as the configuration says, which training writes.
+        no_label: The label for no class. None: as the configuration says, see `UNet`.
+    """
+    model = inference_form(model)
+    return Interface.from_config(
+        model_config(model),
+        predicts_variance=predicts_variance,
+        no_label=no_label,
+        halves=isinstance(model, UNet | FrozenUNet),
+    )

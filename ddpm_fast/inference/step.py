@@ -24,8 +24,8 @@ class StepState:
         dtype: Dtype of x_t.
         memory_format: Memory format of x_t.
         device: Device to run on.
-        label: Label of every sample until `start` sets others, and of the unconditional half with
-            guidance. None: the network gets no labels.
+        no_label: Label of every sample until `start` sets others, and of the unconditional half with
+            guidance, int64 [1]. None: the network gets no labels.
         guided: The network evaluates 2 n samples, the second half without labels.
         condition_channels: Channels of the condition that the network reads after x_t.
 
@@ -49,7 +49,7 @@ class StepState:
         dtype: torch.dtype,
         memory_format: torch.memory_format,
         device: torch.device,
-        label: int | None,
+        no_label: Tensor | None,
         guided: bool,
         condition_channels: int = 0,
     ) -> None:
@@ -59,7 +59,7 @@ class StepState:
             self.history = [torch.zeros_like(self.x_t) for needed in (plan.needs_x_0_prev, plan.needs_x_0_prev2) if needed]
             self.x_0 = torch.zeros_like(self.x_t) if plan.needs_x_0_prev2 else self.history[0] if self.history else None
             self.seeds = torch.zeros(n, dtype=torch.int64, device=device)
-            self.class_labels = None if label is None else torch.full((self.copies, n), label, device=device)
+            self.class_labels = None if no_label is None else no_label.to(device).repeat(self.copies, n)
             self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self._memory_format = memory_format
         self._address = self.x_t.data_ptr()

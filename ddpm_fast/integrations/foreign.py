@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidValue, expect
-from ..inference import FrozenUNet, frozen_unet, unpacked_output
+from ..inference import FrozenUNet, frozen_unet, interface_of, unpacked_output
 from ..inference.model import predict
 from ..nn import UNet
 from ..nn.comparison import hooks_of, patched_methods, why_opaque
@@ -116,14 +116,14 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
 def _error(twin: Any, read: Callable[[Mapping[str, Tensor]], UNet]) -> float:
     """Return the relative difference between the outputs of a network in float32 on the CPU and of what `freeze` reads."""
     model = read(_weights(twin))
-    classes, side = model.config["num_class_embeds"], 2 ** len(model.config["block_out_channels"])
+    side = 2 ** len(model.config["block_out_channels"])
     if "dtype" in vars(twin):
         twin.dtype = torch.float32  # guided-diffusion's casts activations to it
     with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         # 2x2 pixels at the lowest level: on one, attention would be the same for any queries and keys.
         shape, generator = (2, model.config["in_channels"], side, side), torch.Generator().manual_seed(0)
         x, t = torch.empty(shape, dtype=torch.float32).uniform_(-1, 1, generator=generator), torch.tensor([3, 700])
-        labels = None if classes is None else torch.tensor([0, classes - 1])
+        labels = interface_of(model).labels.ends()
         ours = unpacked_output(model, x, t, labels)  # first, because an embedding with max_norm writes to the weights of both
         theirs = predict(twin, x, t, labels)
         return float((ours - theirs).norm() / theirs.norm())

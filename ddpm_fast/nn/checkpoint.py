@@ -19,7 +19,8 @@ from ..dtypes import FLOATS
 from ..errors import InvalidValue, expect
 from ..files.models import LEGACY_WEIGHTS, WEIGHTS, model_folder
 from ..files.writing import read_json, write_json, write_tensors
-from .config import DESCRIBING, OWN, UNetConfig
+from ..interface import OWN
+from .config import DESCRIBING, UNetConfig
 
 _CONFIG = "config.json"
 _CLASS_NAME = "UNet2DModel"  # what diffusers calls this network

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal
 
 from ..checks import as_json
 from ..errors import InvalidValue, suggested
+from ..interface import Condition, Labels
 from ..options import Option, Ranges, checked_option, document, options_of
 
 CIFAR10_32: dict[str, Any] = {
@@ -32,9 +33,8 @@ HO_256: dict[str, Any] = CIFAR10_32 | {
 
 # Keys that diffusers does not have. They stand in a config.json only where they are not None. Those that describe data stand
 # under one key there, which diffusers ignores. The others it must not ignore, as they change the network.
-DESCRIBING: Final = ("class_names", "condition", "condition_range", "data_range", "no_label", "variance")
+DESCRIBING: Final = (*Labels.KEYS, *Condition.KEYS, "data_range", "variance")
 OWN_KEYS: Final = ("num_attention_heads", "time_input_dim", *DESCRIBING)
-OWN: Final = "_ddpm_fast"
 
 # Bounds beyond any network of the literature. Within them the sizes of all tensors are below 2^63.
 _MAX_LEVELS = 16
@@ -158,14 +158,7 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for declared in options_of(UNetConfig):
             object.__setattr__(self, declared.name, checked_option("UNet", declared, getattr(self, declared.name)))
-        labels = self.num_class_embeds or 0
-        named = labels - (self.no_label is not None and self.no_label == labels - 1)
-        if (names := self.class_names) is not None:
-            _expect(self, "class_names", names and all(names), "None or a list of non-empty strings")
-            _expect(self, "class_names", len(set(names)) == len(names), "without repetitions")
-            _expect(self, "class_names", len(names) <= named, f"None or at most {named} names, as labels have")
-        if self.no_label is not None:
-            _expect(self, "no_label", self.no_label < labels, f"None or below num_class_embeds = {labels or None}")
+        Labels(self.num_class_embeds, self.no_label, self.class_names or ()).check_stored("UNet")
         drawn = (self.out_channels, self.out_channels // 2)  # half, if the network predicts variances too
         for key, counts in (("data_range", drawn), ("condition_range", [self.in_channels - each for each in drawn])):
             if (value := getattr(self, key)) is not None:

@@ -13,15 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..checks import (
-    check_device,
-    check_float,
-    check_range,
-    check_strided,
-    checked_device,
-    checked_seeds,
-)
+from ..checks import check_float, check_strided, checked_device, checked_seeds
 from ..errors import InvalidType, InvalidValue
+from ..interface.labels import check_labels
 from ..ops.modes import runs_eagerly
 from ..options import checked
 from ..reference import STREAM_DROPOUT
@@ -261,14 +255,13 @@ class WithoutDraws(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def describe_images(model: UNet, *, size: Sequence[int] | None, classes: Sequence[str], **described: Any) -> None:
-    """Put the size of the images, the names of their classes and more into a configuration that lacks them.
+def describe_images(model: UNet, size: Sequence[int] | None, described: Mapping[str, Any]) -> None:
+    """Put the size of the images and more into a configuration that lacks them.
 
     Args:
         model: The network.
         size: (H, W), or None if it is not known.
-        classes: Names in the order of the labels. Names without a label are left out. If one is empty, all are.
-        **described: Other keys of the configuration.
+        described: Other keys of the configuration.
 
     Raises:
         ValueError: A value is not valid.
@@ -278,9 +271,6 @@ def describe_images(model: UNet, *, size: Sequence[int] | None, classes: Sequenc
     if config.sample_size is None and size is not None:
         height, width = size
         config = dataclasses.replace(config, sample_size=height if height == width else (height, width))
-    classes = classes[: (config.num_class_embeds or 1) - 1]  # the last is "no label"
-    if config.class_names is None and classes and all(classes):
-        config = dataclasses.replace(config, class_names=tuple(classes))
     if config is not model._config:
         model._config, model.config = config, config.to_dict()
 
@@ -290,24 +280,8 @@ def checked_timesteps(caller: str, config: UNetConfig, x: Tensor, t: Tensor | fl
     check_float(caller, "x", x)
     config.check_image_shape(caller, "x", x.shape)
     n = x.shape[0]
-    if config.num_class_embeds is None and class_labels is not None:
-        got = type(class_labels).__name__
-        raise InvalidValue(caller, "class_labels", "to be None (num_class_embeds is None)", f"a {got}")
-    if config.num_class_embeds is not None:
-        if class_labels is None:
-            raise InvalidValue(
-                caller, "class_labels", f"to be int64 [N] (num_class_embeds is {config.num_class_embeds})", "None"
-            )
-        if not isinstance(class_labels, Tensor):
-            raise InvalidType(caller, "class_labels", f"to be int64 [{n}]", type(class_labels).__name__)
-        check_strided(caller, "class_labels", class_labels)
-        if class_labels.dim() != 1 or class_labels.shape[0] != n or class_labels.dtype != torch.int64:
-            raise InvalidValue(
-                caller, "class_labels", f"to be int64 [{n}]", f"{class_labels.dtype} {tuple(class_labels.shape)}"
-            )
-        check_device(caller, "class_labels", class_labels, "x", x)
-        if runs_eagerly(class_labels):  # torch.compile and the like cannot ask for a value
-            check_range(caller, "class_labels", class_labels, config.num_class_embeds)
+    # torch.compile and the like cannot ask for a value
+    check_labels(caller, config.num_class_embeds, class_labels, x, values=class_labels is None or runs_eagerly(class_labels))
     if not isinstance(t, Tensor):
         if not isinstance(t, Number) or isinstance(t, (bool, complex)):
             raise InvalidType(caller, "t", "to be an int or a tensor", type(t).__name__)

@@ -95,9 +95,11 @@ def write_samples(
     check_int(_CALLER, "seed", seed, -(1 << 63), (1 << 64) - 1)
     request = sampler._request(_CALLER, num_samples, options, struct=EditOptions)
     scale, condition = request.given["guidance_scale"], request.given["condition"]
-    labels = None if request.labels is None else request.labels.cpu().numpy()
-    given = None if labels is None else _digest(np.append(labels, request.no_label or 0))  # what guidance reads, too
-    if labels is not None and (labels == sampler.interface.no_label).all():  # "none"
+    labels = given = None
+    if request.labels is not None and request.no_label is not None:
+        labels = request.labels.cpu().numpy()
+        given = _digest(np.append(labels, request.no_label))  # what guidance reads, too
+    if labels is not None and (labels == sampler.interface.labels.none).all():  # "none"
         labels = None
     ranges = model_config(sampler.network).get("data_range")
     files = files_of(out, num_samples, shape, labels, pictures=ranges is None)

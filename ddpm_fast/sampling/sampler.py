@@ -15,11 +15,12 @@ from ..checks import check_ints
 from ..dtypes import opmath
 from ..errors import InvalidValue, expect, renaming
 from ..files.images import evenly_spaced
-from ..inference import Interface, StepState, adapted
+from ..inference import StepState, adapted, interface_of
 from ..inference import cuda_graph as graphs
 from ..inference.adapter import weights_digest
 from ..inference.model import Model, evaluation_mode, inference_form
 from ..inference.turns import Turns
+from ..interface import Interface
 from ..ops.modes import runs_eagerly, threads_after_fork
 from ..options import checked, taking, within
 from ..plan import SamplingPlan
@@ -106,10 +107,8 @@ class Sampler:
         model = inference_form(model)
         self._no_label = no_label
         if no_label is not None:
-            count = Interface.of(model).num_labels
-            expect(count != 0, "Sampler", "no_label", "to be None, as the model has no classes", no_label)
+            interface_of(model).labels.check_none("Sampler", no_label)
             check_takes_labels("Sampler", model, "no_label", no_label)
-            expect(count is None or no_label < count, "Sampler", "no_label", f"to be in 0..{(count or 0) - 1}", no_label)
         self.interface = self._interface_of(model, plan)
         self.shape = _checked_shape(self.interface, shape)
         self.device = sampling_device("Sampler", model, device)
@@ -207,7 +206,7 @@ class Sampler:
         raise TypeError("Sampler: it cannot be copied or pickled: make a new one from the model and the plan")
 
     def _interface_of(self, model: Model, plan: SamplingPlan) -> Interface:
-        return Interface.of(model, predicts_variance=plan.variance != "fixed", no_label=self._no_label)
+        return interface_of(model, predicts_variance=plan.variance != "fixed", no_label=self._no_label)
 
     def _request(self, caller: str, num_samples: int, options: Any, **further: Any) -> Request:
         """Return the checked arguments of a call. A function that draws new images takes the classes in turn."""
@@ -295,7 +294,7 @@ class Sampler:
             dtype=self._state_dtype,
             memory_format=self._adapter.memory_format(self.shape),
             device=self.device,
-            label=request.no_label,
+            no_label=request.no_label,
             guided=request.given["guidance_scale"] is not None,
             condition_channels=request.condition_channels,
         )

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import expect
 from ..files.writing import write_json, write_text
-from ..inference import Interface
+from ..inference import interface_of
 from ..nn import UNet
 from ..options import checked
 from ..predictions import DIFFUSERS_PREDICTIONS
@@ -72,8 +72,8 @@ def export_checkpoint(
     try:
         model.save_pretrained(out / "unet")
         write_scheduler(out / "scheduler", objective)
-        interface = Interface.of(model, predicts_variance=objective.predicts_variance)
-        if not interface.condition_channels and _diffusers_steps(objective):  # no pipeline passes a condition
+        reads = interface_of(model, predicts_variance=objective.predicts_variance).condition.channels
+        if not reads and _diffusers_steps(objective):  # no pipeline passes a condition
             write_json(
                 out / "model_index.json",
                 {

@@ -17,8 +17,9 @@ from ..checks import check_int, checked_bytes
 from ..data import DATASETS, Checked, DatasetInfo, ItemDataset, load_dataset
 from ..data.items import size_of
 from ..errors import InvalidValue, expect, renaming
-from ..inference import Interface
+from ..inference import interface_of
 from ..inference.model import device_and_dtype, evaluation_mode, predict
+from ..interface import Interface, Labels
 from ..nn import UNet
 from ..nn.unet import describe_images
 from ..schedule import NoiseSchedule, Objective
@@ -64,8 +65,8 @@ def fitted(
     objective: Objective,
     dataset: Dataset[Any],
     num_classes: int | None = None,
-) -> tuple[ItemDataset, bool]:
-    """Return a data set as training uses it, and whether the network is given classes.
+) -> tuple[ItemDataset, Labels]:
+    """Return a data set as training uses it, and the labels that the network is given.
 
     A `UNet` gets the description of the images into its configuration.
 
@@ -78,21 +79,25 @@ def fitted(
         embeds = model.config["num_class_embeds"]
         num_classes = None if embeds is None else embeds - 1
     adapted = _adapted(dataset, model, objective, num_classes)
+    info = adapted.info
+    labels = Labels() if num_classes is None else Labels.of_classes(info.classes, num_classes)
     with renaming("Trainer"):
         _ = objective.loss_weights  # a ValueError if they are not determined
         if objective.predicts_variance:
             _ = objective.bound_columns  # a ValueError if x_0^ is not determined
-            kind = adapted.info.dtype
+            kind = info.dtype
             wanted = "to have uint8 images, as the bound that trains a learned variance is one of 256 grey levels"
             expect(kind == torch.uint8, "", "dataset", wanted, kind)
     if isinstance(model, UNet):
-        info = adapted.info
         _warn_of_small_groups(model)
         _check_fit(model, info, objective)
-        describe_images(model, size=info.shape[1:], classes=info.classes, no_label=num_classes, **info.described)
+        stored = labels.stored
+        describe_images(model, info.shape[1:], info.described | {key: stored[key] for key in Labels.KEYS})
     else:
-        _check_call(model, adapted.info, objective, num_classes)
-    return adapted, num_classes is not None
+        number = len(info.classes)
+        expect(num_classes in (None, number), "Trainer", "num_classes", f"to be {number}, the classes of dataset", num_classes)
+        _check_call(model, info, objective, labels)
+    return adapted, labels
 
 
 def _check_trainable(model: nn.Module) -> None:
@@ -117,12 +122,10 @@ def _adapted(dataset: Any, model: nn.Module, objective: Objective, num_classes: 
     """Return a data set as training uses it. The network says which images and labels are wanted."""
     if isinstance(dataset, ItemDataset):
         return dataset
-    config, classes = model.config if isinstance(model, UNet) else {}, None
-    if num_classes is not None:  # the names are the network's, those that torchvision's data sets have, or numbers
-        classes = tuple(map(str, range(num_classes)))
-        for names in (getattr(dataset, "classes", None), config.get("class_names")):
-            if isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names):
-                classes = tuple(names) if len(names) == num_classes == len(set(names)) else classes
+    config = model.config if isinstance(model, UNet) else {}
+    # The names are the network's, those that torchvision's data sets have, or numbers.
+    given = (config.get("class_names"), getattr(dataset, "classes", None))
+    classes = None if num_classes is None else Labels.names_of(num_classes, *given)
     with renaming("Trainer"):
         interface = Interface.from_config(config, predicts_variance=objective.predicts_variance)
         odd = objective.predicts_variance and (interface.predicted_channels or 0) % 2
@@ -151,7 +154,7 @@ def _check_fit(model: UNet, info: DatasetInfo, objective: Objective) -> None:
     channels, height, width = info.shape
     reads, of = channels + info.condition_channels, "the images of dataset"
     predicted = f"{of} and their variance" if objective.predicts_variance else of
-    interface = Interface.of(model, predicts_variance=objective.predicts_variance)
+    interface = interface_of(model, predicts_variance=objective.predicts_variance)
     for name, found, number, whose in (
         ("out_channels", interface.predicted_channels, objective.out_channels(channels), predicted),
         ("in_channels", interface.read_channels, reads, f"{of} and their conditions" if reads > channels else of),
@@ -160,28 +163,21 @@ def _check_fit(model: UNet, info: DatasetInfo, objective: Objective) -> None:
     factor = interface.multiple
     wanted = f"to have images whose sides are multiples of {factor} for the levels of model"
     expect(height % factor == 0 and width % factor == 0, "Trainer", "dataset", wanted, f"{height}x{width}")
-    embeds, number = model.config["num_class_embeds"], len(info.classes)
-    wanted = f"to have num_class_embeds = {number + 1}, the number of classes plus one"
-    expect(embeds in (None, number + 1), "Trainer", "model", wanted, embeds)
-    wanted = f"to have no_label = {number}, the last label, or None"
-    expect(interface.no_label in (None, number), "Trainer", "model", wanted, interface.no_label)
+    Labels.of_classes(info.classes).check_trained("Trainer", interface.labels)
 
 
-def _check_call(model: nn.Module, info: DatasetInfo, objective: Objective, num_classes: int | None) -> None:
+def _check_call(model: nn.Module, info: DatasetInfo, objective: Objective, labels: Labels) -> None:
     """Raise a ValueError unless a network takes two items of the data set's shape and predicts the objective's channels."""
-    if num_classes is not None:
-        number = len(info.classes)
-        expect(number == num_classes, "Trainer", "num_classes", f"to be {number}, the classes of dataset", num_classes)
     device, _ = device_and_dtype(model)
     channels, *sides = info.shape
     x = torch.zeros(2, channels + info.condition_channels, *sides, device=device)
     t = torch.zeros(2, dtype=torch.int64, device=device)
-    labels = None if num_classes is None else torch.tensor([0, num_classes], device=device)  # the last is "no label"
+    ends = labels.ends()
     returned = [2, objective.out_channels(channels), *sides]
-    wanted = f"to take {list(x.shape)}, t [2]{'' if num_classes is None else ' and labels [2]'} and return {returned}"
+    wanted = f"to take {list(x.shape)}, t [2]{'' if ends is None else ' and labels [2]'} and return {returned}"
     try:
         with torch.random.fork_rng([]), evaluation_mode(model), torch.no_grad():
-            out = predict(model, x, t, labels)
+            out = predict(model, x, t, None if ends is None else ends.to(device))
     except Exception as error:  # whatever the network raises
         raise InvalidValue("Trainer", "model", wanted, error) from error
     got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -212,7 +208,7 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective,
         ValueError: The images do not fit the network.
     """
     channels, height, width = info.shape
-    labelled = options.conditional and len(info.classes) > 1
+    labels = Labels.of_classes(info.classes) if options.conditional and len(info.classes) > 1 else Labels()
     widths = options.channels
     factor = 2 ** (len(widths) - 1)
     wanted = f"images whose sides are multiples of {factor} for {len(widths)} levels of channels"
@@ -235,12 +231,10 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective,
         "norm_num_groups": groups,
         "dropout": options.dropout,
         "resnet_time_scale_shift": "scale_shift" if options.scale_shift else "default",
-        **({"num_class_embeds": len(info.classes) + 1, "no_label": len(info.classes)} if labelled else {}),
+        **labels.stored,
         # Otherwise the middle attention would have no norm.
         **({"attn_norm_num_groups": groups} if options.scale_shift else {}),
         **({"variance": objective.variance} if objective.predicts_variance else {}),
-        # Images next to sub-folders make a class without a name.
-        **({"class_names": list(info.classes)} if labelled and all(info.classes) else {}),
         # Ho et al.'s choices
         "downsample_padding": 0,
         "flip_sin_to_cos": False,

@@ -164,23 +164,19 @@ class Report:
         self._drawn_step = state.step
         if not task.processes.is_first or len(info.shape) != 3:  # signals and volumes are no pictures
             return
-        columns = min(len(info.classes), 16) if task.labelled else 8
-        num = columns * (2 if info.condition_channels else 4)
+        labels, reads = task.labels, info.condition_channels
+        columns = min(len(labels.classes or range(8)), 16)
+        num = columns * (2 if reads else 4)
         path = task.folder.samples / f"step-{state.step:08d}.png"
         with state.uncounted():
             try:
-                shown = (
-                    examples(dataset, [i * len(dataset) // num for i in range(num)], task.options.seed)
-                    if info.condition_channels
-                    else None
-                )
-                labels = torch.arange(num) % columns if shown is None else shown.labels
+                shown = examples(dataset, [i * len(dataset) // num for i in range(num)], task.options.seed) if reads else None
                 images = sample(
                     state.ema,
                     default_plan(task.objective, steps=task.options.sample_steps),
                     num,
                     seed=task.options.seed,
-                    class_labels=labels if task.labelled else None,
+                    class_labels=(labels.in_turn(num, columns) if shown is None else shown.labels) if labels.number else None,
                     condition=None if shown is None else shown.condition,
                     device=task.device,
                     shape=info.shape,
@@ -191,7 +187,7 @@ class Report:
                     images = in_bands([shown.condition, images.cpu(), shown.images], columns)
                 channels = shown_channels(images.shape[1])
                 scale = max(1, 128 // max(images.shape[2:]))
-                titles = info.classes[:columns] if task.labelled and shown is None else ()
+                titles = info.classes[:columns] if labels.number and shown is None else ()
                 save_grid(images, path, columns=columns, channels=channels, scale=scale, titles=titles)
             except (
                 OSError,
@@ -209,13 +205,14 @@ def summary(task: Task, state: State) -> str:
     options, info, objective = task.options, task.dataset.info, task.objective
     channels, *sides = info.shape
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    kind = "class-conditional" if task.labels.number else "unconditional"
     epochs = options.steps * options.batch_size / len(task.dataset)
     threads = torch.get_num_threads() if task.device.type == "cpu" else None
     rows = {
         "data": f"{info.name}: {len(task.dataset)} images, {len(info.classes) if len(info.classes) > 1 else 'no'} classes",
         "images": f"{'x'.join(map(str, reversed(sides)))} {'pixels' if len(sides) == 2 else 'values'}, "
         f"{_number(channels, 'channel')}, {info.preparation}",
-        "network": f"{parameters / 1e6:.2f} million parameters, {'class-conditional' if task.labelled else 'unconditional'}",
+        "network": f"{parameters / 1e6:.2f} million parameters, {kind}",
         "predicts": f"{objective.name} on the schedule {objective.schedule.name}"
         + (", and the variance" if objective.predicts_variance else ""),
         "machine": f"{options.precision} on {task.device}" + (f", {_number(threads, 'thread')}" if threads else ""),

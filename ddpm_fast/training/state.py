@@ -19,6 +19,7 @@ from ..distributed import Processes
 from ..errors import InvalidValue, UnusablePath, expect
 from ..files.models import model_folder
 from ..files.writing import remove_leftovers, write_json, write_tensors
+from ..interface import Condition, Labels
 from ..nn import UNet, UNetConfig
 from ..nn.checkpoint import check_finite, check_weights, load_safetensors, read_config
 from .checkpoint import WEIGHTS, Checkpoints, read_state
@@ -28,7 +29,7 @@ from .task import Task, check_same
 
 # Keys of a network's configuration that its weights do not depend on.
 _NOT_IN_WEIGHTS: Final = frozenset(
-    {"sample_size", "dropout", "num_train_timesteps", "class_names", "condition", "condition_range", "data_range", "no_label"}
+    {"sample_size", "dropout", "num_train_timesteps", "data_range", *Labels.KEYS, *Condition.KEYS}
 )
 
 

@@ -100,14 +100,13 @@ def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Te
     schedule = task.objective.schedule
     t = rng.timesteps(step, schedule.num_timesteps)[rows].to(task.device)
     seeds = rng.sample_seeds(step)[rows].to(task.device)
-    no_label = len(task.dataset.info.classes)  # the last embedding
-    labels = labels.masked_fill(rng.label_is_dropped(step, options.label_dropout)[rows], no_label).to(task.device)
+    labels = task.labels.dropped(labels, rng.label_is_dropped(step, options.label_dropout)[rows]).to(task.device)
     torch.manual_seed(rng.torch_seed(step * task.num_micro_batches + micro_batch))
     x_t = q_sample(x_0, t, schedule, seeds=seeds)
     x_in = torch.cat([x_t, *condition], dim=1).contiguous(memory_format=task.memory_format) if condition else x_t
     dropout = {"dropout_seeds": seeds} if isinstance(task.model, UNet) and task.model.config["dropout"] > 0 else {}
     with torch.autocast(task.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-        output = predict(partial(state.model, **dropout), x_in, t, labels if task.labelled else None)
+        output = predict(partial(state.model, **dropout), x_in, t, labels if task.labels.number else None)
     output = output.float()
     weight = None if task.loss_weights is None else task.loss_weights[t]
     loss = denoising_loss(output, x_0, t, task.objective, seeds=seeds, weight=weight)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data import ItemDataset
 from ..errors import expect, renaming
+from ..interface import Labels
 from ..nn import UNet, UNetConfig
 from ..schedule import Objective
 from ..version import __version__
@@ -21,7 +22,7 @@ from .options import LOCAL
 from .run import FORMAT, Run
 
 # Keys of a network's configuration that neither the weights nor the training depend on.
-_DESCRIPTIVE: Final = frozenset({"sample_size", "class_names", "no_label", "num_train_timesteps"})
+_DESCRIPTIVE: Final = frozenset({"sample_size", *Labels.KEYS, "num_train_timesteps"})
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -32,7 +33,7 @@ class Task(Run):
 
     Attributes:
         model: The network.
-        labelled: It is given the class.
+        labels: The labels that it is given.
         dataset: The images.
         on_step: A function to call after each step, with its number and loss.
         on_checkpoint: A function to call in rank 0 after each checkpoint, with its folder.
@@ -40,7 +41,7 @@ class Task(Run):
     """
 
     model: nn.Module
-    labelled: bool
+    labels: Labels
     dataset: ItemDataset
     on_step: Callable[[int, Tensor], object] | None = None
     on_checkpoint: Callable[[Path], object] | None = None

@@ -86,7 +86,7 @@ class Trainer:
         self.model = model
         self._ema: nn.Module | None = None
         self._folder, self._options, self._objective = RunFolder(run_dir), options, objective_of("Trainer", schedule, options)
-        self._dataset, self._labelled = fitted(model, self._objective, dataset, num_classes)
+        self._dataset, self._labels = fitted(model, self._objective, dataset, num_classes)
         self._on_step, self._on_checkpoint, self._loggers = on_step, on_checkpoint, tuple(loggers)
 
     @property
@@ -115,7 +115,7 @@ class Trainer:
                 **vars(run),
                 model=self.model,
                 dataset=self._dataset,
-                labelled=self._labelled,
+                labels=self._labels,
                 on_step=self._on_step,
                 on_checkpoint=self._on_checkpoint,
                 loggers=self._loggers,
@@ -196,8 +196,8 @@ def train_in(
     with joined("train") as processes:
         run = open_run(folder, options, objective, processes, {**data.recorded(), **model.recorded()}, stored)
         network, images = built_from(run, data, model)
-        dataset, labelled = fitted(network, objective, images)
-        task = Task(**vars(run), model=network, dataset=dataset, labelled=labelled)
+        dataset, labels = fitted(network, objective, images)
+        task = Task(**vars(run), model=network, dataset=dataset, labels=labels)
         return run_steps(task, State.initial(task))
 
 

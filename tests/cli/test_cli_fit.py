@@ -89,7 +89,9 @@ def test_what_cannot_be_fitted_is_refused_before_any_work(model: Path) -> None:
     said = run("fit", model, "--steps=3", "--teacher-steps=3", code=2)
     assert "fit: expected --teacher-steps to be more than --steps, 3, got 3" in said
     other = save_model(Path("other"), tiny_unet(in_channels=2), SCHEDULE)
-    assert "fit: expected MODEL to read no condition: call fit_plan in Python with conditions" in run("fit", other, code=2)
+    assert "fit: expected MODEL to be one without a condition: call fit_plan in Python with conditions" in run(
+        "fit", other, code=2
+    )
     short = save_model(Path("short"), tiny_unet(), NoiseSchedule.linear(6))
     assert "fit: expected --teacher-steps to be in 1..6 with dpm++2m, got 9" in run("fit", short, "--teacher-steps=9", code=2)
     Path("model/fit").write_text("")

@@ -261,4 +261,4 @@ def test_a_folder_replaces_what_was_pushed_before(server: Hub, model: Path) -> N
     names = {"README.md", "kept.txt", "scheduler_config.json", "unet/config.json", f"unet/{WEIGHTS}.safetensors"}
     assert set(contents(pushed)) == names
     assert "c = ...  # conditions, float [16, 1, H, W]" in card
-    assert load_folder(pushed).interface.condition_channels == 1
+    assert load_folder(pushed).interface.condition.channels == 1

@@ -22,6 +22,7 @@ ALLOWED = {
     "resources": set(),
     "checks": {"dtypes"},
     "options": {"checks"},
+    "interface": {"checks", "interface"},
     "files": {"checks", "resources", "options", "files"},
     "predictions": set(),
     "samplers": {"options", "predictions"},
@@ -30,16 +31,17 @@ ALLOWED = {
     "plan": {"checks", "options", "samplers", "reference", "predictions", "schedule", "plan"},
     "triton_kernels": {"reference", "triton_kernels"},
     "ops": {"dtypes", "checks", "predictions", "reference", "schedule", "plan", "triton_kernels", "ops"},
-    "data": {"resources", "checks", "files", "options", "ops", "data"},
+    "data": {"resources", "checks", "interface", "files", "options", "ops", "data"},
     "variational": {"dtypes", "checks", "predictions", "reference", "schedule", "ops"},
     "info": {"version", "ops"},
-    "nn": {"dtypes", "resources", "checks", "files", "options", "reference", "ops", "nn"},
+    "nn": {"dtypes", "resources", "checks", "interface", "files", "options", "reference", "ops", "nn"},
     "schemas": {"checks", "predictions", "schedule", "plan", "nn"},
-    "inference": {"dtypes", "checks", "reference", "plan", "ops", "nn", "inference"},
+    "inference": {"dtypes", "checks", "interface", "reference", "plan", "ops", "nn", "inference"},
     "integrations": {
         *(
             "dtypes",
             "checks",
+            "interface",
             "options",
             "predictions",
             "reference",
@@ -52,19 +54,20 @@ ALLOWED = {
         ),
     },
     "sampling": {
-        *("distributed", "dtypes", "resources", "checks", "files", "options", "reference", "plan", "ops", "schemas"),
-        *("data", "inference", "sampling"),
+        *("distributed", "dtypes", "resources", "checks", "interface", "files", "options", "reference", "plan", "ops"),
+        *("schemas", "data", "inference", "sampling"),
     },
     "evaluation": {
         *("distributed", "dtypes", "resources", "checks", "files", "options", "predictions", "schedule", "plan", "ops"),
         *("variational", "nn", "inference", "sampling", "evaluation"),
     },
     "training": {
-        *("version", "allocator", "distributed", "resources", "checks", "files", "options", "predictions", "schedule"),
-        *("plan", "ops", "data", "variational", "nn", "schemas", "inference", "sampling", "training"),
+        *("version", "allocator", "distributed", "resources", "checks", "interface", "files", "options", "predictions"),
+        *("schedule", "plan", "ops", "data", "variational", "nn", "schemas", "inference", "sampling", "training"),
     },
     "pretrained": {
-        *("checks", "resources", "files", "options", "samplers", "schedule", "plan", "nn", "schemas", "inference"),
+        *("checks", "resources", "interface", "files", "options", "samplers", "schedule", "plan", "nn", "schemas"),
+        "inference",
         *("sampling", "training"),
     },
     "publishing": {"checks", "resources", "files", "options", "training", "pretrained"},
@@ -138,7 +141,7 @@ def test_integrations_stand_on_public_ops_and_samplers() -> None:
     allowed = {
         *("errors", "dtypes", "checks", "options", "plan", "plan.rows", "plan.timesteps", "plan.levels", "predictions"),
         *("reference", "schedule", "ops", "ops.arguments", "ops.group_norm_silu", "ops.q_sample", "ops.reverse_step", "nn"),
-        *("nn.checkpoint", "nn.comparison", "nn.layers", "nn.unet", "inference", "inference.model"),
+        *("nn.checkpoint", "nn.comparison", "nn.layers", "nn.unet", "inference", "inference.model", "interface"),
     }
     imported = list(_names_imported_by("integrations"))
     assert {file.parent.name for file, *_ in imported} == {"integrations", "diffusers"}

@@ -1,4 +1,4 @@
-"""Class labels by number or by name."""
+"""Labels and other arguments of calls that draw."""
 
 from __future__ import annotations
 
@@ -14,62 +14,8 @@ from torch import Tensor, nn
 
 import ddpm_fast as d
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.inference import Interface
 from ddpm_fast.options import options_of
-from ddpm_fast.sampling.arguments import labels_of
 from ddpm_fast.sampling.options import BatchOptions, DrawOptions, EditOptions
-
-NAMES = ("T-shirt", "ankle boot", "BAG", "bag")
-
-
-@pytest.mark.parametrize("names", [NAMES, ()])
-@pytest.mark.parametrize("labels", [None, 3, -1, [0, 1], (2, 2), [], range(2), torch.tensor([1, 0]), 1.5])
-def test_numbers_and_tensors_are_unchanged(names: tuple[str, ...], labels: Any) -> None:
-    assert labels_of("sample", names, labels) is labels
-
-
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        ("t-SHIRT", 0),
-        ("bag", 3),
-        ("BAG", 2),
-        ("Bag", 2),  # the first
-        (["ankle boot", 7, "T-shirt"], [1, 7, 0]),
-        (("Ankle Boot",), [1]),
-        (["2", "BAG"], [2, 2]),
-    ],
-)
-def test_names_become_numbers(labels: Any, expected: Any) -> None:
-    assert labels_of("sample", NAMES, labels) == expected
-
-
-def test_a_text_is_a_name_before_it_is_a_number() -> None:
-    assert labels_of("sample", ("1", "2", "7"), ["7", 1, "1"]) == [2, 1, 0]
-    assert labels_of("sample", (), ["7", "1"]) == [7, 1]
-
-
-UNKNOWN = InvalidValue("sample", "class_labels", "to be integers or names among T-shirt, ankle boot, BAG, bag", "'hat'")
-NAMELESS = InvalidValue("sample", "class_labels", "to be integers, as the model has no class names", "'bag'")
-
-
-NUMBERED = InvalidValue("sample", "class_labels", "to be integers or names among 1, 2, 7", "'0'")
-
-
-@pytest.mark.parametrize(
-    ("config", "labels", "error"),
-    [
-        ({"class_names": ("1", "2", "7")}, "0", NUMBERED),
-        ({"class_names": NAMES}, "hat", UNKNOWN),
-        ({"class_names": NAMES}, [0, "hat"], UNKNOWN),
-        ({}, ["bag"], NAMELESS),
-        ({"num_class_embeds": 3}, ["bag"], NAMELESS),
-        ({"class_names": None}, ["bag"], NAMELESS),
-    ],
-)
-def test_unknown_names_are_errors_that_list_the_known(config: dict[str, Any], labels: Any, error: InvalidValue) -> None:
-    with refused(error):
-        labels_of("sample", Interface.from_config(config, halves=False).class_names, labels)
 
 
 def seen_labels(config: dict[str, Any], no_label: int | None, **given: Any) -> list[int]:

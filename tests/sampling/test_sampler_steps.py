@@ -109,7 +109,7 @@ def test_no_step_reads_a_tensor_on_the_host(case: str, monkeypatch: pytest.Monke
         dtype=torch.float64,
         memory_format=torch.channels_last,
         device=torch.device("cpu"),
-        label=3 if labels else None,
+        no_label=torch.tensor([3]) if labels else None,
         guided=scale is not None,
     )
     advance = FrozenAdapter(frozen).bind(plan, state, scale)

@@ -146,7 +146,7 @@ def test_a_run_from_before_no_label_was_written_goes_on(tmp_path: Path) -> None:
     assert config["unet"].pop("no_label") == 10
     file.write_text(json.dumps(config))
     resume_and_compare(partial(run), tmp_path / "parts", steps=3)
-    assert load_folder(tmp_path / "parts").interface.no_label == 10
+    assert load_folder(tmp_path / "parts").interface.labels.none == 10
 
 
 def pair(change: Callable[[Tensor, int, Tensor], Any]) -> Digits:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...errors import InvalidType, InvalidValue, expect, renaming
 from ...inference import FrozenUNet
-from ...nn import OWN, UNetConfig
+from ...interface import OWN
+from ...nn import UNetConfig
 from ...nn.unet import unet_on_weights
 from ...plan import SamplingPlan
 from ..foreign import check_described, check_unpatched, frozen_foreign, unwrapped
