@@ -39,7 +39,7 @@ from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import common
 import judges
@@ -90,6 +90,7 @@ class Row:
         attention: Resolutions with self-attention.
         labelled: Whether the network is given classes, if there are any.
         library: Whose training loop it is.
+        initialization: How the first weights of ours are drawn, see `UNet.reset_parameters`.
     """
 
     about: str
@@ -99,6 +100,7 @@ class Row:
     attention: Sequence[int] = ()
     labelled: bool = True
     library: str = "ddpm_fast"
+    initialization: Literal["xavier", "pytorch"] = "xavier"
 
 
 _OLD_SMALL: Final[dict[str, Any]] = {"batch_size": 8, "lr": 1e-3, "warmup_steps": 100, "prediction": "v_prediction"}
@@ -150,6 +152,15 @@ ROWS: Final[dict[str, Row]] = {
         "small-fast, a time embedding of 256 channels instead of 64", network={"time_embedding_dim": 256}
     ),
     "small-fast-scale-shift": _small("small-fast, scale and shift", network=_SCALE_SHIFT),
+    "small-fast-scale-shift-pytorch": _small(
+        "small-fast, scale and shift, PyTorch's initial weights", network=_SCALE_SHIFT, initialization="pytorch"
+    ),
+    "small-fast-scale-shift-pytorch-batch-16": _small(
+        "small-fast, scale and shift, PyTorch's initial weights, 16 images a step",
+        network=_SCALE_SHIFT,
+        options={"batch_size": 16},
+        initialization="pytorch",
+    ),
     "small-fast-scale-shift-batch-16": _small(
         "small-fast, scale and shift, 16 images a step", network=_SCALE_SHIFT, options={"batch_size": 16}
     ),
@@ -261,7 +272,10 @@ def _train_ours(
     machine = {"device": "cpu", "threads": torch.get_num_threads()}
     options = TrainOptions(steps=steps, seed=seed, auto_resume=True, **options_of(row, steps), **machine, **records)
     schedule = getattr(NoiseSchedule, row.schedule)()
-    stopped_by = Trainer(UNet(**config), schedule, dataset, options, folder, on_step=on_step).run().stopped_by
+    network = UNet(**config)
+    if row.initialization != "xavier":
+        network.reset_parameters(row.initialization)
+    stopped_by = Trainer(network, schedule, dataset, options, folder, on_step=on_step).run().stopped_by
     if stopped_by is not None:  # the Trainer keeps a checkpoint when a signal stops it
         raise SystemExit(f"leaderboard: stopped by {stopped_by}; the same command goes on")
     loaded = load_folder(folder)

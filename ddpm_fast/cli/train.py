@@ -35,6 +35,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
             "layers": 1,
             "attention": (),
             "scale_shift": True,
+            "initialization": "pytorch",
             "prediction": "v_prediction",
             "schedule": "cosine",
             "steps": 1500,

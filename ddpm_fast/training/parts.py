@@ -57,7 +57,10 @@ def built_from(run: Run, data: DataOptions, model: ModelOptions) -> tuple[UNet, 
     config = _unet_config(model, dataset.info, run.objective, stored)
     with torch.random.fork_rng([]), renaming("train", {"block_out_channels": "channels", "attention_head_dim": "head_dim"}):
         torch.manual_seed(run.rng.weights_seed)
-        return UNet(**config), dataset
+        network = UNet(**config)
+        if model.initialization != "xavier":
+            network.reset_parameters(model.initialization)
+        return network, dataset
 
 
 def fitted(

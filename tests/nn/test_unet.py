@@ -16,6 +16,7 @@ from ddpm_fast import freeze, noise, sample_seeds
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.nn import CIFAR10_32, HO_256, UNet, UNetConfig
 from ddpm_fast.nn.layers import ResnetBlock
+from ddpm_fast.nn.unet import Initialization
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -120,10 +121,12 @@ def test_compiles_whole_and_once() -> None:
     assert counter.frame_count == 1
 
 
-def test_a_new_network_predicts_zero_and_learns_in_every_weight() -> None:
+@pytest.mark.parametrize("initialization", ["xavier", "pytorch"])
+def test_a_new_network_predicts_zero_and_learns_in_every_weight(initialization: Initialization) -> None:
     config = SMALL | VARIANTS["class-conditional"]
     torch.manual_seed(0)
     model = UNet(**config)
+    model.reset_parameters(initialization)
     x, t, labels = make_inputs(config, 4)
     assert not model(x, t, labels).any()  # Ho et al.: the output convolution starts at zero
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
