@@ -34,7 +34,9 @@ from judges import CLASS_RECIPE, CLASSES, Jury
 from torch import Tensor, nn
 
 from ddpm_fast import SamplingPlan, load_builtin
-from ddpm_fast.data import load_dataset, read_batch
+from ddpm_fast.data.items import read_batch
+from ddpm_fast.data.load import load_dataset
+from ddpm_fast.data.options import DataOptions
 from ddpm_fast.files.images import to_uint8
 from ddpm_fast.pretrained import Pretrained
 
@@ -235,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             common.save_picture(args.plot, plot(rows, f"builtin, float32, {args.num} images a point"))
         return
 
-    test = load_dataset("fashion-mnist", split="test")
+    test = load_dataset(DataOptions(data="fashion-mnist"), split="test")
     images, labels, _ = read_batch(test, range(len(test)))
     jury = Jury(images, labels)
     run = common.Run(args.device, path)

@@ -122,9 +122,11 @@ def speed(args: argparse.Namespace, run: common.Run) -> None:
 
 
 def batches(steps: int, n: int, size: int) -> list[idioms.Batch]:
-    from ddpm_fast.data import load_dataset, read_batch, to_unit_range
+    from ddpm_fast.data.items import read_batch, to_unit_range
+    from ddpm_fast.data.load import load_dataset
+    from ddpm_fast.data.options import DataOptions
 
-    dataset = load_dataset("digits", image_size=size)
+    dataset = load_dataset(DataOptions(data="digits", image_size=size))
     generator = torch.Generator().manual_seed(0)
     result = [idioms.Batch(n, size) for _ in range(steps)]
     for step, batch in enumerate(result):

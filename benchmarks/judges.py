@@ -24,7 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddpm_fast import frechet_distance
-from ddpm_fast.data import FASHION_MNIST_CLASSES, load_dataset, read_batch, to_unit_range
+from ddpm_fast.data.items import read_batch, to_unit_range
+from ddpm_fast.data.load import load_dataset
+from ddpm_fast.data.options import DataOptions
+from ddpm_fast.data.published import FASHION_MNIST_CLASSES
 from ddpm_fast.files.writing import replacing
 
 CLASSES: Final = len(FASHION_MNIST_CLASSES)
@@ -229,7 +232,7 @@ def judge_of(name: str, test_images: Tensor, test_labels: Tensor) -> tuple[nn.Mo
     path = judge_file(recipe)
     trained: nn.Module | None = None
     if not path.is_file():
-        train = load_dataset("fashion-mnist")
+        train = load_dataset(DataOptions(data="fashion-mnist"))
         images, labels, _ = read_batch(train, range(len(train)))
         trained = train_class_judge(images, labels) if name == "class" else train_grain_judge(images)
     judge = trained or load_judge(path, build())
@@ -291,7 +294,7 @@ class Jury:
 
 
 def main() -> None:
-    test = load_dataset("fashion-mnist", split="test")
+    test = load_dataset(DataOptions(data="fashion-mnist"), split="test")
     images, labels, _ = read_batch(test, range(len(test)))
     jury = Jury(images, labels)
     found = jury.figures(jury.real[:1000], None)

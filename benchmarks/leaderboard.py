@@ -47,7 +47,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast import NoiseSchedule, Objective, Sampler, Trainer, TrainOptions, UNet, load_folder
-from ddpm_fast.data import ItemDataset, load_dataset, read_batch, to_unit_range
+from ddpm_fast.data.items import ItemDataset, read_batch, to_unit_range
+from ddpm_fast.data.load import load_dataset
+from ddpm_fast.data.options import DataOptions
 from ddpm_fast.files.images import save_grid, to_uint8
 from ddpm_fast.files.writing import write_json
 from ddpm_fast.inference.model import predict
@@ -200,14 +202,14 @@ ANCHOR: Final = "small-fast"
 def images_of(name: str, *, split: str) -> ItemDataset:
     """Return the images of a set. Emoji are rendered once."""
     if name != "emoji":
-        return load_dataset(name, split=split)
+        return load_dataset(DataOptions(data=name), split=split)
     folder = BUILD / "emoji-pictures"
     if not folder.is_dir():
         BUILD.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=BUILD) as parent:  # it appears whole or not at all
             subprocess.run([sys.executable, common.ROOT.parent / "examples" / "emoji.py", Path(parent) / "new"], check=True)
             (Path(parent) / "new").rename(folder)
-    return load_dataset(str(folder / split))
+    return load_dataset(DataOptions(data=str(folder / split)))
 
 
 # ------------------------------------------------------------------------------------------------------------ training

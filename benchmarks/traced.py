@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ddpm_fast
-from ddpm_fast.data import DatasetInfo, Item, collate
+from ddpm_fast.data.items import DatasetInfo, Item, collate
 from ddpm_fast.distributed import Processes
 from ddpm_fast.ops.backend import native_error
 from ddpm_fast.training.options import TrainOptions

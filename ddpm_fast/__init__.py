@@ -9,6 +9,7 @@ from typing import Any
 from .version import __version__ as __version__
 
 _NAMES_BY_MODULE = {
+    "data.options": ("DataOptions",),
     "pretrained": ("Pretrained", "load_builtin", "load_folder"),
     "sampling.editing": ("inpaint", "interpolate", "invert", "load_image", "vary"),
     "evaluation": ("Moments", "VariationalBound", "frechet_distance", "variational_bound"),
@@ -37,7 +38,7 @@ _NAMES_BY_MODULE = {
     "training.export": ("export_checkpoint",),
     "training.log": ("Logger",),
     "training.loop": ("TrainResult",),
-    "training.options": ("DataOptions", "ModelOptions", "TrainOptions"),
+    "training.options": ("ModelOptions", "TrainOptions"),
     "training.trainer": ("Trainer", "train"),
     "variational": ("variational_loss",),
 }

@@ -1,6 +1,7 @@
 """Public names for type checkers. `__init__.py` imports each from the same module when it is first used."""
 
 from .allocator import kept_memory as kept_memory
+from .data.options import DataOptions as DataOptions
 from .evaluation import Moments as Moments
 from .evaluation import VariationalBound as VariationalBound
 from .evaluation import frechet_distance as frechet_distance
@@ -64,7 +65,6 @@ from .schedule import Objective as Objective
 from .training.export import export_checkpoint as export_checkpoint
 from .training.log import Logger as Logger
 from .training.loop import TrainResult as TrainResult
-from .training.options import DataOptions as DataOptions
 from .training.options import ModelOptions as ModelOptions
 from .training.options import TrainOptions as TrainOptions
 from .training.trainer import Trainer as Trainer

@@ -9,7 +9,9 @@ import argparse
 import torch
 
 import ddpm_fast
-from ddpm_fast.data import load_dataset, read_batch, to_unit_range
+from ddpm_fast.data.items import read_batch, to_unit_range
+from ddpm_fast.data.load import load_dataset
+from ddpm_fast.data.options import DataOptions
 
 parser = argparse.ArgumentParser(description="Print rate and distortion of progressive lossy coding over reverse time.")
 parser.add_argument("--steps", type=int, default=1000, help="timesteps; fewer are quicker and cost more bits")
@@ -26,7 +28,7 @@ if args.plot:
 
 garments = ddpm_fast.load_builtin()
 schedule = garments.objective.schedule
-dataset = load_dataset(args.data, split="test", image_size=32)
+dataset = load_dataset(DataOptions(data=args.data, image_size=32), split="test")
 if not 1 <= args.num <= len(dataset):
     parser.error(f"expected --num to be in 1..{len(dataset)}, got {args.num}")
 images = read_batch(dataset, range(args.num)).images

@@ -28,7 +28,7 @@ from ddpm_fast import (
     repaint_plan,
     sample,
 )
-from ddpm_fast.data import FASHION_MNIST_CLASSES
+from ddpm_fast.data.published import FASHION_MNIST_CLASSES
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.inference import interface_of
 from ddpm_fast.nn import UNet

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast import NoiseSchedule, Objective, TrainOptions, UNet
-from ddpm_fast.data import DatasetInfo, Item, ItemDataset
+from ddpm_fast.data.items import DatasetInfo, Item, ItemDataset
 
 TINY = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 2}
 

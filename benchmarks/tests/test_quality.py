@@ -17,7 +17,9 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import dpm_solver_plan, load_builtin
-from ddpm_fast.data import Item, read_batch
+from ddpm_fast.data.items import Item, read_batch
+from ddpm_fast.data.load import load_dataset
+from ddpm_fast.data.options import DataOptions
 
 
 def test_samplers_are_named_by_method_and_evaluations():
@@ -81,7 +83,7 @@ def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callab
     assert {"device", "torch", "commit", "judges", "options"} <= set(section["machine"])
 
     loaded = load_builtin()
-    test_images, labels, _ = read_batch(quality.load_dataset("fashion-mnist"), range(80))
+    test_images, labels, _ = read_batch(load_dataset(DataOptions(data="fashion-mnist")), range(80))
     real, reference = (test_images[half] for half in judges.split_real(labels))
     sampler, wanted = loaded.sampler(sampler="dpm++2m-sde", steps=4), torch.arange(16) % 10
     ours = [ddpm_fast.to_uint8(sampler(16, seed=seed, batch_size=8, class_labels=wanted)) for seed in range(3)]

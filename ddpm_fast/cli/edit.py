@@ -32,7 +32,7 @@ from .outputs import check_output, close, grey_for_bad, try_writing, write
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..data import ItemDataset
+    from ..data.items import ItemDataset
     from ..pretrained import Pretrained
 
 _SOURCES = click.argument("sources", metavar="IMAGE...", nargs=-1, required=True)
@@ -207,7 +207,8 @@ def _opened(
     """
     import torch
 
-    from ..data import DATASETS, to_unit_range
+    from ..data.items import to_unit_range
+    from ..data.published import DATASETS
     from ..files.images import image_format
 
     out = options["out"]
@@ -235,13 +236,14 @@ def _opened(
 
 def _read(command: str, source: str, shape: tuple[int, int, int], datasets: dict[str, ItemDataset]) -> Tensor:
     """Return the image of a file or of a data set, uint8 [C, H, W]."""
-    from ..data import load_dataset, read_image
+    from ..data.load import load_dataset, read_image
+    from ..data.options import DataOptions
 
     if os.path.isfile(source):
         return read_image(source, shape, caller=command, name="IMAGE")
     name, _, number = source.partition(":")
     if name not in datasets:
-        datasets[name] = load_dataset(name, split="test", image_size=shape[1:])
+        datasets[name] = load_dataset(DataOptions(data=name, image_size=shape[1:]), split="test")
     dataset, index = datasets[name], _whole_number(number)
     expect(index < len(dataset), command, "IMAGE", f"to be {name}:0 to {name}:{len(dataset) - 1}", repr(source))
     image = dataset[index].image
@@ -257,7 +259,7 @@ def _labels(command: str, loaded: Pretrained, options: dict[str, Any], count: in
 
 def _mask(path: str, images: Tensor) -> Tensor:
     """Return the mask in a file, float32 [1, 1, H, W]."""
-    from ..data import read_image
+    from ..data.load import read_image
 
     mask = read_image(path, (1, *images.shape[2:]), caller="inpaint", name="mask")[None]
     # A mask of zeros and ones has none.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..checks import Ranges
-    from ..data import ItemDataset
+    from ..data.items import ItemDataset
     from ..pretrained import Pretrained
 
 _OF_TESTS = ("data", "data_dir", "condition", "data_range", "condition_range", "samples", "variance", "labels")
@@ -113,8 +113,9 @@ def evaluate_command(
     With --fid, print the Frechet Inception Distance, KID and the Inception Score of --images. torchrun can start several
     processes, and needs --num-samples for --num.
     """
-    from ..data import read_batch
     from ..data.condition import evaluated_images
+    from ..data.items import read_batch
+    from ..data.options import DataOptions
     from ..files.writing import write_json
 
     failures: list[str] = []
@@ -133,12 +134,15 @@ def evaluate_command(
         return
     num = 256 if num is None else num
     loaded = load_model("evaluate", options)
-    config, interface, reads = loaded.model.config, loaded.interface, loaded.interface.condition
+    interface, reads = loaded.interface, loaded.interface.condition
     why = f"restores {reads.kind}" if reads.is_computed else "reads none"
     fits = condition is None or (reads.channels and not reads.is_computed)
     expect(fits, "evaluate", "condition", f"to be left out, as the model {why}", condition)
-    restored, ranges = reads.kind if reads.is_computed else condition, (data_range, condition_range)
-    dataset = evaluated_images(data, data_dir, restored, config, interface.channels or 0, num, *ranges)
+    restored = reads.kind if reads.is_computed else condition
+    images_of = DataOptions(
+        data=data, data_dir=data_dir, condition=restored, data_range=data_range, condition_range=condition_range
+    )
+    dataset = evaluated_images(images_of, loaded.model.config, num)
     expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
     classes, known = read_batch(dataset, range(num)).labels, interface.labels.classes or []
     unused = variance is not None and reads.channels
@@ -176,7 +180,7 @@ def _bounded(
     loaded: Pretrained, dataset: ItemDataset, num: int, variance: Any, arguments: dict[str, Any], failures: list[str]
 ) -> tuple[str, list[str], dict[str, Any]]:
     """Return the head, the lines and the figures of the variational bound."""
-    from ..data import read_batch, to_unit_range
+    from ..data.items import read_batch, to_unit_range
 
     got = "numbers of another range"
     expect(dataset.info.data_range is None, "evaluate", "data", "to be pictures of 256 levels, for bits per dimension", got)

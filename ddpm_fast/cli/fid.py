@@ -19,7 +19,7 @@ from .sample import write_each
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..data import ItemDataset
+    from ..data.items import ItemDataset
     from ..evaluation import Moments
     from ..pretrained import Pretrained
 
@@ -146,11 +146,12 @@ def _moments(path: str) -> Moments | None:
 
 def _pictures(name: str, path: str, num: int | None = None) -> ItemDataset:
     """Return pictures as a data set. Raise unless they are enough, of one size, grey or in RGB."""
-    from ..data import load_dataset
+    from ..data.load import load_dataset
+    from ..data.options import DataOptions
 
     expect(os.path.exists(path), "evaluate", name, "to be a folder or an .npz of images", f"{path!r}, which does not exist")
     try:
-        dataset = load_dataset(path, memory=_MEMORY, first=num)
+        dataset = load_dataset(DataOptions(data=path, data_memory=_MEMORY), first=num)
     except ArgumentError as error:
         wanted = "to have images of one size" if error.name == "image_size" else error.expected
         raise error.renamed(caller="evaluate", name=name, expected=wanted, got=error.got.partition(";")[0]) from None
@@ -163,6 +164,6 @@ def _pictures(name: str, path: str, num: int | None = None) -> ItemDataset:
 
 
 def _pixels(dataset: ItemDataset, part: range) -> Tensor:
-    from ..data import read_batch
+    from ..data.items import read_batch
 
     return read_batch(dataset, part).images

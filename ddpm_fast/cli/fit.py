@@ -127,7 +127,9 @@ def _real_images(loaded: Pretrained, model: Path, options: dict[str, Any]) -> Te
     """
     import torch
 
-    from ..data import load_dataset, read_batch, to_unit_range
+    from ..data.items import read_batch, to_unit_range
+    from ..data.load import load_dataset
+    from ..data.options import DataOptions
     from ..training.run import RunFolder
 
     config, asked = loaded.model.config, options["data"]
@@ -136,13 +138,7 @@ def _real_images(loaded: Pretrained, model: Path, options: dict[str, Any]) -> Te
     if data is None:
         return torch.empty(0)
     try:
-        dataset = load_dataset(
-            *(data, data_dir),
-            image_size=config["sample_size"],
-            channels=loaded.interface.channels,
-            data_range=config.get("data_range"),
-            memory=0,
-        )
+        dataset = load_dataset(DataOptions(data=data, data_dir=data_dir, data_memory=0), known=config)
     except (ArgumentError, OSError, ImportError):
         if asked:
             raise

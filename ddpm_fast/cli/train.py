@@ -15,9 +15,10 @@ from click.core import ParameterSource
 
 import ddpm_fast
 
+from ..data.options import DataOptions
 from ..files.writing import remove_leftovers
 from ..options import options_of
-from ..training.options import CHANGEABLE, STRUCTS, DataOptions, ModelOptions, TrainOptions
+from ..training.options import CHANGEABLE, STRUCTS, ModelOptions, TrainOptions
 from .console import Command, Stopped
 from .options import PathOption, flag
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,14 +86,14 @@ def only_images(place: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
 # ---------------------------------------------------------------------------------------------------------------- data sets
 
 
-def arrays(name: str, source: Source, value_range: Ranges | Literal["measured"] | None) -> ItemDataset:
+def arrays(name: str, source: Source, value_range: Ranges | None, *, measure: bool = True) -> ItemDataset:
     """Return a data set of arrays: uint8 as pictures, other numbers mapped to [-1, 1]. All numbers are looked at.
 
     Args:
         name: Name of the data set.
         source: The source. Its arrays have one shape, [H, W] or [H, W, C], and one dtype.
-        value_range: (low, high) of the values, which become -1 and 1, for all channels or for each. "measured": the least and
-            the largest of each channel, or pictures if they are uint8. None: pictures.
+        value_range: (low, high) of the values, which become -1 and 1, for all channels or for each. None: uint8 are pictures.
+        measure: Without a range, take the least and the largest of each channel of other numbers. They are an error otherwise.
 
     Raises:
         ValueError: An array is no image, has another shape or dtype than the first, or has values not finite or outside
@@ -102,10 +102,10 @@ def arrays(name: str, source: Source, value_range: Ranges | Literal["measured"] 
     first = _array(source, None, 0)
     info = DatasetInfo(name, first.shape, classes=source.classes, preparation=source.preparation)
     wanted = f"to be given for numbers, as {source.place(0)} has {first.dtype} and no range is kept for them"
-    expect(first.dtype == np.uint8 or value_range is not None, "load_dataset", "data_range", wanted, None)
+    expect(first.dtype == np.uint8 or value_range or measure, "load_dataset", "data_range", wanted, None)
     ranges = None
-    if first.dtype != np.uint8 or value_range not in (None, "measured"):
-        ranges = _measured(source, first, None if value_range == "measured" else value_range)
+    if first.dtype != np.uint8 or value_range is not None:
+        ranges = _measured(source, first, value_range)
         mapped = "the range of each channel" if len(ranges) > 1 else "{:g} to {:g}".format(*ranges[0])
         preparation = f"{source.preparation}, {mapped} as -1 to 1"
         info = replace(info, dtype=torch.float32, preparation=preparation, data_range=ranges)

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Ranges, checked_ranges
+from ..checks import Ranges
 from ..errors import expect, renaming
+from ..interface import Interface
 from ..ops import sample_seeds
 from .degradation import Degradation, masked, resized_bicubically
 from .items import ItemDataset, read_batch, to_unit_range
-from .load import load_dataset, load_source, read_source
+from .load import kept_range, load_dataset, load_source, read_source
+from .options import DataOptions
 
 
 class Examples(NamedTuple):
@@ -41,57 +43,23 @@ def examples(dataset: ItemDataset, indices: Sequence[int], seed: int) -> Example
     return Examples(images, batch.labels, to_unit_range(batch.conditions))
 
 
-def evaluated_images(
-    name: str,
-    data_dir: str | os.PathLike[str] | None,
-    condition: str | None,
-    config: Mapping[str, Any],
-    channels: int,
-    num: int,
-    data_range: Ranges | None = None,
-    condition_range: Ranges | None = None,
-) -> ItemDataset:
+def evaluated_images(data: DataOptions, config: Mapping[str, Any], num: int) -> ItemDataset:
     """Return the first test images of a data set as a trained network takes them, with conditions if it reads any.
 
     Args:
-        name: See `load_dataset`.
-        data_dir: See `load_dataset`.
-        condition: The folder of the conditions, for a network that was trained with such a folder.
+        data: The images, and the conditions of a network that was trained with files of conditions.
         config: Configuration of the network.
-        channels: C of the images that it draws.
         num: Number of images.
-        data_range: See `load_dataset`, for a network that keeps no range of its images.
-        condition_range: The same for its conditions.
 
     Raises:
         ValueError: The images or the conditions do not fit the network.
     """
-    dataset = load_dataset(
-        name,
-        data_dir,
-        split="test",
-        image_size=config["sample_size"],
-        channels=channels,
-        data_range=_kept_range("evaluate", "data_range", config.get("data_range"), data_range),
-        condition=condition,
-        # Without a condition, its absence is the error, and not the range that the network keeps for it.
-        condition_range=condition_range
-        if condition is None
-        else _kept_range("evaluate", "condition_range", config.get("condition_range"), condition_range),
-        first=num,
-    )
-    reads = config["in_channels"] - channels
+    with renaming("evaluate"):
+        dataset = load_dataset(data, split="test", first=num, known=config)
+    reads, found = Interface.from_config(config).condition.channels or 0, dataset.info.condition_channels
     wanted = f"to be given, with {reads} channels, as the model reads" if reads else "to be left out, as the model reads none"
-    found = dataset.info.condition_channels
     expect(found == reads, "evaluate", "condition", wanted, f"{found} channels" if found else "none")
     return dataset
-
-
-def _kept_range(caller: str, name: str, kept: Any, stated: Ranges | None) -> Ranges | None:
-    """Return the range that a network keeps, or else the stated one. None: it reads pictures alone."""
-    known, given = (None if each is None else checked_ranges(caller, name, each) for each in (kept, stated))
-    expect(known is None or given in (None, known), caller, name, f"to be left out, as the model keeps {known}", given)
-    return known or given
 
 
 def read_conditions(
@@ -128,13 +96,12 @@ def read_conditions(
     channels, height, width = shape
     kind = Degradation.named(config.get("condition") or "")
     factor = 1 if kind is None else kind.factor
-    reads, kept = config["in_channels"] - channels, config.get("condition_range")
+    reads, kept = config["in_channels"] - channels, "condition_range" if kind is None else "data_range"
     if kind is not None:
-        kept = config.get("data_range")
         reads = 1 if kind.name == "grey" else channels
         if kind.name == "mask" and channels in (1, 3) and not source.has_arrays:
             reads = 4  # what is transparent is a hole
-    ranges = _kept_range("sample", "condition_range", kept, condition_range)
+    ranges = kept_range("sample", "condition_range", {"condition_range": config.get(kept)}, condition_range)
     with renaming("sample", {"data_range": "condition_range"}):
         dataset = load_source(str(path), source, (height // factor, width // factor), reads, ranges)
     found = dataset.info.shape[0]

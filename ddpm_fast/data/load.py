@@ -11,107 +11,108 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from torch import Tensor
 
-from ..checks import Ranges, check_ints, check_path, checked_ranges, listed
+from ..checks import Ranges, check_path, checked_bytes, checked_ranges, listed
 from ..errors import InvalidValue, expect, renaming
+from ..interface import Interface
 from ..options import checked, within
 from ..resources import size_text
 from .arrays import arrays, read_array_file
 from .degradation import Degradation
 from .items import Cached, Conditioned, ItemDataset, Resized, Wrapper
+from .options import DataOptions
 from .published import DATASETS, read_table
 from .sources import ARRAYS, PICTURES, Source, read_archive, read_folder
 
-_Range = Sequence[float] | Sequence[Sequence[float]] | Literal["measured"] | None
+_CHANNELS: Final = {"grey": 1, "rgb": 3, "rgba": 4}
 
 _log = logging.getLogger("ddpm_fast")
 
 
 @checked()
 def load_dataset(
-    name: str,
-    data_dir: str | os.PathLike[str] | None = None,
+    data: DataOptions,
     *,
     split: Literal["train", "test"] = "train",
-    image_size: int | Sequence[int] | None = None,
-    channels: Annotated[int | None, within(low=1)] = None,
-    data_range: _Range = "measured",
-    condition: str | os.PathLike[str] | None = None,
-    condition_range: _Range = "measured",
-    skip_broken: bool = False,
     first: Annotated[int | None, within(low=1)] = None,
-    memory: Annotated[int | None, within(low=0)] = None,
+    known: Mapping[str, Any] | None = None,
 ) -> ItemDataset:
-    """Load a data set by name.
+    """Load images.
 
-    Images are decoded at once, so corrupt ones are found before any work. If they take more than `memory` bytes,
-    they are decoded as they are used, and only their headers are read at once, unless `skip_broken` is true.
+    They are decoded at once, so corrupt ones are found before any work. If they take more than `data_memory`, they are
+    decoded as they are used, and only their headers are read at once, unless `skip_broken` is true.
+
+    `data.data` is "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
+    "cifar10" (32x32), or a path. A folder's sub-folders are its classes. If a folder or zip file has a `dataset.json`, as EDM
+    and `write_samples` write it, the labels are those in it. A folder that Hugging Face's `datasets` has saved needs the
+    `datasets` extra. An .npy, an .npz, or a folder of them has arrays [H, W] or [H, W, C]: uint8 pictures, or other numbers,
+    which are mapped to [-1, 1].
 
     Args:
-        name: "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
-            "cifar10" (32x32), or a path. A folder's sub-folders are its classes. If a folder or zip file has a
-            `dataset.json`, as EDM and `write_samples` write it, the labels are those in it. A folder that Hugging Face's
-            `datasets` has saved needs the `datasets` extra. An .npy, an .npz, or a folder of them has arrays [H, W] or
-            [H, W, C]: uint8 pictures, or other numbers, which are mapped to [-1, 1].
-        data_dir: Folder that holds the files of fashion-mnist or cifar10, or receives the download. By default the files of
-            Debian's package dataset-fashion-mnist if installed, else a folder in the user's cache.
+        data: The images, their size, colours and ranges, and what a network reads next to x_t. Images of another size than
+            `image_size`, (height, width), are cropped to the largest centred part of these proportions, and resized. A
+            condition of files belongs to images by their paths without endings, or to rows by their numbers.
         split: "train" or "test". A folder or zip file of images has no split: all of it is read.
-        image_size: Height and width in pixels, or (height, width). Images of another size are cropped to the largest centred
-            part of these proportions, and resized. By default nothing is resized, and all images must have one size.
-        channels: Channels of an image: image files are read in grey (1), RGB (3) or RGBA (4). By default in grey if all files
-            are grey, else in RGB.
-        data_range: The two values of arrays that become -1 and 1, or two for each channel. Values outside are an error. By
-            default the least and the largest of each channel, but 0 and 255 for uint8. None: pictures alone are read.
-        condition: What a network reads next to x_t: "low-resolution:4", "grey" or "mask", computed from the images, or a
-            second folder, archive or file. Files belong together by their paths without endings, rows by their numbers.
-        condition_range: The `data_range` of the second folder.
-        skip_broken: Leave out image files that cannot be read, and log a warning that names the first of them.
         first: Read only this many items, from the first. By default all are read.
-        memory: Bytes that decoded images may take. More are decoded, or resized, as they are used. By default all are
-            held in memory.
+        known: The configuration of a network that reads them, which has the size, the channels and the ranges that `data`
+            leaves open. Without a range, it reads pictures alone. None: ranges are measured, for each channel.
 
     Raises:
-        ValueError: The name, split or size is unknown, the images' sizes differ, no image was found, or a file is damaged.
+        ValueError: The name, split or size is unknown, the images' sizes differ, no image was found, a file is damaged, or
+            `data` states another range than the network keeps.
         OSError: A download failed.
         ImportError: A package of the `train` or `datasets` extra is missing.
     """
-    size = _sides(image_size)
-    images_range, paired_range = _range("data_range", data_range), _range("condition_range", condition_range)
-    folder = None if data_dir is None else Path(data_dir)
+    name, condition = os.fspath(data.data), None if data.condition is None else os.fspath(data.condition)
+    size, channels = _sides(data.image_size), None if data.colors is None else _CHANNELS[data.colors]
+    if known is not None:
+        channels = Interface.from_config(known).channels if channels is None else channels
+        size = _sides(known.get("sample_size")) if size is None else size
+    folder, memory = None if data.data_dir is None else Path(data.data_dir), checked_bytes("", "data_memory", data.data_memory)
     source = DATASETS[name](folder, split, size) if name in DATASETS else read_source(name, split)
     degradation = paired = None
     if condition is not None:
-        condition = os.fspath(condition)
         degradation = Degradation.named(condition)
         if degradation is None:
             wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder, an archive or a file of arrays"
             expect(os.path.exists(condition), "load_dataset", "condition", wanted, f"{condition!r}, which does not exist")
             paired = partners(source, read_source(condition, split))
-    unused = paired is None and paired_range not in (None, "measured")
-    expect(not unused, "load_dataset", "condition_range", "to go with a condition that is read from files", condition_range)
+    unused, wanted = paired is None and data.condition_range, "to go with a condition that is read from files"
+    expect(not unused, "load_dataset", "condition_range", wanted, data.condition_range)
+    ranges = kept_range("load_dataset", "data_range", known, data.data_range)
     if first is not None:
         numbers: Sequence[int] = range(len(source))[:first]
         source, paired = source.chosen(numbers), paired and paired.chosen(numbers)
-    if skip_broken and not source.has_arrays:
+    if data.skip_broken and not source.has_arrays:
         from .pictures import without_broken
 
         source, numbers = without_broken(source)
         paired = paired and paired.chosen(numbers)
-    dataset = load_source(name, source, size, channels, images_range, memory)
+    dataset = load_source(name, source, size, channels, ranges, memory=memory, measure=known is None)
     shape = dataset.info.shape
-    expect(channels in (None, shape[0]), "load_dataset", "channels", f"to be those of {name}, {shape[0]}", channels)
+    expect(channels in (None, shape[0]), "load_dataset", "colors", f"to be those of {name}, {shape[0]} channels", channels)
     if degradation is not None:
         degradation.check("load_dataset", shape, len(dataset.info.data_range or [0]))
         channels = degradation.channels(shape[0])
         return Wrapper(dataset, replace(dataset.info, condition=degradation, condition_channels=channels))
     if paired is None:
         return dataset
+    ranges = kept_range("load_dataset", "condition_range", known, data.condition_range)
     with renaming("load_dataset", {"data_range": "condition_range"}):
-        conditions = load_source(str(condition), paired, (shape[1], shape[2]), None, paired_range, memory)
+        sides = (shape[1], shape[2])
+        conditions = load_source(str(condition), paired, sides, None, ranges, memory=memory, measure=known is None)
     return Conditioned(dataset, conditions)
+
+
+def kept_range(caller: str, name: str, known: Mapping[str, Any] | None, stated: Ranges | None) -> Ranges | None:
+    """Return the range that a network's configuration keeps under a name, or else the stated one."""
+    kept = (known or {}).get(name)
+    kept = None if kept is None else checked_ranges(caller, name, kept)
+    expect(kept is None or stated in (None, kept), caller, name, f"to be left out, as the model keeps {kept}", stated)
+    return kept or stated
 
 
 def load_source(
@@ -119,20 +120,25 @@ def load_source(
     source: Source,
     size: tuple[int, int] | None,
     channels: int | None,
-    value_range: Ranges | Literal["measured"] | None,
+    value_range: Ranges | None,
+    *,
     memory: int | None = None,
+    measure: bool = False,
 ) -> ItemDataset:
-    """Return the images of a source as a data set. See `load_dataset`. The channels of arrays are not checked."""
+    """Return the images of a source as a data set. See `load_dataset`. The channels of arrays are not checked.
+
+    Without a range, numbers are an error, unless it is to be measured.
+    """
     from .pictures import attempted, check_whole, pictures
 
     broken: Mapping[int, str] = {}
     if source.has_arrays:
-        dataset = arrays(name, source, value_range)
+        dataset = arrays(name, source, value_range, measure=measure)
         if size not in (None, dataset.info.shape[1:]):
             dataset = Resized(dataset, size)
     else:
         wanted = "to be None for image files, as arrays alone have ranges"
-        expect(value_range in (None, "measured"), "load_dataset", "data_range", wanted, value_range)
+        expect(value_range is None, "load_dataset", "data_range", wanted, value_range)
         dataset, broken = pictures(name, source, size, channels)
     needed = len(source) * math.prod(dataset.info.shape) * dataset.info.dtype.itemsize
     if memory is not None and needed > memory and not dataset.in_memory:
@@ -158,7 +164,7 @@ def read_source(name: str, split: str) -> Source:
     if path.is_dir():
         return read_folder(path)
     wanted = f"to be one of {', '.join(DATASETS)}, a folder, or a .zip, .npy or .npz"
-    expect(path.is_file(), "load_dataset", "name", wanted, f"{name!r}, which does not exist{_hint(path)}")
+    expect(path.is_file(), "load_dataset", "data", wanted, f"{name!r}, which does not exist{_hint(path)}")
     if path.suffix.lower() in ARRAYS:
         return read_array_file(path)
     return read_folder(path.parent, [path.name]) if path.suffix.lower() in PICTURES else read_archive(path)
@@ -225,21 +231,9 @@ def read_image(path: Any, shape: Sequence[int], *, caller: str = "read_image", n
         raise InvalidValue(caller, name, "to be an image", f"{str(path)!r}: {error}") from error
 
 
-def _range(name: str, value: Any) -> Ranges | Literal["measured"] | None:
-    """Return the ranges after a check, or "measured"."""
-    if value is None or (isinstance(value, str) and value == "measured"):
-        return value  # type: ignore[return-value]
-    return checked_ranges("load_dataset", name, value)
-
-
-def _sides(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """Return `image_size` as (height, width), or None."""
-    if image_size is None:
-        return None
-    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-    check_ints("load_dataset", "image_size", sides, 1, "a positive integer, (height, width) or None")
-    expect(len(sides) == 2, "load_dataset", "image_size", "to be a positive integer, (height, width) or None", sides)
-    return sides[0], sides[1]
+def _sides(size: Any) -> tuple[int, int] | None:
+    """Return an image size, a number or (height, width), as (height, width), or None."""
+    return size if size is None else (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _hint(path: Path) -> str:

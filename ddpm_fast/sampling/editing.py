@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_float, check_strided
-from ..data import read_image, to_unit_range
+from ..data.items import to_unit_range
+from ..data.load import read_image
 from ..dtypes import FLOATS, opmath
 from ..errors import InvalidType, InvalidValue, expect
 from ..ops import initial_noise, noise

@@ -6,77 +6,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Final, Literal
 
+from ..data.options import DataOptions
 from ..errors import InvalidValue
-from ..options import Option, Options, PathLike, Ranges, described, options_of
+from ..options import Option, Options, PathLike, described, options_of
 from ..predictions import Prediction, Variance
 
-_data = partial(Option, "Data")
 _model = partial(Option, "Network and noise schedule")
 _objective = partial(Option, "Objective")
 _optimization = partial(Option, "Optimization")
 _machine = partial(Option, "Machine")
 _records = partial(Option, "Records and checkpoints", changeable=True)
 _call = partial(Option, "This call", changeable=True, recorded=False)
-
-
-@described
-@dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
-    """The images that `train` reads."""
-
-    data: Annotated[
-        PathLike,
-        _data(
-            "Train on digits, fashion-mnist, cifar10, a folder (its sub-folders are classes), a .zip, .npy or .npz.",
-            changeable=True,  # the images themselves are compared
-            local=True,
-        ),
-    ] = "digits"
-    data_dir: Annotated[
-        PathLike | None,
-        _data(
-            "Read the data set from this folder, or download it there. Default: a folder in the user's cache.",
-            changeable=True,
-            local=True,
-        ),
-    ] = None
-    image_size: Annotated[
-        int | tuple[int, int] | None,
-        _data(
-            "Crop and resize images to this width x height, such as 64 or 48x32. Required unless all have one size.",
-            low=1,
-            high=1 << 16,
-        ),
-    ] = None
-    colors: Annotated[
-        Literal["grey", "rgb", "rgba"] | None,
-        _data("Train on images in these colours. Default: grey if all files are, else rgb."),
-    ] = None
-    data_range: Annotated[
-        Ranges | None,
-        _data(
-            "Map these values of .npy and .npz files to -1 and 1: one pair, or one per channel. Default: each channel's range."
-        ),
-    ] = None
-    condition: Annotated[
-        PathLike | None,
-        _data(
-            "Give the network low-resolution:4, grey or mask images to restore, or those of a folder with the same file names.",
-            changeable=True,  # the images themselves are compared, and the network's configuration names a degradation
-            local=True,
-        ),
-    ] = None
-    condition_range: Annotated[
-        Ranges | None,
-        _data("Map these values of .npy and .npz conditions to -1 and 1, as --data-range does."),
-    ] = None
-    data_memory: Annotated[
-        int | str,
-        _data("Decode images batch by batch if all take more than this many bytes, such as 200MiB or 2GiB.", changeable=True),
-    ] = "2GiB"
-    skip_broken: Annotated[
-        bool, _data("Leave out images of a folder that cannot be read, and say how many and which.", changeable=True)
-    ] = False
 
 
 @described

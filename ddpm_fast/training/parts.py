@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -13,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..checks import check_int, checked_bytes
-from ..data import DATASETS, Checked, DatasetInfo, ItemDataset, load_dataset
-from ..data.items import size_of
+from ..checks import check_int
+from ..data.checked import Checked
+from ..data.items import DatasetInfo, ItemDataset, size_of
+from ..data.load import load_dataset
+from ..data.options import DataOptions
+from ..data.published import DATASETS
 from ..errors import InvalidValue, expect, renaming
 from ..inference import interface_of
 from ..inference.model import device_and_dtype, evaluation_mode, predict
@@ -23,7 +25,7 @@ from ..interface import Interface, Labels
 from ..nn import UNet
 from ..nn.unet import describe_images
 from ..schedule import NoiseSchedule, Objective
-from .options import DataOptions, ModelOptions, TrainOptions
+from .options import ModelOptions, TrainOptions
 from .run import Run
 
 _LEAST_IN_GROUP: Final = 4
@@ -52,8 +54,11 @@ def objective_of(caller: str, schedule: NoiseSchedule | Objective, options: Trai
 def built_from(run: Run, data: DataOptions, model: ModelOptions) -> tuple[UNet, ItemDataset]:
     """Return the network and the images that options describe."""
     stored = {} if run.stored is None else run.stored["unet"]
-    load = partial(_dataset, data, stored)
-    dataset = run.processes.machine_by_machine(load) if data.data in DATASETS else load()  # rank 0 downloads
+    # The size of a run that goes on is not known here: images of another size are an error, and are not resized.
+    kept = {name: stored.get(name) for name in ("data_range", "condition_range")} if stored else None
+    load = partial(load_dataset, data, known=kept)
+    with renaming("train"):
+        dataset = run.processes.machine_by_machine(load) if data.data in DATASETS else load()  # rank 0 downloads
     config = _unet_config(model, dataset.info, run.objective, stored)
     with torch.random.fork_rng([]), renaming("train", {"block_out_channels": "channels", "attention_head_dim": "head_dim"}):
         torch.manual_seed(run.rng.weights_seed)
@@ -185,23 +190,6 @@ def _check_call(model: nn.Module, info: DatasetInfo, objective: Objective, label
         raise InvalidValue("Trainer", "model", wanted, error) from error
     got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
     expect(got == returned, "Trainer", "model", wanted, got)
-
-
-def _dataset(data: DataOptions, stored: Mapping[str, Any]) -> ItemDataset:
-    """Load the images. A run that is resumed has the ranges of their values in its network's configuration."""
-    unknown = None if stored else "measured"
-    with renaming("train", {"name": "data", "channels": "colors"}):
-        return load_dataset(
-            os.fspath(data.data),
-            data.data_dir,
-            image_size=data.image_size,
-            channels=None if data.colors is None else {"grey": 1, "rgb": 3, "rgba": 4}[data.colors],
-            data_range=data.data_range or stored.get("data_range", unknown),
-            condition=data.condition,
-            condition_range=data.condition_range or stored.get("condition_range", unknown),
-            skip_broken=data.skip_broken,
-            memory=checked_bytes("train", "data_memory", data.data_memory),
-        )
 
 
 def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective, stored: Mapping[str, Any]) -> dict[str, Any]:

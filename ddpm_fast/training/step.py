@@ -14,7 +14,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..data import Batch, Degradation, batches, to_unit_range
+from ..data.degradation import Degradation
+from ..data.items import Batch, to_unit_range
+from ..data.loader import batches
 from ..inference.model import predict
 from ..nn import UNet
 from ..ops import denoising_loss, q_sample

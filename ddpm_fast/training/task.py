@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..data import ItemDataset
+from ..data.items import ItemDataset
 from ..errors import expect, renaming
 from ..interface import Labels
 from ..nn import UNet, UNetConfig

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..checks import check_type
-from ..data import DATASETS, Degradation
+from ..data.degradation import Degradation
+from ..data.options import DataOptions
+from ..data.published import DATASETS
 from ..distributed import joined
 from ..options import AnyOptions, checked, within
 from ..schedule import NoiseSchedule, Objective
 from .log import Logger
 from .loop import TrainResult, run_steps
-from .options import DataOptions, ModelOptions, TrainOptions
+from .options import ModelOptions, TrainOptions
 from .parts import built_from, fitted, objective_of
 from .run import RunFolder, open_run
 from .state import State

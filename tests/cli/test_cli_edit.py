@@ -12,12 +12,13 @@ import pytest
 import torch
 from commands import run, save_model
 from drawing import tiny_unet
+from items import read_data
 from PIL import Image
 from torch import Tensor
 
 import ddpm_fast
 from ddpm_fast import pretrained
-from ddpm_fast.data import load_dataset, read_batch, to_unit_range
+from ddpm_fast.data.items import read_batch, to_unit_range
 from ddpm_fast.files.images import save_grid
 
 SCHEDULE = ddpm_fast.NoiseSchedule.linear(1000)
@@ -82,7 +83,7 @@ def shown(rows: Tensor) -> np.ndarray:
 
 
 def digit(*numbers: int) -> Tensor:
-    return to_unit_range(read_batch(load_dataset("digits", split="test"), numbers).images)
+    return to_unit_range(read_batch(read_data("digits", split="test"), numbers).images)
 
 
 def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:

@@ -16,11 +16,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from items import assert_equal, encoded, flip_bits, whole, write
+from items import assert_equal, encoded, flip_bits, read_data, whole, write
 from PIL import Image
 from refusals import refused
 
-from ddpm_fast.data import FASHION_MNIST_CLASSES, collate, load_dataset, published, read_batch, to_unit_range
+from ddpm_fast import DataOptions
+from ddpm_fast.data import published
+from ddpm_fast.data.items import collate, read_batch, to_unit_range
+from ddpm_fast.data.published import FASHION_MNIST_CLASSES
 from ddpm_fast.data.sources import PICTURES
 from ddpm_fast.errors import InvalidValue
 
@@ -44,7 +47,7 @@ def fashion_folder(tmp_path: Path) -> Path:
 
 
 def test_fashion_mnist_is_padded_with_black(fashion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = load_dataset("fashion-mnist", fashion_folder)
+    dataset = read_data("fashion-mnist", fashion_folder)
     batch, labels, _ = read_batch(dataset, torch.tensor([4, 0]))
     assert (len(dataset), dataset.info.shape, dataset.info.classes) == (5, (1, 32, 32), FASHION_MNIST_CLASSES)
     assert dataset.info.preparation == "padded with black from 28x28"
@@ -55,10 +58,10 @@ def test_fashion_mnist_is_padded_with_black(fashion_folder: Path, monkeypatch: p
     for file in fashion_folder.iterdir():
         file.rename(file.with_name(file.name.replace("train", "t10k")))
     monkeypatch.setattr(published, "FASHION_MNIST_DEBIAN", fashion_folder)  # a package's, read without an argument
-    unpadded = load_dataset("fashion-mnist", split="test", image_size=28)
+    unpadded = read_data("fashion-mnist", split="test", image_size=28)
     assert (unpadded.info.shape, unpadded.info.preparation) == ((1, 28, 28), "not resized")
     np.testing.assert_array_equal(whole(unpadded).images[:, 0], IMAGES)
-    enlarged = load_dataset("fashion-mnist", fashion_folder, split="test", image_size=64).info
+    enlarged = read_data("fashion-mnist", fashion_folder, split="test", image_size=64).info
     assert enlarged.preparation == "resized from 32x32, padded with black from 28x28"
 
 
@@ -96,17 +99,17 @@ NO_IDX, NO_GZIP = (
 def test_damaged_idx_file_is_refused(file: str, content: bytes, wanted: str, fashion_folder: Path) -> None:
     (fashion_folder / file).write_bytes(content)
     with pytest.raises(ValueError, match=f"^load_dataset: expected {wanted}"):
-        load_dataset("fashion-mnist", fashion_folder)
+        read_data("fashion-mnist", fashion_folder)
 
 
 def test_an_idx_file_is_unpacked_up_to_a_limit(fashion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published, "_MAX_IDX", 1000)
     with pytest.raises(ValueError, match=r"images-idx3-ubyte\.gz to hold \[5, 28, 28\] bytes, got 984"):
-        load_dataset("fashion-mnist", fashion_folder)
+        read_data("fashion-mnist", fashion_folder)
 
 
 def test_digits_cover_the_range_and_splits_differ() -> None:
-    train, test = load_dataset("digits"), load_dataset("digits", split="test")
+    train, test = read_data("digits"), read_data("digits", split="test")
     images, labels, _ = whole(train)
     assert (len(train), len(test), train.info.shape) == (1500, 297, (1, 8, 8))
     assert (int(images.min()), int(images.max())) == (0, 255)
@@ -116,9 +119,9 @@ def test_digits_cover_the_range_and_splits_differ() -> None:
 @pytest.mark.parametrize("size", [3, 16])
 def test_resized_arrays_are_means_of_all_their_pixels(size: int) -> None:
     """Pillow takes the same means. Without antialiasing, most pixels of shrunk images would be left out."""
-    dataset = load_dataset("digits", image_size=size, first=9)
+    dataset = read_data("digits", image_size=size, first=9)
     assert (dataset.info.shape, dataset.info.preparation) == ((1, size, size), "resized from 8x8")
-    for image, resized in zip(whole(load_dataset("digits")).images[:9, 0], whole(dataset).images[:, 0], strict=True):
+    for image, resized in zip(whole(read_data("digits")).images[:9, 0], whole(dataset).images[:, 0], strict=True):
         wanted = Image.fromarray(image.float().numpy()).resize((size, size), Image.Resampling.BILINEAR)
         np.testing.assert_allclose(resized.numpy(), np.asarray(wanted), atol=0.501)  # rounded
 
@@ -130,7 +133,7 @@ def test_folder_is_cropped_resized_and_labelled_by_sub_folder(tmp_path: Path) ->
     wide[:, 10:20] = red
     grey = np.full((40, 40), 77, dtype=np.uint8)
     write(tmp_path, {"dog/deep/wide.png": encoded(wide), "cat/grey.PNG": encoded(grey), "cat/notes.txt": b"no image"})
-    dataset = load_dataset(str(tmp_path), image_size=20)
+    dataset = read_data(str(tmp_path), image_size=20)
     assert (dataset.info.shape, dataset.info.classes) == ((3, 20, 20), ("cat", "dog"))
     for file in tmp_path.rglob("*.*"):
         file.unlink()  # decoded images are kept
@@ -146,15 +149,14 @@ def test_a_folder_of_other_sizes_needs_image_size(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"expected image_size to be given, .* got None with sizes 4x6 \(2\), 8x8 \(1\); .*--image-size"
     ):
-        load_dataset(str(tmp_path))
-    dataset = load_dataset(str(tmp_path), image_size=4)
+        read_data(str(tmp_path))
+    dataset = read_data(str(tmp_path), image_size=4)
     assert (dataset.info.shape, dataset.info.preparation) == ((3, 4, 4), "cropped and resized, in RGB")
     (tmp_path / "2.png").unlink()
-    assert load_dataset(str(tmp_path)).info.shape == (3, 6, 4)
+    assert read_data(str(tmp_path)).info.shape == (3, 6, 4)
 
 
-UNKNOWN = ("name", "to be one of digits, fashion-mnist, cifar10, a folder, or a .zip, .npy or .npz")
-SIDES = ("image_size", "to be a positive integer, (height, width) or None, each at least 1")
+UNKNOWN = ("data", "to be one of digits, fashion-mnist, cifar10, a folder, or a .zip, .npy or .npz")
 KINDS = f"to hold images ({', '.join(PICTURES)}) or arrays"
 PAIRS = ("data_range", "to be two numbers, or two a channel")
 
@@ -172,11 +174,8 @@ PAIRS = ("data_range", "to be two numbers, or two a channel")
         ("empty", {}, ("empty", KINDS), "none"),
         ("mixed", {}, ("mixed", KINDS), "images, such as a.png, and arrays, such as a.npy; move one kind to another folder"),
         ("digits", {"split": "val"}, ("split", "to be one of train, test"), "'val'"),
-        ("digits", {"image_size": 0}, SIDES, [0, 0]),
-        ("cifar10", {"channels": 0}, ("channels", "to be a positive integer or None"), "0"),
-        ("images", {"channels": 2}, ("channels", "to be one of 1, 3, 4 or None"), "2"),
-        ("digits", {"channels": 3}, ("channels", "to be those of digits, 1"), "3"),
-        ("a.npy", {"channels": 1}, ("channels", "to be those of a.npy, 5"), "1"),
+        ("digits", {"colors": "rgb"}, ("colors", "to be those of digits, 1 channels"), "3"),
+        ("a.npy", {"colors": "grey"}, ("colors", "to be those of a.npy, 5 channels"), "1"),
         (
             "images",
             {"data_range": (0, 1)},
@@ -187,10 +186,8 @@ PAIRS = ("data_range", "to be two numbers, or two a channel")
             "images",
             {"condition": "mask", "condition_range": (0, 9)},
             ("condition_range", "to go with a condition that is read from files"),
-            "(0, 9)",
+            "((0.0, 9.0),)",
         ),
-        *(("a.npy", {"data_range": wrong}, PAIRS, repr(wrong)) for wrong in ((1,), "01", 5, [(0, 1), (1,)], [])),
-        ("a.npy", {"data_range": [(0, 1), (5, 1)]}, ("data_range", "to have the lower number first"), "(5, 1)"),
         ("a.npy", {"data_range": [(-9, 9)] * 2}, ("data_range", "to be one range, or one for each of 5 channels"), "2"),
     ],
 )
@@ -204,11 +201,19 @@ def test_bad_requests_are_refused(
     files = {"images/a.png": image, "a.npy": numbers, "mixed/a.png": image, "mixed/a.npy": numbers[0]}
     write(tmp_path, files | {"faces.zip": b"", "notes.txt": b""})
     with refused(InvalidValue("load_dataset", *expected, got)):
-        load_dataset(name, **options)
+        read_data(name, **options)
+
+
+@pytest.mark.parametrize("wrong", [(1,), "01", 5, [(0, 1), (1,)], [], [(0, 1), (5, 1)]])
+def test_ranges_are_pairs_in_ascending_order(wrong: Any) -> None:
+    ascends = isinstance(wrong, list) and len(wrong) > 1 and len(wrong[1]) == 2
+    expected, got = (("data_range", "to have the lower number first"), "(5, 1)") if ascends else (PAIRS, repr(wrong))
+    with refused(InvalidValue("DataOptions", *expected, got)):
+        DataOptions(data_range=wrong)
 
 
 def test_data_sets_are_map_style() -> None:
-    dataset = load_dataset("digits")
+    dataset = read_data("digits")
     image, label, condition = dataset[7]
     assert (image.dtype, image.shape, type(label), condition) == (torch.uint8, (1, 8, 8), int, None)
     assert (dataset.info.dtype, dataset.info.condition, dataset.info.condition_channels) == (torch.uint8, None, 0)
@@ -235,7 +240,7 @@ def test_missing_package_names_the_extra(
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, module.split(".")[0], None)
     with pytest.raises(ImportError, match=rf"{module} is missing: install it with pip install 'ddpm_fast\[{extra}\]'"):
-        load_dataset(name, tmp_path)
+        read_data(name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +266,7 @@ def test_a_failed_download_says_where_from_and_what_else_to_do(
     pytest.importorskip("torchvision.datasets")
     monkeypatch.setattr(download, Mock(side_effect=urllib.error.URLError("network is\nunreachable")))
     with pytest.raises(OSError, match=rf"load_dataset: expected {source} in '{tmp_path}' or {wanted}--data-dir\)") as info:
-        load_dataset(name, tmp_path)
+        read_data(name, tmp_path)
     assert ("Debian's package dataset-fashion-mnist" in str(info.value)) == (name == "fashion-mnist")
     assert "\n" not in str(info.value)
     assert not list(tmp_path.iterdir())  # no part of a file
@@ -270,9 +275,9 @@ def test_a_failed_download_says_where_from_and_what_else_to_do(
 # ---------------------------------------------------------------------------------------------------------- kinds of images
 
 
-def one_image(folder: Path, channels: int | None = None) -> np.ndarray:
+def one_image(folder: Path, colors: str | None = None) -> np.ndarray:
     """Return the only image of a folder, [H, W, C]."""
-    dataset = load_dataset(str(folder), channels=channels)
+    dataset = read_data(str(folder), colors=colors)
     assert len(dataset) == 1
     return dataset[0].image.permute(1, 2, 0).numpy()
 
@@ -300,7 +305,7 @@ def test_colours_of_every_mode_come_out_as_rgb_or_grey(ending: str, mode: str, t
     options = {"compression": "tiff_lzw"} if (ending, mode) == ("tif", "YCbCr") else {}
     image.save(tmp_path / f"a.{ending}", **options)
     grey = {"1": 255, "L": 142, "LA": 142}
-    for wanted, channels in ((None, 1 if mode in grey else 3), (3, 3), (1, 1)):
+    for wanted, channels in ((None, 1 if mode in grey else 3), ("rgb", 3), ("grey", 1)):
         expected = colour if channels == 3 and mode not in grey else grey.get(mode, 142)
         np.testing.assert_allclose(one_image(tmp_path, wanted).astype(int), np.broadcast_to(expected, (8, 8, channels)), atol=4)
 
@@ -310,7 +315,7 @@ def test_sixteen_bits_are_scaled_to_eight(ending: str, tmp_path: Path) -> None:
     offsets = np.array([[100, 100], [-100, -100]])
     Image.fromarray((GREYS.astype(int) * 257 + offsets).astype(np.uint16)).save(tmp_path / f"a.{ending}")
     np.testing.assert_array_equal(one_image(tmp_path), GREYS[..., None])
-    np.testing.assert_array_equal(one_image(tmp_path, 4), np.dstack([GREYS, GREYS, GREYS, np.full((2, 2), 255)]))
+    np.testing.assert_array_equal(one_image(tmp_path, "rgba"), np.dstack([GREYS, GREYS, GREYS, np.full((2, 2), 255)]))
 
 
 @pytest.mark.parametrize(
@@ -331,7 +336,7 @@ def test_exif_turns_an_image(name: str, orientation: int, turned: Callable[[np.n
 
 
 def test_digits_may_be_numbers_of_a_stated_range() -> None:
-    dataset, pictures = load_dataset("digits", data_range=(0, 510)), load_dataset("digits")
+    dataset, pictures = read_data("digits", data_range=(0, 510)), read_data("digits")
     assert (dataset.info.data_range, dataset.info.dtype) == (((0.0, 510.0),), torch.float32)
     torch.testing.assert_close(whole(dataset).images, whole(pictures).images / 255 - 1)
 
@@ -341,7 +346,7 @@ def test_a_range_that_is_unknown_is_refused_with_the_name(tmp_path: Path) -> Non
         Image.fromarray(GREYS.astype(dtype)).save(tmp_path / f"{name}.tif")
     wanted = r"got 2 of 2 that it cannot: float\.tif \(.*: expected 8 or 16 bits per channel, got pixels of mode F.*int\.tif"
     with pytest.raises(ValueError, match=wanted):
-        load_dataset(str(tmp_path))
+        read_data(str(tmp_path))
 
 
 def test_transparent_pixels_lie_on_white(tmp_path: Path) -> None:
@@ -368,7 +373,7 @@ def test_a_folder_that_is_a_link_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "b").symlink_to(tmp_path)
     with pytest.raises(ValueError, match=r"load_dataset: expected folders without links in .*data, got '.*data/b'"):
-        load_dataset(str(tmp_path / "data"))
+        read_data(str(tmp_path / "data"))
 
 
 # ------------------------------------------------------------------------------------------------------------ broken images
@@ -405,7 +410,7 @@ def test_broken_images_are_named_before_any_work(
         rf".*cut\.jpg \(OSError: .* and {BROKEN - 5} more; .*\(--skip-broken\) leaves out those of data"
     )
     with pytest.raises(ValueError, match=wanted):
-        load_dataset(str(tmp_path), image_size=image_size)
+        read_data(str(tmp_path), image_size=image_size)
 
 
 @pytest.mark.parametrize(("image_size", "memory"), [(None, None), (8, None), (None, 0), (8, 0)])
@@ -418,7 +423,7 @@ def test_broken_images_can_be_left_out(
 ) -> None:
     break_images(tmp_path, monkeypatch)
     with caplog.at_level(logging.WARNING):
-        dataset = load_dataset(str(tmp_path), image_size=image_size, skip_broken=True, memory=memory)
+        dataset = read_data(str(tmp_path), image_size=image_size, skip_broken=True, data_memory=memory)
     images, labels, _ = whole(dataset)
     assert (len(dataset), dataset.info.classes, labels.tolist()) == (2, ("",), [0, 0])
     assert dataset.in_memory == (memory is None)
@@ -432,13 +437,13 @@ def test_a_folder_of_broken_images_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     for image_size in (None, 8):
         with pytest.raises(ValueError, match=r"got 1 of 1 that it cannot: a\.png \(UnidentifiedImageError\)"):
-            load_dataset(str(tmp_path), image_size=image_size, skip_broken=True)
+            read_data(str(tmp_path), image_size=image_size, skip_broken=True)
 
 
 def test_pipes_and_folders_with_names_of_images_are_none(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": encoded(GREYS), "folder.png/notes.txt": b""})
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
-    assert len(load_dataset(str(tmp_path))) == 1
+    assert len(read_data(str(tmp_path))) == 1
 
 
 def test_a_folder_that_must_not_be_read_is_no_empty_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,7 +457,7 @@ def test_a_folder_that_must_not_be_read_is_no_empty_class(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "scandir", forbid)  # root may read anything
     with pytest.raises(PermissionError, match=r"Permission denied: '.*b'"):
-        load_dataset(str(tmp_path))
+        read_data(str(tmp_path))
 
 
 def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
@@ -460,13 +465,13 @@ def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
         write(tmp_path / os.fsdecode(b"\xff.png"), encoded(GREYS))
     except OSError:
         pytest.skip("the file system has names of text alone")
-    assert len(load_dataset(str(tmp_path)).fingerprint(exact=True)) == 2
+    assert len(read_data(str(tmp_path)).fingerprint(exact=True)) == 2
 
 
 @pytest.mark.parametrize("skip_broken", [False, True])
 def test_only_the_first_images_are_read_but_all_classes_counted(skip_broken: bool, tmp_path: Path) -> None:
     write(tmp_path, {"b/broken.png": b"", "a/0.png": encoded(GREYS)})
-    dataset = load_dataset(str(tmp_path), first=1, skip_broken=skip_broken)
+    dataset = read_data(str(tmp_path), first=1, skip_broken=skip_broken)
     assert (len(dataset), dataset.info.classes, whole(dataset).labels.tolist()) == (1, ("a", "b"), [0])
 
 
@@ -476,4 +481,4 @@ def test_a_lack_of_memory_is_no_broken_image(memory: int | None, tmp_path: Path,
     monkeypatch.setattr("ddpm_fast.data.pictures.converted", Mock(side_effect=MemoryError))
     for skip_broken in (False, True):
         with pytest.raises(MemoryError):
-            load_dataset(str(tmp_path), memory=memory, skip_broken=skip_broken)[0]
+            read_data(str(tmp_path), data_memory=memory, skip_broken=skip_broken)[0]

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import encoded, flip_bits, whole, write
+from items import encoded, flip_bits, read_data, whole, write
 
-from ddpm_fast.data import batches, load_dataset, sources
+from ddpm_fast.data import sources
+from ddpm_fast.data.loader import batches
 
 NAMES = ["00000/img1.png", "00000/img0.png", "b.png", "00001-more/deep/img2.PNG", "A.png"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
@@ -48,7 +49,7 @@ def test_images_are_those_of_the_files(
     container: str, files: dict[str, bytes], method: int, memory: int | None, tmp_path: Path
 ) -> None:
     path = str(write(tmp_path / container, files | {"dataset.json": labelled(other=9)}, method))
-    dataset = load_dataset(path, memory=memory)
+    dataset = read_data(path, data_memory=memory)
     order = [NAMES.index(name) for name in sorted(NAMES)]
     assert (dataset.info.shape, dataset.info.preparation) == ((3, 6, 6), "not resized, in RGB")
     assert dataset.info.classes == ("0", "1", "2", "3", "4")
@@ -57,7 +58,7 @@ def test_images_are_those_of_the_files(
     np.testing.assert_array_equal(first.images, PIXELS[order].transpose(0, 3, 1, 2))
     assert first.labels.tolist() == [LABELS[name] for name in sorted(NAMES)]
     np.testing.assert_array_equal(second.images[1], first.images[3])
-    resized = load_dataset(path, image_size=3, first=2, memory=memory)
+    resized = read_data(path, image_size=3, first=2, data_memory=memory)
     assert (resized.info.shape, len(resized), resized.info.classes) == ((3, 3, 3), 2, dataset.info.classes)
 
 
@@ -75,7 +76,7 @@ def test_images_are_those_of_the_files(
 def test_images_without_labels_share_one_class_or_are_of_sub_folders(
     container: str, others: dict[str, bytes], is_listed: bool, tmp_path: Path
 ) -> None:
-    dataset = load_dataset(str(write(tmp_path / container, FILES | others)))
+    dataset = read_data(str(write(tmp_path / container, FILES | others)))
     by_folder = container == "folder" and not is_listed
     wanted = (("", "00000", "00001-more"), [1, 1, 2, 0, 0]) if by_folder else (("",), [0] * 5)
     assert (dataset.info.classes, whole(dataset).labels.tolist()) == wanted
@@ -106,15 +107,15 @@ NO_LABEL = r"the label of b\.png in .*dataset\.json.* to be in 0\.\.65535, got "
 def test_other_labels_are_refused_by_name(container: str, content: bytes, wanted: str, tmp_path: Path) -> None:
     path = write(tmp_path / container, FILES | {"dataset.json": content})
     with pytest.raises(ValueError, match=f"load_dataset: expected {wanted}"):
-        load_dataset(str(path))
+        read_data(str(path))
 
 
 def test_files_that_are_no_archives_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.zip", b"text")
     with pytest.raises(ValueError, match=r"load_dataset: expected .*a\.zip to be a folder or a whole zip file, got: "):
-        load_dataset(str(path))
+        read_data(str(path))
     with pytest.raises(ValueError, match=r"a\.zip to hold images .* got none"):
-        load_dataset(str(write(path, {"a.txt": b"text"})))
+        read_data(str(write(path, {"a.txt": b"text"})))
 
 
 @pytest.mark.parametrize("memory", [None, 0])
@@ -126,8 +127,8 @@ def test_a_damaged_image_is_named(memory: int | None, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"Pillow can read in .*a\.zip, got .*b\.png \(BadZipFile: Bad CRC-32 for file 'b\.png'\)"
     ):
-        whole(load_dataset(str(path), memory=memory))
-    dataset = load_dataset(str(path), memory=memory, skip_broken=True)
+        whole(read_data(str(path), data_memory=memory))
+    dataset = read_data(str(path), data_memory=memory, skip_broken=True)
     assert len(whole(dataset).images) == len(dataset) == 4
 
 
@@ -144,7 +145,7 @@ def test_large_files_are_refused_before_they_are_unpacked(
     monkeypatch.setattr(sources, "_MAX_FILE", 10**5)
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("a file was opened"))
     with pytest.raises(ValueError, match=rf"expected {name} to have at most 100000 bytes, got {size}, in '.*a\.zip'"):
-        load_dataset(str(path))
+        read_data(str(path))
 
 
 def test_a_file_that_is_larger_than_its_entry_says_is_cut_off(tmp_path: Path) -> None:
@@ -152,11 +153,11 @@ def test_a_file_that_is_larger_than_its_entry_says_is_cut_off(tmp_path: Path) ->
     path = write(tmp_path / "a.zip", {"a.png": image}, zipfile.ZIP_DEFLATED)
     path.write_bytes(path.read_bytes().replace(len(image).to_bytes(4, "little"), (100).to_bytes(4, "little")))
     with pytest.raises(ValueError, match=r"Pillow can read in .*a\.zip, got 1 of 1 that it cannot: a\.png \(BadZipFile"):
-        load_dataset(str(path))
+        read_data(str(path))
 
 
 def test_encrypted_files_cannot_be_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.zip", {"a.png": IMAGES["b.png"]})
     flip_bits(path, path.read_bytes().rindex(b"PK\1\2") + 8)
     with pytest.raises(ValueError, match=r"got 1 of 1 that it cannot: a\.png \(RuntimeError: .*encrypted, password required"):
-        load_dataset(str(path))
+        read_data(str(path))

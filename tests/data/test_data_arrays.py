@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import whole, write
+from items import read_data, whole, write
 from runs import QUIET, train
 
 from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, load_folder, write_samples
-from ddpm_fast.data import load_dataset
 from ddpm_fast.plan import ddpm_plan
 
 N, H, W, C = 7, 4, 6, 5
@@ -31,7 +30,7 @@ FOLDER = {f"{index}.npy": each for index, each in enumerate(VALUES)}
 @pytest.mark.parametrize("memory", [None, 0])
 def test_numbers_are_mapped_to_the_unit_range(file: str, content: Any, memory: int | None, tmp_path: Path) -> None:
     path = str(write(tmp_path / file, content))
-    dataset = load_dataset(path, memory=memory)
+    dataset = read_data(path, data_memory=memory)
     assert (dataset.info.shape, dataset.info.dtype, dataset.info.classes, len(dataset)) == ((C, H, W), torch.float32, ("",), N)
     images, labels, conditions = whole(dataset)
     assert (images.dtype, labels.tolist(), conditions) == (torch.float32, [0] * N, None)
@@ -42,12 +41,12 @@ def test_numbers_are_mapped_to_the_unit_range(file: str, content: Any, memory: i
     assert dataset.in_memory == (memory is None or file == "a.npz")  # an .npz has been read whole
     for data_range in ((-100, 100), [(-100.0 * c, 100.0 * c) for c in range(1, C + 1)]):
         expected = torch.from_numpy(VALUES[2] / np.array(data_range, np.float32)[..., 1]).permute(2, 0, 1)
-        torch.testing.assert_close(load_dataset(path, memory=memory, data_range=data_range)[2].image, expected)
+        torch.testing.assert_close(read_data(path, data_memory=memory, data_range=data_range)[2].image, expected)
 
 
 def test_bytes_are_pictures(tmp_path: Path) -> None:
     pixels, labels = (VALUES[..., 0] * 10).clip(0, 255).astype(np.uint8), [2, 0, 1, 0, 0, 0, 0]
-    pictures = load_dataset(str(write(tmp_path / "a.npz", {"arr_0": pixels, "arr_1": np.array(labels)})))
+    pictures = read_data(str(write(tmp_path / "a.npz", {"arr_0": pixels, "arr_1": np.array(labels)})))
     described = pictures.info
     assert (described.shape, described.dtype, described.classes) == ((1, H, W), torch.uint8, ("0", "1", "2"))
     assert described.data_range is None
@@ -59,7 +58,7 @@ def test_bytes_are_pictures(tmp_path: Path) -> None:
 def test_numbers_of_each_dtype_are_read(dtype: Any, tmp_path: Path) -> None:
     values = VALUES.clip(0, None) if dtype == np.uint16 else VALUES  # negative ones would wrap
     found, expected = (
-        whole(load_dataset(str(write(tmp_path / "a.npy", each)))).images for each in ((values * 100).astype(dtype), values)
+        whole(read_data(str(write(tmp_path / "a.npy", each)))).images for each in ((values * 100).astype(dtype), values)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
 
@@ -115,34 +114,34 @@ FEW, DAMAGED = np.zeros((2, 4, 4), np.uint8), r"a whole \.npy or \.npz of number
 def test_wrong_arrays_are_named_before_any_work(file: str, content: Any, wanted: str, tmp_path: Path) -> None:
     path = write(tmp_path / file, content)
     with pytest.raises(ValueError, match=f"^load_dataset: expected {wanted}"):
-        load_dataset(str(path), data_range=(0, 1) if file == "ranged.npy" else "measured", memory=0)
+        read_data(str(path), data_range=(0, 1) if file == "ranged.npy" else None, data_memory=0)
 
 
 @pytest.mark.parametrize("bounds", [(0, 1e-310), (1e8, 1e8 + 100), (0, 1e39), (-1e-38, 0)])
 def test_ranges_that_float32_cannot_resolve_are_refused(bounds: tuple[float, float], tmp_path: Path) -> None:
     """Stated ones, and those of the values themselves, which would become NaN or a few levels."""
     path = write(tmp_path / "a.npy", np.linspace(*bounds, H * W).reshape(1, H, W))
-    for stated in (bounds, "measured"):
+    for stated in (bounds, None):
         with pytest.raises(ValueError, match=r"expected (data_range|.*a\.npy) to hold at least 256 values of float32, got "):
-            load_dataset(str(path), data_range=stated)
+            read_data(str(path), data_range=stated)
     write(path, np.linspace(1e8, 1e8 + 1e4, H * W).reshape(1, H, W))
-    assert load_dataset(str(path))[0].image.isfinite().all()
+    assert read_data(str(path))[0].image.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_values_at_the_ends_of_a_range_are_rounded_to_their_dtype(dtype: Any, tmp_path: Path) -> None:
     """0.1 in float32 is larger than 0.1."""
     path = write(tmp_path / "a.npy", VALUES.astype(dtype).clip(-0.1, 0.1))
-    images = whole(load_dataset(str(path), data_range=(-0.1, 0.1))).images
+    images = whole(read_data(str(path), data_range=(-0.1, 0.1))).images
     assert (float(images.min()), float(images.max())) == pytest.approx((-1, 1), abs=1e-3)
-    load_dataset(str(path), data_range=(-1e6, 1e6))  # beyond float16
+    read_data(str(path), data_range=(-1e6, 1e6))  # beyond float16
     write(path, VALUES.astype(dtype).clip(-0.1, 0.101))
     with pytest.raises(ValueError, match=r"in channel 0; clip them, or train with more"):
-        load_dataset(str(path), data_range=(-0.1, 0.1))
+        read_data(str(path), data_range=(-0.1, 0.1))
 
 
 def test_a_part_of_a_data_set_keeps_its_ranges(tmp_path: Path) -> None:
-    dataset = load_dataset(str(write(tmp_path / "a.npy", VALUES)))
+    dataset = read_data(str(write(tmp_path / "a.npy", VALUES)))
     part = torch.utils.data.Subset(torch.utils.data.Subset(dataset, range(6)), [1, 3, 5])
     model = UNet(
         **{"in_channels": C, "out_channels": C, "block_out_channels": [8], "norm_num_groups": 8, "layers_per_block": 1},

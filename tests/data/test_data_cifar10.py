@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from items import whole
+from items import read_data, whole
 
-from ddpm_fast.data import load_dataset, published
+from ddpm_fast.data import published
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 NAMES = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]
@@ -40,7 +40,7 @@ def publish(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_images_are_read(folder: Path | None) -> None:
     for split, part in (("train", slice(0, 5)), ("test", slice(5, 6))):
-        dataset = load_dataset("cifar10", folder, split=split)
+        dataset = read_data("cifar10", folder, split=split)
         images, labels, _ = whole(dataset)
         assert (dataset.info.shape, dataset.info.classes) == ((3, 32, 32), CLASSES)
         np.testing.assert_array_equal(images, IMAGES[part].reshape(-1, 3, 32, 32))
@@ -67,7 +67,7 @@ def test_a_missing_archive_is_downloaded_whole_or_not_at_all(tmp_path: Path, mon
     monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **_: url)
     monkeypatch.setattr(utils, "_urlretrieve", fetch)
     with pytest.raises(OSError, match=r"load_dataset: expected CIFAR10 in '.*cache/ddpm_fast' or from .*, got: .*corrupted"):
-        load_dataset("cifar10")  # its checksum is not CIFAR-10's
+        read_data("cifar10")  # its checksum is not CIFAR-10's
     assert not list((tmp_path / "cache" / "ddpm_fast").iterdir())
     publish(source, monkeypatch)
     assert_images_are_read(None)
@@ -83,4 +83,4 @@ def test_another_archive_is_refused_before_it_is_unpacked(tmp_path: Path, monkey
         file.write_bytes(other)
         digests = f"to have the MD5 sum {hashlib.md5(content).hexdigest()}, got {hashlib.md5(other).hexdigest()}"
         with pytest.raises(ValueError, match=rf"^load_dataset: expected .*{ARCHIVE} {digests}"):
-            load_dataset("cifar10", tmp_path)
+            read_data("cifar10", tmp_path)

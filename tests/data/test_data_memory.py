@@ -16,23 +16,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import assert_equal, drawn, encoded, flip_bits, write
+from items import assert_equal, drawn, encoded, flip_bits, read_data, write
 from runs import QUIET, assert_same_weights, train
 from test_data_tables import write_folder
 
 from ddpm_fast.checks import checked_bytes
-from ddpm_fast.data import ItemDataset, batches, load_dataset, loader, read_batch
+from ddpm_fast.data import loader
+from ddpm_fast.data.items import ItemDataset, read_batch
+from ddpm_fast.data.loader import batches
 
 COUNT = 300  # items of an archive, or of arrays
 KINDS: dict[str, dict[str, Any]] = {
-    "archive": {"name": "archive.zip"},
-    "rows": {"name": "rows.npy"},
-    "classes": {"name": "images"},
-    "class folders with conditions": {"name": "images", "condition": "conditions"},
-    "arrays with rows": {"name": "arrays.npz", "condition": "rows of conditions.npy"},
-    "resized arrays": {"name": "arrays.npz", "image_size": 5},
-    "resized images": {"name": "images", "image_size": 5},
-    "table": {"name": "table"},
+    "archive": {"data": "archive.zip"},
+    "rows": {"data": "rows.npy"},
+    "classes": {"data": "images"},
+    "class folders with conditions": {"data": "images", "condition": "conditions"},
+    "arrays with rows": {"data": "arrays.npz", "condition": "rows of conditions.npy"},
+    "resized arrays": {"data": "arrays.npz", "image_size": 5},
+    "resized images": {"data": "images", "image_size": 5},
+    "table": {"data": "table"},
 }
 
 
@@ -68,7 +70,7 @@ def loaded(sources: Path, kind: str, **options: Any) -> ItemDataset:
     if kind == "table" and not (sources / kind).exists():  # the library for them may be missing
         write_folder(sources / kind)
     paths = {name: str(sources / value) if isinstance(value, str) else value for name, value in KINDS[kind].items()}
-    return load_dataset(**paths | options)
+    return read_data(**paths | options)
 
 
 # ------------------------------------------------------------------------------------------------------------------ batches
@@ -78,7 +80,7 @@ def loaded(sources: Path, kind: str, **options: Any) -> ItemDataset:
 def test_batches_are_those_of_items_in_memory(kind: str, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers are forked when this process has already read from the same file."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)  # more workers are no warning
-    held, dataset = loaded(sources, kind), loaded(sources, kind, memory=0)
+    held, dataset = loaded(sources, kind), loaded(sources, kind, data_memory=0)
     assert (held.in_memory, dataset.in_memory) == (True, False)
     assert (dataset.info, len(dataset)) == (held.info, len(held))
     assert dataset.fingerprint(exact=True) == held.fingerprint(exact=True)
@@ -100,7 +102,7 @@ def test_workers_that_are_started_anew_read_the_right_items(sources: Path) -> No
     multiprocessing.set_start_method("forkserver", force=True)
     multiprocessing.set_forkserver_preload(["ddpm_fast.data.load"])  # saves time
     try:
-        for dataset in (loaded(sources, "class folders with conditions", memory=0), loaded(sources, "arrays with rows")):
+        for dataset in (loaded(sources, "class folders with conditions", data_memory=0), loaded(sources, "arrays with rows")):
             indices = drawn(dataset)
             for each, batch in zip(indices, batches(dataset, indices, 2), strict=True):
                 assert_equal(batch, read_batch(dataset, each))
@@ -113,13 +115,13 @@ def test_workers_that_are_started_anew_read_the_right_items(sources: Path) -> No
     ("kind", "options"),
     [
         *((kind, {}) for kind in KINDS),
-        ("archive", {"first": 5, "channels": 3, "condition": "mask"}),
+        ("archive", {"first": 5, "colors": "rgb", "condition": "mask"}),
         ("classes", {"skip_broken": True, "image_size": 4, "condition": "low-resolution:2"}),
         ("rows", {"image_size": 4, "data_range": (-9, 9)}),
     ],
 )
 def test_a_pickled_data_set_reads_the_same_items(kind: str, options: dict[str, Any], memory: int | None, sources: Path) -> None:
-    dataset = loaded(sources, kind, **options, memory=memory)
+    dataset = loaded(sources, kind, **options, data_memory=memory)
     copy = pickle.loads(pickle.dumps(dataset))
     assert (copy.info, len(copy), copy.in_memory) == (dataset.info, len(dataset), dataset.in_memory)
     for index in [0, 3, len(dataset) - 1]:
@@ -133,7 +135,7 @@ def test_a_pickled_data_set_reads_the_same_items(kind: str, options: dict[str, A
 def test_workers_read_what_is_not_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "DECODING_WORKERS", 1)
     for memory, workers in ((None, 0), (0, 1)):
-        with closing(batches(load_dataset(str(folder), memory=memory), [torch.arange(4)] * 9)) as read:
+        with closing(batches(read_data(str(folder), data_memory=memory), [torch.arange(4)] * 9)) as read:
             next(read)
             assert len(multiprocessing.active_children()) == workers
         assert not multiprocessing.active_children()
@@ -148,7 +150,7 @@ def test_each_worker_reads_two_batches_ahead(folder: Path, num_workers: int) -> 
             taken[0] += 1
             yield torch.arange(4)
 
-    read = batches(load_dataset(str(folder), memory=0), indices(), num_workers)
+    read = batches(read_data(str(folder), data_memory=0), indices(), num_workers)
     for number, _ in enumerate(read, 1):
         assert taken[0] == min(20, number + 2 * num_workers)
     assert number == 20
@@ -157,7 +159,7 @@ def test_each_worker_reads_two_batches_ahead(folder: Path, num_workers: int) -> 
 @pytest.mark.parametrize("end", ["closed", "forgotten"])
 def test_a_reader_that_is_closed_or_forgotten_stops_its_workers(folder: Path, end: str) -> None:
     handler = signal.getsignal(signal.SIGCHLD)
-    read = batches(load_dataset(str(folder), memory=0), (torch.arange(4) for _ in itertools.count()), 2)  # endless indices
+    read = batches(read_data(str(folder), data_memory=0), (torch.arange(4) for _ in itertools.count()), 2)  # endless indices
     next(read)
     assert len(multiprocessing.active_children()) == 2
     if end == "closed":
@@ -171,7 +173,7 @@ def test_a_reader_that_is_closed_or_forgotten_stops_its_workers(folder: Path, en
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_signals_that_end_all_processes_are_left_to_the_parent(folder: Path, name: str) -> None:
     """A launcher sends SIGTERM to each process, a terminal SIGINT and SIGHUP. The parent finishes its step first."""
-    dataset = load_dataset(str(folder), memory=0)
+    dataset = read_data(str(folder), data_memory=0)
     with closing(batches(dataset, (torch.arange(k % 9, 12) for k in itertools.count()), 2)) as read:
         next(read), next(read)  # one of each worker, which has begun then
         workers = multiprocessing.active_children()
@@ -190,19 +192,19 @@ def test_signals_that_end_all_processes_are_left_to_the_parent(folder: Path, nam
 
 def test_memory_decides_where_images_are(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     needed = 30 * 3 * 8 * 8
-    assert load_dataset(str(folder), memory=needed).in_memory
+    assert read_data(str(folder), data_memory=needed).in_memory
     with caplog.at_level(logging.INFO):
-        assert not load_dataset(str(folder), memory=needed - 1).in_memory
+        assert not read_data(str(folder), data_memory=needed - 1).in_memory
     assert "as they are used, because all take 0.0 MB, more than 0.0 MB" in caplog.text
-    assert load_dataset("digits", memory=0).in_memory  # its source is in memory anyway
+    assert read_data("digits", data_memory=0).in_memory  # its source is in memory anyway
 
 
 def test_sizes_are_checked_without_decoding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddpm_fast.data.pictures.decoded", lambda *_: pytest.fail("an image was decoded"))
-    load_dataset(str(folder), memory=0)
+    read_data(str(folder), data_memory=0)
     (folder / "a" / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"got 1 of 31 that it cannot: a/text\.png \(UnidentifiedImageError\); remove"):
-        load_dataset(str(folder), memory=0, image_size=8)
+        read_data(str(folder), data_memory=0, image_size=8)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
@@ -212,7 +214,7 @@ def test_sizes_are_checked_without_decoding(folder: Path, monkeypatch: pytest.Mo
 def test_a_broken_image_is_an_error_of_its_batch(
     damage: Callable[[Path], None], reason: str, num_workers: int, folder: Path
 ) -> None:
-    dataset = load_dataset(str(folder), memory=0)
+    dataset = read_data(str(folder), data_memory=0)
     damage(folder / "b" / "11.png")  # number 20
     read = batches(dataset, torch.arange(30).split(4), num_workers)
     for _ in range(5):

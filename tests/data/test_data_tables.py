@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from items import encoded, whole
-
-from ddpm_fast.data import load_dataset
+from items import encoded, read_data, whole
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 6, 6, 3), dtype=np.uint8)
 LABELS = [0, 2, 1, 1, 0, 2, 2]
@@ -41,7 +39,7 @@ def write_folder(folder: Path, features: dict[str, Any] = LABELLED, **columns: l
 def test_images_and_labels_are_those_of_the_table(memory: int | None, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data")
     assert sorted(file.name for file in folder.glob("*.arrow")) == [f"data-{n:05d}-of-00002.arrow" for n in range(2)]
-    dataset = load_dataset(str(folder), memory=memory)
+    dataset = read_data(str(folder), data_memory=memory)
     assert (dataset.info.shape, dataset.info.classes) == ((3, 6, 6), ("a", "b", "c"))
     images, labels, _ = whole(dataset)
     np.testing.assert_array_equal(images, PIXELS.transpose(0, 3, 1, 2))
@@ -52,11 +50,11 @@ def test_a_split_is_chosen(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="the tables need the library datasets, of the extra datasets")
     datasets.DatasetDict({"train": table(), "test": table(FEATURES)}).save_to_disk(tmp_path / "both")
     datasets.DatasetDict({"train": table()}).save_to_disk(tmp_path / "one")
-    assert load_dataset(str(tmp_path / "both")).info.classes == ("a", "b", "c")
-    assert load_dataset(str(tmp_path / "both"), split="test").info.classes == ("",)
-    assert load_dataset(str(tmp_path / "both" / "train"), split="test").info.classes == ("a", "b", "c")  # it has no splits
+    assert read_data(str(tmp_path / "both")).info.classes == ("a", "b", "c")
+    assert read_data(str(tmp_path / "both"), split="test").info.classes == ("",)
+    assert read_data(str(tmp_path / "both" / "train"), split="test").info.classes == ("a", "b", "c")  # it has no splits
     with pytest.raises(ValueError, match=r"load_dataset: expected .*one to .*'?test'?"):
-        load_dataset(str(tmp_path / "one"), split="test")
+        read_data(str(tmp_path / "one"), split="test")
 
 
 def test_broken_rows_are_named(tmp_path: Path) -> None:
@@ -72,8 +70,8 @@ def test_broken_rows_are_named(tmp_path: Path) -> None:
         writer.write_table(rows)
     wanted = r"got 3 of 7 that it cannot: row 1 \(.*\), row 2 \(UnidentifiedImageError\), row 4 \(.*\); remove"
     with pytest.raises(ValueError, match=wanted):
-        load_dataset(str(folder))
-    images, labels, _ = whole(load_dataset(str(folder), skip_broken=True))
+        read_data(str(folder))
+    images, labels, _ = whole(read_data(str(folder), skip_broken=True))
     np.testing.assert_array_equal(images, PIXELS[[0, 3, 5, 6]].transpose(0, 3, 1, 2))
     assert labels.tolist() == [0, 1, 2, 2]
 
@@ -96,7 +94,7 @@ COLUMNS = r".*data to have one Image and at most one ClassLabel, got "
 def test_other_columns_are_refused(features: Any, columns: dict[str, list[Any]], wanted: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", features, **columns)
     with pytest.raises(ValueError, match=f"load_dataset: expected {wanted}"):
-        load_dataset(str(folder))
+        read_data(str(folder))
 
 
 INFO, STATE, SECOND = "dataset_info.json", "state.json", "data-00001-of-00002.arrow"
@@ -135,4 +133,4 @@ def test_damaged_folders_are_named(file: str, change: Callable[[bytes], bytes], 
     folder = write_folder(tmp_path / "data")
     (folder / file).write_bytes(change((folder / file).read_bytes()))
     with pytest.raises(ValueError, match=r"load_dataset: expected .*data to be a whole folder of save_to_disk, got: "):
-        load_dataset(str(folder))
+        read_data(str(folder))

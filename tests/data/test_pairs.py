@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import assert_equal, encoded, whole, write
+from items import assert_equal, encoded, read_data, whole, write
 from refusals import refused
 from test_data_tables import FEATURES, write_folder
 
-from ddpm_fast.data import load_dataset, read_batch
+from ddpm_fast.data.items import read_batch
 from ddpm_fast.errors import InvalidValue
 
 COUNT = 12
@@ -65,17 +65,17 @@ def test_every_combination_is_matched_or_refused(first: str, second: str, tmp_pa
     source, condition = str(write_first(tmp_path / "source", 20)), write_second(tmp_path / "condition", 10)
     if names is not others:
         with pytest.raises(ValueError, match="load_dataset: expected condition to ") as caught:
-            load_dataset(source, condition=condition)
+            read_data(source, condition=condition)
         assert source in str(caught.value)
         assert str(condition) in str(caught.value)
         return
     for memory in (None, 0):
-        dataset = load_dataset(source, condition=condition, memory=memory)
+        dataset = read_data(source, condition=condition, data_memory=memory)
         images, _, conditions = whole(dataset)
         assert conditions is not None
         assert torch.equal(images[:, :1], 2 * conditions[:, :1])
         assert sorted(conditions[:, 0, 0, 0].tolist()) == [10 * number for number in range(COUNT)]
-        few = load_dataset(source, condition=condition, memory=memory, first=5)
+        few = read_data(source, condition=condition, data_memory=memory, first=5)
         assert_equal(whole(few), read_batch(dataset, range(5)))
 
 
@@ -108,13 +108,13 @@ def test_what_cannot_be_paired_is_named_with_both_sources(
     written = {"files": files(10, FLAT), "few": files(10, FLAT[:2]), "twice": files(10, FLAT) | {"3.bmp": b""}}
     write(tmp_path, written | {"rows.npy": rows(20), "few.npy": rows(20)[:3]})
     with refused(InvalidValue("load_dataset", "condition", expected, got)):
-        load_dataset(name, condition=condition)
+        read_data(name, condition=condition)
 
 
 def test_skipped_images_take_their_conditions_with_them(tmp_path: Path) -> None:
     source = write(tmp_path / "source", files(20, FLAT) | {"10.png": b"damaged"})
     condition = write(tmp_path / "condition", files(10, FLAT, ".npy"))
-    dataset = load_dataset(str(source), condition=condition, skip_broken=True)
+    dataset = read_data(str(source), condition=condition, skip_broken=True)
     images, _, conditions = whole(dataset)
     assert conditions is not None
     assert len(images) == COUNT - 1

@@ -14,13 +14,14 @@ import torch
 from commands import run as run_command
 from commands import save_model
 from drawing import tiny_unet
+from items import read_data
 from refusals import refused
 from small_unets import SMALL
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from ddpm_fast import NoiseSchedule, UNet, noise, sample_seeds, variational_bound
-from ddpm_fast.data import load_dataset, read_batch, to_unit_range
+from ddpm_fast.data.items import read_batch, to_unit_range
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 from ddpm_fast.reference import philox
 
@@ -317,7 +318,7 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
     assert shown == pytest.approx({name: figures[key] for name, key in names.items()}, abs=1e-5)
 
     per_image = json.loads(out.read_text())["per_image"]["total"]
-    x_0, labels, _ = read_batch(load_dataset("digits", split="test", image_size=8), range(6))
+    x_0, labels, _ = read_batch(read_data("digits", split="test", image_size=8), range(6))
     bound = variational_bound(
         model, to_unit_range(x_0), SCHEDULE, variance="fixed_large", class_labels=labels, seed=2, batch_size=4, progress=False
     )

@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 
 import click
 import torch
+from items import read_data
 from PIL import Image
 from runs import QUIET, assert_same_weights, log_rows, newest_checkpoint, train
 
 from ddpm_fast import UNet, export_checkpoint, save_grid
 from ddpm_fast.cli import main as main_command
-from ddpm_fast.data import load_dataset
 from ddpm_fast.files.writing import PREFIX
 from ddpm_fast.training.checkpoint import Checkpoints
 
@@ -250,7 +250,7 @@ def main() -> None:
         import sklearn.datasets
 
         sklearn.datasets.load_digits = cache(sklearn.datasets.load_digits)
-        load_dataset("digits")  # these read files and import modules once instead of in each child
+        read_data("digits")  # these read files and import modules once instead of in each child
         torch.optim.AdamW([torch.zeros(1)]).zero_grad()
     base.mkdir()
     for argument in sys.argv[3:]:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from ddpm_fast import image_grid, save_grid, save_trajectory, to_uint8
-from ddpm_fast.data import to_unit_range
+from ddpm_fast.data.items import to_unit_range
 from ddpm_fast.errors import ArgumentError
 from ddpm_fast.files.images import evenly_spaced, grid_shape, image_format
 

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from items import encoded, write
+from items import encoded, read_data, write
 from mutations import bytes_of, json_of, safetensors_of, torch_of
 
 from ddpm_fast import NoiseSchedule, Objective
-from ddpm_fast.data import load_dataset, published
+from ddpm_fast.data import published
 from ddpm_fast.nn import UNet, UNetConfig
 from ddpm_fast.pretrained import _read_scheduler
 from ddpm_fast.training.checkpoint import Checkpoints, read_state, why_damaged
@@ -177,7 +177,7 @@ TARGETS: dict[str, Target] = {
             lambda folder, file=file, content=content: write(folder / file, content, zipfile.ZIP_DEFLATED),
             (file,),
             bytes_of,
-            lambda folder, file=file: load_dataset(str(folder / file)),
+            lambda folder, file=file: read_data(str(folder / file)),
         )
         for file, content in {
             "a.npy": IMAGES.astype(np.float32),

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_fast.data import Batch, Item, ItemDataset, read_batch
+from ddpm_fast.data.items import Batch, Item, ItemDataset, read_batch
+from ddpm_fast.data.load import load_dataset
+from ddpm_fast.data.options import DataOptions
+
+
+def read_data(
+    data: Any, data_dir: Any = None, *, split: Any = "train", first: int | None = None, **options: Any
+) -> ItemDataset:
+    """Load images with these `DataOptions`, of which None stands for a default."""
+    given = {"data": data, "data_dir": data_dir} | {name: value for name, value in options.items() if value is not None}
+    return load_dataset(DataOptions(**given), split=split, first=first)
 
 
 def whole(dataset: ItemDataset) -> Batch:

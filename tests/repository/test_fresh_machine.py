@@ -13,8 +13,9 @@ from pathlib import Path
 
 import fresh_machine
 import pytest
+from items import read_data
 
-from ddpm_fast.data import load_dataset, published
+from ddpm_fast.data import published
 
 # Runs in processes of all kinds. A process that is not guarded would wait for 192.0.2.1, which nobody has (RFC 5737).
 PROBE = """
@@ -75,7 +76,7 @@ def test_this_process(probe: str) -> None:
     assert not (published._default_folder() / "cifar-10-binary.tar.gz").exists()
     wanted = rf"load_dataset: expected FashionMNIST in '{re.escape(str(fresh_machine.CACHE))}/ddpm_fast' or from .*"
     with pytest.raises(OSError, match=wanted + "because tests run without a network"):
-        load_dataset("fashion-mnist")
+        read_data("fashion-mnist")
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
@@ -104,7 +105,7 @@ def test_a_test_may_be_given_the_machine() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("hidden", [True, False])
 def test_a_python_hides_the_folders_that_the_package_reads(hidden: bool) -> None:
-    script = "from ddpm_fast.data import FASHION_MNIST_DEBIAN, published\n"
+    script = "from ddpm_fast.data.published import FASHION_MNIST_DEBIAN\nfrom ddpm_fast.data import published\n"
     script += "print(FASHION_MNIST_DEBIAN, published._default_folder())"
     with nullcontext() if hidden else fresh_machine.lifted():
         done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from drawing import Gaussian, tiny_unet
+from items import read_data
 from PIL import Image
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from ddpm_fast import (
     sample_seeds,
     vary,
 )
-from ddpm_fast.data import load_dataset, read_batch, to_unit_range
+from ddpm_fast.data.items import read_batch, to_unit_range
 from ddpm_fast.reference import STREAM_KNOWN
 
 SCHEDULE = NoiseSchedule.linear()
@@ -201,7 +202,7 @@ def inverted_and_drawn(x_0: Tensor, labels: Tensor, steps: int) -> tuple[float, 
 
 def garments() -> tuple[Tensor, Tensor]:
     """Return images of Fashion-MNIST and their labels, as `silhouettes`."""
-    images, labels, _ = read_batch(load_dataset("fashion-mnist", split="test", image_size=32, first=4), range(4))
+    images, labels, _ = read_batch(read_data("fashion-mnist", split="test", image_size=32, first=4), range(4))
     return to_unit_range(images), labels
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from items import flip_bits
+from items import flip_bits, read_data
 from launching import run_ranks
 from PIL import Image
 from refusals import refused
 from torch import Tensor, nn
 
 import ddpm_fast as d
-from ddpm_fast.data import load_dataset, read_batch
+from ddpm_fast.data.items import read_batch
 from ddpm_fast.distributed import Processes
 from ddpm_fast.errors import InvalidValue, UnusablePath
 from ddpm_fast.files.writing import PREFIX
@@ -127,7 +127,7 @@ def test_files_hold_the_images_of_sample(whole: Path) -> None:
 
 
 def test_files_are_data_to_train_on(whole: Path) -> None:
-    images, labels, _ = read_batch(load_dataset(str(whole / "folder")), range(NUM))
+    images, labels, _ = read_batch(read_data(str(whole / "folder")), range(NUM))
     assert labels.tolist() == LABELS
     assert (images.permute(0, 2, 3, 1).numpy() == expected(class_labels=LABELS)).all()
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run as run_command
+from items import read_data
 from launching import run_ranks
 from refusals import refused
 from runs import SHARED, assert_same_weights, newest_checkpoint
@@ -17,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddpm_fast import NoiseSchedule, Sampler, Trainer, TrainOptions, ddim_plan, export_checkpoint, freeze, load_folder
-from ddpm_fast.data import load_dataset
 from ddpm_fast.errors import InvalidValue
 
 SCHEDULE = NoiseSchedule.linear()
@@ -217,7 +217,7 @@ def test_networks_that_do_not_fit_are_refused(model: Any, items: Any, classes: i
     assert not (tmp_path / "run").exists()
 
 
-DIGITS, NUMBERS = {"name": "digits"}, {"name": "x.npy", "condition": "y.npy", "data_range": (-4, 4), "condition_range": (-4, 4)}
+DIGITS, NUMBERS = {"data": "digits"}, {"data": "x.npy", "condition": "y.npy", "data_range": (-4, 4), "condition_range": (-4, 4)}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_resumed_run_keeps_its_condition_and_its_ranges(
         np.save(file, np.random.default_rng(seed).normal(size=(8, 8, 8)).clip(-2, 2))
 
     def runs(arguments: dict[str, Any], **options: Any) -> Trainer:
-        return Trainer(Net(2, 1, 2), SCHEDULE, load_dataset(**arguments), TrainOptions(**OPTIONS | options), tmp_path / "run")
+        return Trainer(Net(2, 1, 2), SCHEDULE, read_data(**arguments), TrainOptions(**OPTIONS | options), tmp_path / "run")
 
     runs(before).run()
     with pytest.raises(ValueError, match=f"train: expected {name} to be .*, as in .*run.*, got "):

@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 from commands import run as run_command
-from items import whole
+from items import read_data, whole
 from launching import run_ranks
 from PIL import Image
 from refusals import refused
 from runs import QUIET, TRAIN, assert_same_weights, pictures, resume_and_compare, train
 from torch import Tensor
 
-from ddpm_fast import NoiseSchedule, Sampler, Trainer, TrainOptions, load_folder, sample_seeds
-from ddpm_fast.data import Degradation, arrays, load_dataset, read_batch, to_unit_range
+from ddpm_fast import DataOptions, NoiseSchedule, Sampler, Trainer, TrainOptions, load_folder, sample_seeds
+from ddpm_fast.data import arrays
 from ddpm_fast.data.condition import evaluated_images, examples, read_conditions
+from ddpm_fast.data.degradation import Degradation
+from ddpm_fast.data.items import read_batch, to_unit_range
 from ddpm_fast.errors import InvalidValue
 
 RUN: dict[str, Any] = QUIET | {"channels": [8, 16], "batch_size": 8, "micro_batch_size": 2, "steps": 3}
@@ -104,7 +106,7 @@ def test_pairs_of_arrays_have_a_range(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="evaluate: expected condition to be given, with 1 channels, as the model reads, got none"
     ):
-        evaluated_images(str(tmp_path / "x.npy"), None, None, config, 2, 1)
+        evaluated_images(DataOptions(data=tmp_path / "x.npy"), config, 1)
     condition = read_conditions(tmp_path / "y.npy", config, (2, 8, 8))
     assert (condition.shape, float(condition.min()), float(condition.max())) == ((6, 1, 8, 8), -1, 1)
 
@@ -127,8 +129,8 @@ def test_degradations_that_do_not_fit_are_refused(
     monkeypatch.chdir(tmp_path)
     np.save("rgb.npy", np.random.default_rng(0).normal(size=(2, 8, 8, 3)))
     with refused(InvalidValue("load_dataset", "condition", wanted, got)):
-        load_dataset(data, condition=condition)
-    assert load_dataset("rgb.npy", condition="grey", data_range=(-9, 9)).info.condition_channels == 1
+        read_data(data, condition=condition)
+    assert read_data("rgb.npy", condition="grey", data_range=(-9, 9)).info.condition_channels == 1
 
 
 # -------------------------------------------------------------------------------------------------- drawing and evaluation
@@ -146,12 +148,12 @@ def test_conditions_are_read_as_they_were_trained(tmp_path: Path) -> None:
         Image.open(file).resize((3, 2), Image.Resampling.LANCZOS).save(small / file.name)
     enlarged = read(small, "low-resolution:4", 6)
     assert torch.equal(read(full, "low-resolution:4", 6), enlarged)
-    images = to_unit_range(whole(load_dataset(str(small))).images)
+    images = to_unit_range(whole(read_data(str(small))).images)
     expected = torch.nn.functional.interpolate(images, (8, 12), mode="bicubic", antialias=True)
     torch.testing.assert_close(enlarged, expected.clamp(-1, 1))
     assert read(full, "grey", 4).shape == (6, 1, 8, 12)
     boxes = read(full, "mask", 7)
-    x_0 = to_unit_range(whole(load_dataset(str(full))).images)
+    x_0 = to_unit_range(whole(read_data(str(full))).images)
     assert torch.equal(boxes, Degradation("mask")(x_0, sample_seeds(4, 6)))
     clear = Image.open(full / "2.png").convert("RGBA")
     clear.putalpha(Image.fromarray(np.where(np.arange(96).reshape(8, 12) < 30, 0, 255).astype(np.uint8)))
@@ -179,7 +181,7 @@ def test_evaluation_gives_each_image_its_class_and_condition(
     monkeypatch.setattr(Sampler, "__call__", lambda *arguments, **options: drawn(*arguments, **options))
     evaluate = ["evaluate", "--model", enlarging, "--data", "digits"]
     run_command(*evaluate, "--num", 4, "--samples", 1, "--quiet")
-    images, labels, _ = read_batch(load_dataset("digits", split="test"), range(4))
+    images, labels, _ = read_batch(read_data("digits", split="test"), range(4))
     options = drawn.call_args_list[0].kwargs
     assert options["class_labels"].tolist() == labels.tolist()
     assert torch.equal(options["condition"], Degradation("low-resolution", 2)(to_unit_range(images), sample_seeds(0, 4)))
@@ -253,7 +255,7 @@ def test_a_folder_may_be_called_as_a_degradation(tmp_path: Path, monkeypatch: py
 
 
 def test_a_network_of_another_condition_is_refused(enlarging: Path, tmp_path: Path) -> None:
-    dataset = load_dataset("digits", condition="low-resolution:4")
+    dataset = read_data("digits", condition="low-resolution:4")
     with refused(InvalidValue("Trainer", "dataset", "to have the condition of model, low-resolution:2", "low-resolution:4")):
         Trainer(load_folder(enlarging).model, NoiseSchedule.linear(), dataset, TrainOptions(), tmp_path / "other")
 
@@ -285,6 +287,6 @@ def test_the_command_line_restores_images(tmp_path: Path, caplog: pytest.LogCapt
     figures = json.loads((tmp_path / "a.json").read_text())["per_image"]
     assert list(figures) == ["condition", "one sample", "mean of 2"]
     assert f"condition    {float(np.mean(figures['condition']['psnr'])):6.2f} dB" in output
-    items = examples(load_dataset(str(data), condition="grey", first=3), range(3), 0)
+    items = examples(read_data(str(data), condition="grey", first=3), range(3), 0)
     error = (items.condition - items.images).double().square().flatten(1).mean(dim=1)
     assert figures["condition"]["psnr"] == pytest.approx((10 * torch.log10(4 / error)).tolist(), abs=1e-4)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from commands import run as run_command
 from drawing import tiny_unet
+from items import read_data
 from other_blocks import UNetModel
 from refusals import refused
 from runs import QUIET, SHARED, resume_and_compare, train
@@ -25,7 +26,6 @@ from ddpm_fast import (
     export_checkpoint,
     load_folder,
 )
-from ddpm_fast.data import load_dataset
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.integrations.guided_diffusion import load_guided_diffusion
 
@@ -35,7 +35,7 @@ FLOW = QUIET | {"prediction": "flow", "num_timesteps": 20}
 
 def run_trainer(folder: Path, model: Callable[[], nn.Module], objective: Any, dataset: Any = None, **options: Any) -> None:
     """Train a new network for four steps on digits, unless the options say otherwise."""
-    dataset = load_dataset("digits") if dataset is None else dataset
+    dataset = read_data("digits") if dataset is None else dataset
     torch.manual_seed(0)
     Trainer(model(), objective, dataset, TrainOptions(**SHARED | {"steps": 4} | options), folder).run()
 
@@ -125,7 +125,7 @@ class Network(nn.Module):
 
 def test_any_network_learns_its_variance(tmp_path: Path) -> None:
     begin = partial(run_trainer, model=partial(Network, 2), objective=NoiseSchedule.cosine(10), variance="learned")
-    images = [each.image for each in load_dataset("digits", first=9)]
+    images = [each.image for each in read_data("digits", first=9)]
     begin(tmp_path / "cut", dataset=images, steps=2)
     resume_and_compare(begin, tmp_path / "cut", dataset=images)
 

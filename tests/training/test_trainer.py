@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run as run_command
-from items import whole
+from items import read_data, whole
 from launching import run_ranks
 from PIL import Image
 from refusals import refused
@@ -38,7 +38,9 @@ from torch.utils.data import ChainDataset, Dataset, Subset, TensorDataset
 
 import ddpm_fast
 from ddpm_fast import Logger, NoiseSchedule, Trainer, TrainOptions, UNet, load_folder
-from ddpm_fast.data import Checked, batches, load_dataset, to_unit_range
+from ddpm_fast.data.checked import Checked
+from ddpm_fast.data.items import to_unit_range
+from ddpm_fast.data.loader import batches
 from ddpm_fast.distributed import ProcessLost
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.training import loop
@@ -51,7 +53,7 @@ class Digits(Dataset[Any]):
     """The digits as a data set that knows nothing of this package. `change` is made to each item."""
 
     def __init__(self, change: Callable[[int, Tensor, int], Any] = lambda index, image, label: (image, label)) -> None:
-        self.digits, self.change = load_dataset("digits"), change
+        self.digits, self.change = read_data("digits"), change
 
     def __len__(self) -> int:
         return len(self.digits)
@@ -111,7 +113,7 @@ def test_weights_are_those_of_train(tmp_path: Path) -> None:
     """With labels, dropout, flips and bfloat16, on a data set of this package and on a plain one."""
     options = {"steps": 5, "flip": True, "precision": "bf16", "loss_weight": "min_snr", "label_dropout": 0.5}
     train(tmp_path / "train", **QUIET | options, dropout=0.1)
-    for name, dataset in (("own", load_dataset("digits")), ("plain", Digits())):
+    for name, dataset in (("own", read_data("digits")), ("plain", Digits())):
         trained = run(tmp_path / name, dataset, network(dropout=0.1, sample_size=None), **options)
         assert_same_runs(tmp_path / "train", tmp_path / name)
     loaded = load_folder(tmp_path / "plain")
@@ -167,7 +169,7 @@ FORMS: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]] = 
     "float64": (Digits, lambda: Digits(lambda i, image, label: (to_unit_range(image).double(), label)), {}),
     "mapping": (TRIPLES, lambda: pair(lambda *item: dict(zip(("image", "label", "condition"), item, strict=True))), PAIR),
     "float condition": (TRIPLES, lambda: pair(lambda image, label, condition: (image, label, to_unit_range(condition))), PAIR),
-    "tuple of one": (Digits, lambda: TensorDataset(whole(load_dataset("digits")).images), UNLABELLED),
+    "tuple of one": (Digits, lambda: TensorDataset(whole(read_data("digits")).images), UNLABELLED),
 }
 
 
@@ -196,7 +198,7 @@ def test_names_of_classes_come_from_the_network_the_data_set_or_numbers(tmp_path
 
 def test_runs_of_train_and_of_a_trainer_on_its_data_set_go_on_in_a_trainer(tmp_path: Path) -> None:
     train(tmp_path / "run", **QUIET | {"steps": 2})
-    resume_and_compare(run, tmp_path / "run", dataset=load_dataset("digits"), steps=5)
+    resume_and_compare(run, tmp_path / "run", dataset=read_data("digits"), steps=5)
 
 
 def mirror(index: int, image: Tensor, label: int) -> Any:
@@ -391,7 +393,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_in_its_first_step_can_be_resumed(tmp_path: Path) -> None:
-    first = int(TrainingRng(0, 6).indices(0, len(load_dataset("digits")))[0])
+    first = int(TrainingRng(0, 6).indices(0, len(read_data("digits")))[0])
     wrong = Digits(lambda i, image, label: (image, 10 if i == first else label))
     with pytest.raises(ValueError, match=r"got 10; the last good checkpoint is .*step-00000000"):
         run(tmp_path / "run", wrong)
@@ -442,7 +444,7 @@ def partly_frozen() -> UNet:
 
 
 DEEP = {"block_out_channels": [16] * 5, "down_block_types": ["DownBlock2D"] * 5, "up_block_types": ["UpBlock2D"] * 5}
-own = partial(load_dataset, "digits")
+own = partial(read_data, "digits")
 
 
 @pytest.mark.parametrize(
@@ -559,7 +561,7 @@ def test_a_wrong_item_of_the_fingerprint_ends_the_run_before_it_begins(tmp_path:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_wrong_item_of_a_later_batch_ends_the_run_with_a_checkpoint(num_workers: int, tmp_path: Path) -> None:
-    third = int(TrainingRng(0, 6).indices(2, len(load_dataset("digits")))[0])
+    third = int(TrainingRng(0, 6).indices(2, len(read_data("digits")))[0])
     wrong = Digits(lambda i, image, label: (image, 10 if i == third else label))
     with pytest.raises(
         ValueError, match=rf"^train: expected dataset\[{third}\] to have a label in 0\.\.9, got 10; .*step-00000002"
@@ -590,7 +592,7 @@ def test_a_worker_may_die_while_it_sends(error: Exception, monkeypatch: pytest.M
 )
 def test_a_worker_that_dies_ends_the_run_between_two_steps(end: Callable[[], object], tmp_path: Path) -> None:
     """Workers read ahead. So one dies while a step is computed, and that step must not be cut off."""
-    last = int(TrainingRng(0, 6).indices(29, len(load_dataset("digits")))[0])
+    last = int(TrainingRng(0, 6).indices(29, len(read_data("digits")))[0])
 
     def change(index: int, image: Tensor, label: int) -> tuple[Tensor, int]:
         if index == last and torch.utils.data.get_worker_info() is not None:

@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from drawing import tiny_unet
+from items import read_data
 from launching import output, start_python
 from PIL import Image
 from refusals import refused
@@ -50,7 +51,7 @@ from ddpm_fast import (
     variational_loss,
 )
 from ddpm_fast.checks import MAX_TIMESTEPS
-from ddpm_fast.data import load_dataset, read_batch, to_unit_range
+from ddpm_fast.data.items import read_batch, to_unit_range
 from ddpm_fast.errors import InvalidValue, UnusablePath
 from ddpm_fast.nn.config import MAX_LAYERS
 from ddpm_fast.options import options_of
@@ -79,7 +80,7 @@ def test_steps_follow_algorithm_1(options: dict[str, Any], tmp_path: Path) -> No
     """
     train(tmp_path / "run", **QUIET | {"steps": 3, "log_every": 1, "channels_last": False, "ema_decay": 0.2} | options)
     draws = TrainingRng(0, 6)
-    dataset, schedule = load_dataset("digits"), NoiseSchedule.cosine() if options else NoiseSchedule.linear()
+    dataset, schedule = read_data("digits"), NoiseSchedule.cosine() if options else NoiseSchedule.linear()
     torch.manual_seed(draws.weights_seed)
     model = UNet(**json.loads((tmp_path / "run" / "config.json").read_text())["unet"])
     average = {name: value.clone() for name, value in model.state_dict().items()}
@@ -190,7 +191,7 @@ def test_resuming_as_something_else_names_the_option(tmp_path: Path) -> None:
     ],
 )
 def test_norms_have_four_channels_or_more_in_a_group(channels: tuple[int, ...], groups: int) -> None:
-    info, objective = load_dataset("digits").info, Objective(NoiseSchedule.cosine(10))
+    info, objective = read_data("digits").info, Objective(NoiseSchedule.cosine(10))
     info = dataclasses.replace(info, shape=(1, 16, 16))
     config = {"options": ModelOptions(channels=channels), "info": info, "objective": objective}
     assert _unet_config(**config, stored={})["norm_num_groups"] == groups
@@ -327,7 +328,7 @@ def test_grids_are_drawn_with_noise_on_every_schedule(
     drawn = Mock(return_value=torch.zeros(40, 1, 8, 8))
     monkeypatch.setattr(report, "sample", drawn)
     options = SHARED | {"steps": 1, "prediction": "v_prediction", "sample_every": 1, "sample_steps": sample_steps}
-    Trainer(tiny_unet(10), schedule, load_dataset("digits"), TrainOptions(**options), tmp_path).run()
+    Trainer(tiny_unet(10), schedule, read_data("digits"), TrainOptions(**options), tmp_path).run()
     plan = drawn.call_args.args[1]
     assert plan.is_random
     assert plan.num_steps == min(sample_steps or 20, schedule.num_timesteps)
@@ -640,7 +641,7 @@ def test_a_signal_saves_and_ends_the_run(name: str, ignored: bool, tmp_path: Pat
     """A hangup that is ignored stays so, as under nohup."""
     number, handler = signal.Signals[name], signal.SIG_IGN if ignored else Mock()
     before = signal.signal(number, handler)
-    options, digits = TrainOptions(**SHARED | {"steps": 3}), load_dataset("digits")
+    options, digits = TrainOptions(**SHARED | {"steps": 3}), read_data("digits")
     try:
         result = Trainer(
             *(tiny_unet(10), NoiseSchedule.linear(), digits, options, tmp_path),

@@ -21,7 +21,6 @@ CACHE = HERE.parents[2] / "build" / "cache-of-tests"  # in place of ~/.cache; ma
 HIDDEN = "DDPM_FAST_TESTS_HIDE"  # variable with the folders of data sets, for the processes that a test starts
 DEBIAN = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 PUBLISHED = "ddpm_fast.data.published"
-NAMED_IN = ("ddpm_fast.data", PUBLISHED)  # modules with the constant FASHION_MNIST_DEBIAN
 
 _hidden: tuple[str, ...] = ()  # folders that do not exist for this process; empty: it may use everything
 
@@ -104,10 +103,9 @@ def _check_host(event: str, host: object) -> None:
 
 def _name_debian(folder: Path) -> None:
     """Replace FASHION_MNIST_DEBIAN, because no event tells of a call of `Path.is_file`."""
-    for name in NAMED_IN:
-        module = sys.modules.get(name)
-        if hasattr(module, "FASHION_MNIST_DEBIAN"):
-            module.FASHION_MNIST_DEBIAN = folder  # type: ignore[union-attr]
+    module = sys.modules.get(PUBLISHED)
+    if hasattr(module, "FASHION_MNIST_DEBIAN"):
+        module.FASHION_MNIST_DEBIAN = folder  # type: ignore[union-attr]
 
 
 class _Finder:
