@@ -243,7 +243,7 @@ def _in_steps(builder: partial[SamplingPlan], steps: int) -> SamplingPlan:
 def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pretrained:
     """Load the built-in model. No internet access is needed.
 
-    The model predicts epsilon for 32x32 grey images of garments. Labels 0..9 are T-shirt, trouser,
+    The model predicts v for 32x32 grey images of garments. Labels 0..9 are T-shirt, trouser,
     pullover, dress, coat, sandal, shirt, sneaker, bag and ankle boot. Label 10 is "no label".
 
     Args:

@@ -164,7 +164,7 @@ class FrozenUNet:
         with torch.inference_mode(False), torch.no_grad(), torch.device(device):
             self._layers = self._new_layers()
             network = read_network(model, dtype, device, num_timesteps, self._layers.stored)
-        self._constants = _Constants(model._config, network)
+        self._constants = _Constants(UNetConfig.from_dict(model.config), network)
         self._programs: OrderedDict[Hashable, NativeProgram | PythonProgram] = OrderedDict()  # the one used last is last
         self._turns = Turns("FrozenUNet")
 
@@ -191,6 +191,55 @@ class FrozenUNet:
             )
         with torch.no_grad():
             return self._evaluated(x, t, class_labels)
+
+    def step(self, plan: SamplingPlan, state: StepState, guidance_scale: float | None) -> Callable[[], object]:
+        """Return the program of a sampling step: network, guidance and `reverse_step`. It is called without autocast.
+
+        A batch is split by image, so that feature maps stay in the CPU's cache. Both halves of guidance are evaluated together.
+        CPU kernels read x_t and the condition as two maps. For PyTorch both lie in one map, to which a step writes x_t alone.
+
+        Args:
+            plan: The plan. Its timesteps are below T.
+            state: The memory that steps read and write.
+            guidance_scale: The scale of guidance. None: the state holds no second half.
+        """
+        builder, network, n = Builder(), self._constants.network, len(state.x_t)
+        at_once = math.ceil(n / self._num_passes(state.copies * n, *state.x_t.shape[2:]))
+        with self._turns.taken(), torch.inference_mode(False), torch.no_grad(), torch.device(self.device):
+            timesteps, table = plan.timesteps.to(self.device), plan.table(self.device)
+            for part in (slice(i, i + at_once) for i in range(0, n, at_once)):
+                x_t, history = state.x_t[part], [each[part] for each in state.history]
+                x_0 = [] if state.x_0 is None else [state.x_0[part]]
+                labels = None if state.class_labels is None else state.class_labels[:, part]
+                stacks = network.time_terms.append(builder, timesteps, state.step, state.copies * len(x_t), labels)
+                inputs = self._step_inputs(builder, state, part)
+                model_output = append_network(builder, network, self._layers, inputs, stacks)
+                seeds, variance = state.seeds[part] if plan.is_random else None, VARIANCES.index(plan.variance)
+                arguments = reverse_step_op.spec.Arguments(
+                    *(x_t, model_output, table, state.step),
+                    **dict(zip(("x_0_prev", "x_0_prev2"), history, strict=False)),
+                    **{"seeds": seeds, "guidance_scale": guidance_scale, "variance": variance, "return_x_0": bool(x_0)},
+                )
+                builder.update(reverse_step_op, *arguments[:-1], out=(x_t, *x_0))
+                if len(history) > 1:
+                    # x_0_prev becomes x_0_prev2, then x_0^ becomes x_0_prev: copies in the same parallel region
+                    for source, copy in ((history[0], history[1]), (x_0[0], history[0])):
+                        builder.update(network_input_op, source, x_t.dtype, 1, False, out=(copy,))
+            builder.update(count_step_op, state.step, out=(state.step,))
+            return self._executor(builder.calls).run
+
+    def _step_inputs(self, builder: Builder, state: StepState, images: slice) -> tuple[Value, ...]:
+        """Append the calls that bring x_t of some images into the network's form. Return the maps that the network reads."""
+        centered, dtype, x_t = self._constants.config.center_input_sample, self.dtype, state.x_t[images]
+        if state.condition_channels and self.why_not_packed is not None:
+            joint = state.condition(images, dtype, centered=centered, after_x_t=True)
+            builder.update(partial(_write_x_t, x_t, centered), out=(joint,))
+            return (joint,)
+        x: Value = x_t
+        if state.copies > 1 or centered or dtype != x_t.dtype:
+            shape = (state.copies * len(x_t), *x_t.shape[1:])
+            x = builder.call(network_input_op, x_t, dtype, state.copies, centered, shape=shape, dtype=dtype)
+        return (x, state.condition(images, dtype, centered=centered)) if state.condition_channels else (x,)
 
     def _evaluated(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None) -> Tensor:
         if isinstance(t, int) and not isinstance(t, bool) and not 0 <= t < self.num_timesteps:
@@ -307,54 +356,10 @@ class FrozenAdapter(Adapter):
         return []
 
     def bind(self, plan: SamplingPlan, state: StepState, guidance_scale: float | None) -> Callable[[], object]:
-        """Return the program of a step. It checks nothing, and is called without autocast.
-
-        A batch is split by image, so that feature maps stay in the CPU's cache. Both halves of guidance are evaluated together.
-        CPU kernels read x_t and the condition as two maps. For PyTorch both lie in one map, to which a step writes x_t alone.
-        A network that is traced is called as any other.
-        """
+        """Return the program of a step, see `FrozenUNet.step`. A network that is traced is called as any other."""
         if not runs_eagerly():
             return super().bind(plan, state, guidance_scale)
-        network, builder = self.model, Builder()
-        layers, n = network._constants.network, len(state.x_t)
-        at_once = math.ceil(n / network._num_passes(state.copies * n, *state.x_t.shape[2:]))
-        with network._turns.taken(), torch.inference_mode(False), torch.no_grad(), torch.device(network.device):
-            timesteps, table = plan.timesteps.to(network.device), plan.table(network.device)
-            for part in (slice(i, i + at_once) for i in range(0, n, at_once)):
-                x_t, history = state.x_t[part], [each[part] for each in state.history]
-                x_0 = [] if state.x_0 is None else [state.x_0[part]]
-                labels = None if state.class_labels is None else state.class_labels[:, part]
-                stacks = layers.time_terms.append(builder, timesteps, state.step, state.copies * len(x_t), labels)
-                inputs = _network_inputs(builder, network, state, part)
-                model_output = append_network(builder, layers, network._layers, inputs, stacks)
-                seeds, variance = state.seeds[part] if plan.is_random else None, VARIANCES.index(plan.variance)
-                arguments = reverse_step_op.spec.Arguments(
-                    *(x_t, model_output, table, state.step),
-                    **dict(zip(("x_0_prev", "x_0_prev2"), history, strict=False)),
-                    **{"seeds": seeds, "guidance_scale": guidance_scale, "variance": variance, "return_x_0": bool(x_0)},
-                )
-                builder.update(reverse_step_op, *arguments[:-1], out=(x_t, *x_0))
-                if (
-                    len(history) > 1
-                ):  # x_0_prev becomes x_0_prev2, then x_0^ becomes x_0_prev: copies in the same parallel region
-                    for source, copy in ((history[0], history[1]), (x_0[0], history[0])):
-                        builder.update(network_input_op, source, x_t.dtype, 1, False, out=(copy,))
-            builder.update(count_step_op, state.step, out=(state.step,))
-            return network._executor(builder.calls).run
-
-
-def _network_inputs(builder: Builder, network: FrozenUNet, state: StepState, images: slice) -> tuple[Value, ...]:
-    """Append the calls that bring x_t of some images into the network's form. Return the maps that the network reads."""
-    centered, dtype, x_t = network._constants.config.center_input_sample, network.dtype, state.x_t[images]
-    if state.condition_channels and network.why_not_packed is not None:
-        joint = state.condition(images, dtype, centered=centered, after_x_t=True)
-        builder.update(partial(_write_x_t, x_t, centered), out=(joint,))
-        return (joint,)
-    x: Value = x_t
-    if state.copies > 1 or centered or dtype != x_t.dtype:
-        shape = (state.copies * len(x_t), *x_t.shape[1:])
-        x = builder.call(network_input_op, x_t, dtype, state.copies, centered, shape=shape, dtype=dtype)
-    return (x, state.condition(images, dtype, centered=centered)) if state.condition_channels else (x,)
+        return self.model.step(plan, state, guidance_scale)
 
 
 def _write_x_t(x_t: Tensor, centered: bool, *, backend: str | None, out: tuple[Tensor]) -> None:

@@ -52,7 +52,7 @@ def frozen_process(process: Any, dtype: torch.dtype | None, device: Any, num_tim
         {name: each.to(frozen.device, copy=True) for name, each in process.named_buffers(recurse=False, remove_duplicate=False)}
     )
     other._modules["model"] = network = FrozenModule(model, frozen)
-    other.register_load_state_dict_pre_hook(partial(network._refuse, "call of load_state_dict"))
+    other.register_load_state_dict_pre_hook(partial(network.refuse, "call of load_state_dict"))
     other.training = False
     return other
 

@@ -70,7 +70,7 @@ class FrozenModule(nn.Module):
         """
         check_type(self._original, "x", x, Tensor)
         if torch.is_grad_enabled() and x.requires_grad:
-            self._refuse("input that records gradients")
+            self.refuse("input that records gradients")
         # A loop whose next x is the output draws noise in the order of its memory.
         memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         if isinstance(timesteps, Tensor) and timesteps.numel() == 1:
@@ -85,37 +85,38 @@ class FrozenModule(nn.Module):
 
     def train(self, mode: bool = True) -> FrozenModule:
         """Return the network if `mode` is False."""
-        return self._refuse("training mode") if mode else self
+        return self.refuse("training mode") if mode else self
 
     def requires_grad_(self, requires_grad: bool = True) -> FrozenModule:
         """Return the network if `requires_grad` is False."""
-        return self._refuse("gradients of weights") if requires_grad else self
+        return self.refuse("gradients of weights") if requires_grad else self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModule:
         """Return the network if `fn`, which moves or casts tensors, keeps its device and dtype."""
         before = next(self.parameters())
         after = fn(before)
         if (after.device, after.dtype) != (before.device, before.dtype):
-            self._refuse(f"move to {after.device} and {after.dtype}")
+            self.refuse(f"move to {after.device} and {after.dtype}")
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_is_torch_compile":  # a mark of torch.compile, which assigns `training` as it is, too
             vars(self)[name] = value
         elif vars(self).get(name, self) is not value:
-            self._refuse(f"assignment of {name}")
+            self.refuse(f"assignment of {name}")
 
     def __delattr__(self, name: str) -> None:
-        self._refuse(f"deletion of {name}")
+        self.refuse(f"deletion of {name}")
 
-    def _refuse(self, what: str, *arguments: Any) -> NoReturn:
+    def refuse(self, what: str, *arguments: Any) -> NoReturn:
+        """Raise a RuntimeError that says what a frozen network cannot do, and what to do instead."""
         name = type(self).__name__
         remedy = f"change, move, save or train the {self._original} from which it was made, then freeze it again"
         raise InvalidValue(name, "", "evaluation only, because the network is frozen", f"{what}: {remedy}")
 
 
 def _refusing(method: str) -> Callable[..., NoReturn]:
-    return lambda self, *args, **kwargs: self._refuse(f"call of {method}")
+    return lambda self, *args, **kwargs: self.refuse(f"call of {method}")
 
 
 for _method in _REFUSED:

@@ -76,7 +76,7 @@ def denoising_loss(
     if isinstance(schedule, NoiseSchedule):  # a look-up, as torch.compile cannot trace the computation
         name = "epsilon" if prediction is None else prediction
         check_choice(op, "prediction", name, TARGETS)
-        target, factor = schedule._target(name, x_0.device), 1
+        target, factor = schedule.target(name, x_0.device), 1
     else:
         objective = objective_of(op, schedule, prediction)
         target, factor = objective.on(x_0.device), objective.out_channels(1)

@@ -63,7 +63,7 @@ def q_sample(
         check_like("q_sample", "noise", noise, "x_t", x_0.new_empty(0, dtype=dtype), tuple(x_0.shape))
     if seeds is not None:
         seeds = checked_seeds("q_sample", seeds, x_0.shape[0], x_0.device)
-    table = schedule._target("x_t", x_0.device).table
+    table = schedule.target("x_t", x_0.device).table
     x_t: Tensor = q_sample_op(x_0, t, table, noise, seeds, dtype, backend=backend)
     return x_t
 

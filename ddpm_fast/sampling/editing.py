@@ -133,7 +133,7 @@ def invert(sampler: Sampler, images: Tensor, **options: Unpack[BatchOptions]) ->
     if plan.is_random or _denoises(plan) or float(plan.alpha_bars_prev[-1]) > abar * (1 + 1e-9):
         wanted = "to have a plan from an image to noise (ddim_inversion_plan)"
         raise InvalidValue("invert", "sampler", wanted, f"\n{plan}")
-    x_T, _ = sampler._draw(request.changed(x_T=images.detach()))
+    x_T, _ = sampler.draw(request.changed(x_T=images.detach()))
     return x_T
 
 
@@ -166,7 +166,7 @@ def inpaint(sampler: Sampler, images: Tensor, mask: Tensor, **options: Unpack[Ed
     for begin in range(0, len(images), request.given["batch_size"]):
         chunk = slice(begin, begin + request.given["batch_size"])
         keep = _keep_known(sampler.plan, known[chunk], painted[chunk], request.seeds[chunk].to(sampler.device))
-        drawn, _ = sampler._draw(request.part(chunk, callback=keep))
+        drawn, _ = sampler.draw(request.part(chunk, callback=keep))
         results.append(_blend(known[chunk], drawn, painted[chunk]))
     return torch.cat(results)
 
@@ -219,7 +219,7 @@ def _request(
     """
     _check_sampler(caller, sampler, denoises=denoises)
     _check_images(caller, name, images, sampler, in_range=in_range)
-    return sampler._request(caller, len(images), options, struct=struct, in_turn=False)
+    return sampler.request(caller, len(images), options, struct=struct, in_turn=False)
 
 
 def _keep_known(plan: SamplingPlan, known: Tensor, painted: Tensor, seeds: Tensor) -> Callback:
@@ -251,7 +251,7 @@ def _denoised(sampler: Sampler, images: Tensor, strength: float, request: Reques
     abar = float(plan.alpha_bars[row])
     z = initial_noise(x_0.shape, request.seeds.to(sampler.device), dtype=x_0.dtype, device=sampler.device)
     x_t = math.sqrt(abar) * x_0 + math.sqrt(1 - abar) * z
-    drawn, _ = sampler.with_plan(plan.starting_at(timestep))._draw(request.changed(x_T=x_t))
+    drawn, _ = sampler.with_plan(plan.starting_at(timestep)).draw(request.changed(x_T=x_t))
     return drawn
 
 

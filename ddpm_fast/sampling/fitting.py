@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..errors import expect, renaming
-from ..inference.model import evaluation_mode
 from ..ops.modes import threads_after_fork
 from ..options import checked, taking, within
 from ..plan import SamplingPlan, dpm_solver_plan
@@ -20,7 +19,7 @@ from ..plan.sampling_plan import Fit, call_of
 from .arguments import Request
 from .options import DrawOptions
 from .progress import progress_bar
-from .sampler import Sampler, current_device
+from .sampler import Sampler
 
 # A plan's numbers are float64 [4, S]: the logarithms of its levels, and the corrections of FITTED.
 _STEP: Final = 0.01  # by which a number moves to find its derivative
@@ -75,11 +74,11 @@ def fit_plan(
     ):
         expect(holds, "fit_plan", "teacher", wanted, got)
     with renaming("fit_plan"):
-        request, taught = sampler._request("fit_plan", 2 * num_images, draw), sampler.with_plan(teacher)
+        request, taught = sampler.request("fit_plan", 2 * num_images, draw), sampler.with_plan(teacher)
     expect(request.given["callback"] is None, "fit_plan", "callback", "to be None", "a function")
     with threads_after_fork(), progress_bar(rounds, "fitting", "round", shown=request.given["progress"]) as bar:
         request = request.changed(progress=False)
-        targets, _ = taught._draw(request)
+        targets, _ = taught.draw(request)
         error, unseen = partial(_error, sampler, request, targets), slice(num_images, 2 * num_images)
         before = least = error(unseen, numbers)
         finite = bool(targets.isfinite().all()) and math.isfinite(before)
@@ -119,7 +118,7 @@ def _built(plan: SamplingPlan, numbers: Tensor) -> SamplingPlan:
 def _error(sampler: Sampler, request: Request, targets: Tensor, images: slice, numbers: Tensor) -> float:
     """Return the root of the mean squared difference of some images from the teacher's."""
     part = request.part(images, batch_size=request.given["batch_size"])
-    drawn, _ = sampler.with_plan(_built(sampler.plan, numbers))._draw(part)
+    drawn, _ = sampler.with_plan(_built(sampler.plan, numbers)).draw(part)
     return float((drawn - targets[images]).double().square().mean().sqrt())
 
 
@@ -168,16 +167,7 @@ def _run(sampler: Sampler, request: Request, kept: list[list[Tensor]], plan: Sam
         first: Begin with this step. The steps before it are those of the first run.
     """
     t = fractional_timesteps(plan.schedule, noise_ratios(plan.alpha_bars)).to(sampler.device, torch.float32)
-    inputs = (request.labels, request.given["x_T"], request.given["condition"])
-    with (
-        sampler._turns.taken(),
-        current_device(sampler.device),
-        evaluation_mode(sampler.network),
-        torch.inference_mode(),
-    ):
-        state = sampler._new_state(request.num_samples, request, plan)
-        advance = sampler._adapter.bind_at(t, plan, state, request.given["guidance_scale"])
-        state.start(request.seeds.to(sampler.device), *(None if x is None else x.to(sampler.device) for x in inputs))
+    with sampler.with_plan(plan).steps(request, t) as (state, advance):
         tensors = [state.x_t, state.step, *state.history]
         for tensor, value in zip(tensors, kept[first] if first else (), strict=False):
             tensor.copy_(value)

@@ -93,7 +93,7 @@ def write_samples(
     batch_size = 64 if batch_size is None else batch_size
     check_int(_CALLER, "batch_size", batch_size, 1, 1 << 32)
     check_int(_CALLER, "seed", seed, -(1 << 63), (1 << 64) - 1)
-    request = sampler._request(_CALLER, num_samples, options, struct=EditOptions)
+    request = sampler.request(_CALLER, num_samples, options, struct=EditOptions)
     scale, condition = request.given["guidance_scale"], request.given["condition"]
     labels = given = None
     if request.labels is not None and request.no_label is not None:
@@ -124,7 +124,7 @@ def write_samples(
         mine, shown = missing[processes.rank :: processes.size], request.given["progress"]
         with _interruptible(processes, files, blocks, manifest), _written(processes, blocks, missing, shown) as written:
             for block in mine:
-                images, _ = sampler._draw(request.part(slice(block.start, block.stop), progress=False))
+                images, _ = sampler.draw(request.part(slice(block.start, block.stop), progress=False))
                 files.write(block, _values(images, block, ranges if files.dtype != "|u1" else None))
                 written(len(block))
             _wait(processes.arrive(), written)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, Final, NamedTuple, Unpack
 
 import torch
@@ -180,7 +180,7 @@ class Sampler:
                 model or the callback does what it must not.
             TypeError: An argument has an unsupported type, or is unknown.
         """
-        images, _ = self._draw(self._request("Sampler", num_samples, options))
+        images, _ = self.draw(self.request("Sampler", num_samples, options))
         return images
 
     @checked("Sampler.")
@@ -199,8 +199,8 @@ class Sampler:
             The images as a call of the Sampler returns them, and the states [frames, num_samples, C, H, W] on the CPU, from
             x_T to x_0.
         """
-        request = self._request("Sampler.trajectory", num_samples, options)
-        return self._draw(request, min(num_frames, self.plan.num_steps + 1))
+        request = self.request("Sampler.trajectory", num_samples, options)
+        return self.draw(request, min(num_frames, self.plan.num_steps + 1))
 
     def __reduce__(self) -> Any:
         raise TypeError("Sampler: it cannot be copied or pickled: make a new one from the model and the plan")
@@ -208,13 +208,20 @@ class Sampler:
     def _interface_of(self, model: Model, plan: SamplingPlan) -> Interface:
         return interface_of(model, predicts_variance=plan.variance != "fixed", no_label=self._no_label)
 
-    def _request(self, caller: str, num_samples: int, options: Any, **further: Any) -> Request:
-        """Return the checked arguments of a call. A function that draws new images takes the classes in turn."""
+    def request(self, caller: str, num_samples: int, options: Any, **further: Any) -> Request:
+        """Return the checked arguments of a call, for `draw` and `steps`.
+
+        Args:
+            caller: Name of the calling function for error messages.
+            num_samples: Number of images.
+            options: Options of the call, see `DrawOptions`.
+            **further: Arguments of `checked_request`. By default the classes take turns, as for new images.
+        """
         given = (caller, self.network, self.interface, self.shape, num_samples, options)
         return checked_request(*given, **{"in_turn": True} | further)
 
-    def _draw(self, request: Request, num_frames: int = 0) -> tuple[Tensor, Tensor]:
-        """Draw the images of a request, one batch after the other, and as many states of each."""
+    def draw(self, request: Request, num_frames: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the images of a request, drawn one batch after the other, and as many states of each on the CPU."""
         n, plan, device, given = request.num_samples, self.plan, self.device, request.given
         batches = [slice(i, i + given["batch_size"]) for i in range(0, n, given["batch_size"])]
         with self._turns.taken(), threads_after_fork(), current_device(device):
@@ -237,6 +244,22 @@ class Sampler:
         if num_frames and device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # the frames are on their way to the host
         return images, states
+
+    @contextmanager
+    def steps(self, request: Request, timesteps: Tensor) -> Iterator[tuple[StepState, Callable[[], object]]]:
+        """Yield the state of a request in front of its first step, and a function that takes the next step in it.
+
+        Args:
+            request: What to draw, as one batch.
+            timesteps: Floating [steps], where the network is evaluated instead of at those of the plan.
+        """
+        given, device = request.given, self.device
+        inputs = (request.labels, given["x_T"], given["condition"])
+        with self._turns.taken(), current_device(device), evaluation_mode(self.network), torch.inference_mode():
+            state = self._new_state(request.num_samples, request)
+            advance = self._adapter.bind_at(timesteps, self.plan, state, given["guidance_scale"])
+            state.start(request.seeds.to(device), *(None if x is None else x.to(device) for x in inputs))
+            yield state, advance
 
     def _frames(self, n: int, num_frames: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Return memory for states of n images, and the part of it for each kept state.
@@ -284,12 +307,12 @@ class Sampler:
         return loop
 
     def _new_loop(self, n: int, request: Request) -> _Loop:
-        state = self._new_state(n, request, self.plan)
+        state = self._new_state(n, request)
         return _Loop(state, self._adapter.bind(self.plan, state, request.given["guidance_scale"]))
 
-    def _new_state(self, n: int, request: Request, plan: SamplingPlan) -> StepState:
+    def _new_state(self, n: int, request: Request) -> StepState:
         return StepState(
-            plan,
+            self.plan,
             (n, *self.shape),
             dtype=self._state_dtype,
             memory_format=self._adapter.memory_format(self.shape),
@@ -361,8 +384,8 @@ def sample(
     """
     with renaming("sample"):
         sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph, no_label=no_label)
-        request = sampler._request("sample", num_samples, options)
-    images, _ = sampler._draw(request)
+        request = sampler.request("sample", num_samples, options)
+    images, _ = sampler.draw(request)
     return images
 
 

@@ -65,7 +65,7 @@ class NoiseSchedule:
         self._parameters = dict(parameters or {})
         self._targets: dict[tuple[str, torch.device], Target] = {}
         for each in _COLUMNS:
-            self._target(each)  # in place before torch.compile looks
+            self.target(each)  # in place before torch.compile looks
 
     # ------------------------------------------------------------------------------------------------------ builders
 
@@ -384,9 +384,9 @@ class NoiseSchedule:
         Returns:
             float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t), computed in float64 and rounded once.
         """
-        return self._target("x_t", device).table.clone()
+        return self.target("x_t", device).table.clone()
 
-    def _target(self, name: str, device: torch.device | str = "cpu") -> Target:
+    def target(self, name: str, device: torch.device | str = "cpu") -> Target:
         """Return x_t, or a prediction, as kernels read it. It is computed once for each device and must not be changed."""
         if type(device) is not torch.device or (name, device) not in self._targets:
             device = numbered("NoiseSchedule.table", device)

@@ -188,7 +188,7 @@ class Objective:
     def on(self, device: torch.device) -> Target:
         """Return the target as kernels read it. It is computed once for each device and must not be changed."""
         if isinstance(self.prediction, str):
-            return self.schedule._target(self.prediction, device)
+            return self.schedule.target(self.prediction, device)
         if device not in self._targets:
             on_cpu = self._targets[torch.device("cpu")]
             with torch.inference_mode(False):

@@ -383,7 +383,7 @@ REFUSED = {
 def test_sample_and_evaluate_refuse_before_work(
     command: str, arguments: str, wanted: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Sampler, "_draw", lambda *_, **__: pytest.fail("images were drawn"))
+    monkeypatch.setattr(Sampler, "draw", lambda *_, **__: pytest.fail("images were drawn"))
     monkeypatch.setattr(ddpm_fast, "variational_bound", lambda *_, **__: pytest.fail("a bound was computed"))
     monkeypatch.chdir(tmp_path)
     Path("folder.png").mkdir()
@@ -437,7 +437,7 @@ from ddpm_fast.cli import main
 from ddpm_fast.sampling.sampler import Sampler
 def interrupt(*_, **__):
     raise KeyboardInterrupt
-Sampler._draw = interrupt
+Sampler.draw = interrupt
 main()
 """
 

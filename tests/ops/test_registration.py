@@ -176,5 +176,5 @@ def test_tables_first_used_in_inference_mode_serve_training() -> None:
     schedule, device = ddpm_fast.NoiseSchedule.linear(10), torch.device("meta")
     plan = ddpm_fast.ddpm_plan(schedule)
     with torch.inference_mode():
-        tables = schedule._target("x_t", device).table, plan.table(device), plan.steps(device)
+        tables = schedule.target("x_t", device).table, plan.table(device), plan.steps(device)
     assert not any(table.is_inference() for table in tables)

@@ -156,6 +156,34 @@ def test_networks_take_ops_and_nothing_of_how_they_run() -> None:
         assert not (module.startswith("ops") and name.startswith("_")), f"{file.name} imports {name}"
 
 
+# Names of PyTorch and of named tuples that begin with an underscore.
+OTHERS = {
+    *("_C", "_VF", "_foreach_add_", "_foreach_lerp_", "_foreach_norm", "_dynamo_marked_constant", "_has_any_global_hook"),
+    *("_abort_process_group", "_get_default_store", "_asdict", "_fields", "_make", "_replace", "_version", "_cdata"),
+    *("_buffers", "_modules", "_parameters", "_orig_mod", "_compiled_call_impl", "_forward_hooks", "_forward_pre_hooks"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+}
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in OTHERS
+
+
+def test_no_module_uses_a_private_name_of_another() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        nodes, own, used = [*ast.walk(ast.parse(path.read_text()))], set[str](), set[str]()
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and not ast.unparse(node).startswith("torch."):
+                of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                (own if of_self else used).add(node.attr)
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                used |= {alias.name for alias in node.names}
+        private = {name for name in used if _is_private(name)} - own
+        assert not private, f"{path.relative_to(PACKAGE)} uses {private}"
+
+
 def test_no_function_hides_a_module() -> None:
     """Packages export no name of a module of theirs. Only `ops` does: one name finds an op in every folder."""
     for folder in [PACKAGE, *(path.parent for path in PACKAGE.rglob("__init__.py"))]:

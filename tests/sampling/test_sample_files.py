@@ -86,13 +86,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Record how many images each batch of a Sampler draws."""
     counts: list[int] = []
-    call = Sampler._draw
+    call = Sampler.draw
 
     def draw(self: Sampler, request: Request, *frames: int) -> tuple[Tensor, Tensor]:
         counts.append(request.num_samples)
         return call(self, request, *frames)
 
-    monkeypatch.setattr(Sampler, "_draw", draw)
+    monkeypatch.setattr(Sampler, "draw", draw)
     return counts
 
 
@@ -278,7 +278,7 @@ def test_two_processes_do_not_share_a_gpu_unawares(uuids: list[str], shared: boo
 @pytest.fixture(params=NAMES)
 def stopped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The result of a call that Ctrl-C ended in the last block."""
-    call, out = Sampler._draw, tmp_path / request.param
+    call, out = Sampler.draw, tmp_path / request.param
 
     def draw(self: Sampler, request: Request, *frames: int) -> tuple[Tensor, Tensor]:
         if request.num_samples < BATCH:
@@ -286,7 +286,7 @@ def stopped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         return call(self, request, *frames)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sampler, "_draw", draw)
+        patch.setattr(Sampler, "draw", draw)
         with pytest.raises(KeyboardInterrupt, match=f"8 of {NUM} images are written to .*Start it again to draw the others"):
             write(out)
     assert out.suffix == "" or not out.exists()
@@ -460,7 +460,7 @@ def test_files_of_others_are_left_alone(name: str, file: str, wanted: str, tmp_p
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_call_is_refused_while_one_writes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Sampler, "_draw", lambda *_, **__: write(tmp_path / name))
+        patch.setattr(Sampler, "draw", lambda *_, **__: write(tmp_path / name))
         with pytest.raises(BlockingIOError, match=r"expected no other process to write to '.*', got process \d+ on "):
             write(tmp_path / name)
     assert write(tmp_path / name).exists()

@@ -427,7 +427,7 @@ def test_nothing_in_the_steps_waits_for_the_gpu(captures: Captures, device: torc
         pytest.skip("see the test that watches for host reads")
     for captured in (None, False):
         sampler = Sampler(tiny_unet(classes=3).to(device), ddpm_plan(SCHEDULE), cuda_graph=captured)
-        loop = sampler._loop(2, sampler._request("Sampler", 2, {"class_labels": 1, "guidance_scale": 2.0}))
+        loop = sampler._loop(2, sampler.request("Sampler", 2, {"class_labels": 1, "guidance_scale": 2.0}))
         seeds, labels = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(2, dtype=torch.int64, device=device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls this mode a prototype

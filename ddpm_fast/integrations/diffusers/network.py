@@ -141,7 +141,7 @@ def _own_scheduler(caller: str, name: str, scheduler: Any) -> Any:
         if isinstance(value, Tensor):
             given = torch.as_tensor(getattr(scheduler, key))
             same = (
-                own._is_rounded(given, value)
+                own.is_rounded(given, value)
                 if "alphas_cumprod" in key  # scripts move it, and round it to half precision
                 else given.shape == value.shape and torch.allclose(given.to(value), value, 1e-6, 1e-10, equal_nan=True)
             )

@@ -129,7 +129,7 @@ class PlanScheduler:
     @alphas_cumprod.setter
     def alphas_cumprod(self, alphas_cumprod: Tensor) -> None:
         expect(
-            isinstance(alphas_cumprod, Tensor) and self._is_rounded(alphas_cumprod, self.schedule.alpha_bars),
+            isinstance(alphas_cumprod, Tensor) and self.is_rounded(alphas_cumprod, self.schedule.alpha_bars),
             type(self).__name__,
             "alphas_cumprod",
             "to be that of the configuration, on any device and in any dtype",
@@ -137,7 +137,7 @@ class PlanScheduler:
         )
         self._alphas_cumprod = alphas_cumprod
 
-    def _is_rounded(self, table: Tensor, exact: Tensor) -> bool:
+    def is_rounded(self, table: Tensor, exact: Tensor) -> bool:
         """Return whether a table holds `exact`, which is abar, up to the rounding of betas in float32 and of its dtype."""
         given, exact = table.detach().to("cpu", torch.float64), exact.double()
         eps = torch.finfo(table.dtype).eps if table.is_floating_point() else 0
