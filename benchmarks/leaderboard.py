@@ -39,7 +39,7 @@ from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import common
 import judges
@@ -92,7 +92,7 @@ class Row:
         attention: Resolutions with self-attention.
         labelled: Whether the network is given classes, if there are any.
         library: Whose training loop it is.
-        initialization: How the first weights of ours are drawn, see `UNet.reset_parameters`.
+        weak_shortcuts: Whether our network starts with them, see `UNet.reset_parameters`.
     """
 
     about: str
@@ -102,7 +102,7 @@ class Row:
     attention: Sequence[int] = ()
     labelled: bool = True
     library: str = "ddpm_fast"
-    initialization: Literal["xavier", "pytorch"] = "xavier"
+    weak_shortcuts: bool = False
 
 
 _OLD_SMALL: Final[dict[str, Any]] = {"batch_size": 8, "lr": 1e-3, "warmup_steps": 100, "prediction": "v_prediction"}
@@ -154,14 +154,8 @@ ROWS: Final[dict[str, Row]] = {
         "small-fast, a time embedding of 256 channels instead of 64", network={"time_embedding_dim": 256}
     ),
     "small-fast-scale-shift": _small("small-fast, scale and shift", network=_SCALE_SHIFT),
-    "small-fast-scale-shift-pytorch": _small(
-        "small-fast, scale and shift, PyTorch's initial weights", network=_SCALE_SHIFT, initialization="pytorch"
-    ),
-    "small-fast-scale-shift-pytorch-batch-16": _small(
-        "small-fast, scale and shift, PyTorch's initial weights, 16 images a step",
-        network=_SCALE_SHIFT,
-        options={"batch_size": 16},
-        initialization="pytorch",
+    "small-fast-scale-shift-weak-shortcuts": _small(
+        "small-fast, scale and shift, weak shortcuts", network=_SCALE_SHIFT, weak_shortcuts=True
     ),
     "small-fast-scale-shift-batch-16": _small(
         "small-fast, scale and shift, 16 images a step", network=_SCALE_SHIFT, options={"batch_size": 16}
@@ -275,8 +269,8 @@ def _train_ours(
     options = TrainOptions(steps=steps, seed=seed, auto_resume=True, **options_of(row, steps), **machine, **records)
     schedule = getattr(NoiseSchedule, row.schedule)()
     network = UNet(**config)
-    if row.initialization != "xavier":
-        network.reset_parameters(row.initialization)
+    if row.weak_shortcuts:
+        network.reset_parameters(weak_shortcuts=True)
     stopped_by = Trainer(network, schedule, dataset, options, folder, on_step=on_step).run().stopped_by
     if stopped_by is not None:  # the Trainer keeps a checkpoint when a signal stops it
         raise SystemExit(f"leaderboard: stopped by {stopped_by}; the same command goes on")

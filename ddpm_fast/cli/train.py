@@ -36,7 +36,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
             "layers": 1,
             "attention": (),
             "scale_shift": True,
-            "initialization": "pytorch",
+            "weak_shortcuts": True,
             "prediction": "v_prediction",
             "schedule": "cosine",
             "steps": 1500,

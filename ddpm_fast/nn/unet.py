@@ -32,8 +32,6 @@ from .layers import (
     timestep_embedding,
 )
 
-Initialization = Literal["xavier", "pytorch"]
-
 
 class UNet(nn.Module):
     """U-Net that predicts the noise in x_t (or x_0, or v): eps_theta(x_t, t) of eq. 12 and 13.
@@ -42,8 +40,7 @@ class UNet(nn.Module):
     them. `CIFAR10_32` and `HO_256` configure the networks of Ho et al.: `UNet(**CIFAR10_32)`.
 
     Weights are initialized as by Ho et al.: Glorot uniform, and zero for biases, for the last layer of every
-    residual branch and for the output convolution. A new network therefore predicts 0. `reset_parameters` knows
-    another distribution.
+    residual branch and for the output convolution. A new network therefore predicts 0.
 
     Args:
         **config: Configuration keys.
@@ -111,30 +108,29 @@ class UNet(nn.Module):
         return False
 
     @torch.no_grad()
-    def reset_parameters(self, initialization: Initialization = "xavier") -> None:
-        """Reset all weights to their initial distribution.
+    def reset_parameters(self, *, weak_shortcuts: bool = False) -> None:
+        """Reset all weights to their initial distribution; see the class.
 
         Args:
-            initialization: "xavier": see the class. "pytorch": PyTorch's own, but zero for the same layers, as by Dhariwal
-                and Nichol (2021). A shortcut then weakens its input to 1/sqrt(3), so that the features of coarse levels do
-                not drown those of the full resolution. Narrow networks with few groups need it on photographs.
+            weak_shortcuts: Divide the weights of shortcuts between widths by sqrt(3), as PyTorch's own distribution does.
+                The features of coarse levels then do not drown those of the full resolution. Without it, a network of
+                16 channels in 4 groups did not learn photographs.
         """
         for module in self.modules():
-            if initialization == "pytorch" and isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding)):
-                module.reset_parameters()
-            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        zeros: list[nn.Module] = [self.conv_out]
+        zeros = [self.conv_out.weight]
         for module in self.modules():
             if isinstance(module, ResnetBlock):
-                zeros.append(module.conv2)
+                zeros.append(module.conv2.weight)
+                if weak_shortcuts and module.conv_shortcut is not None:
+                    module.conv_shortcut.weight /= 3**0.5
             elif isinstance(module, Attention):
-                zeros.append(module.to_out)
-        for layer in zeros:
-            for weight in layer.parameters():
-                nn.init.zeros_(weight)
+                zeros.extend(module.to_out.parameters())
+        for weight in zeros:
+            nn.init.zeros_(weight)
 
     def forward(
         self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None, *, dropout_seeds: Tensor | None = None

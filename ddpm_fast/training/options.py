@@ -50,10 +50,9 @@ class ModelOptions(Options):
     ] = False
     dropout: Annotated[float, _model("Drop activations in residual blocks with this probability.", low=0, below=1)] = 0.0
     conditional: Annotated[bool, _model("Condition on the class if the data set has more than one.")] = True
-    initialization: Annotated[
-        Literal["xavier", "pytorch"],
-        _model("Draw the first weights as Ho et al. did (xavier), or smaller, with which narrow networks learn photographs."),
-    ] = "xavier"
+    weak_shortcuts: Annotated[
+        bool, _model("Start with weaker shortcuts in residual blocks, with which narrow networks learn photographs.")
+    ] = False
     init: Annotated[
         PathLike | None,
         _model("Start from the weights of a model folder, a run or a checkpoint. Default: random weights.", local=True),

@@ -63,8 +63,8 @@ def built_from(run: Run, data: DataOptions, model: ModelOptions) -> tuple[UNet, 
     with torch.random.fork_rng([]), renaming("train", {"block_out_channels": "channels", "attention_head_dim": "head_dim"}):
         torch.manual_seed(run.rng.weights_seed)
         network = UNet(**config)
-        if model.initialization != "xavier":
-            network.reset_parameters(model.initialization)
+        if model.weak_shortcuts:
+            network.reset_parameters(weak_shortcuts=True)
         return network, dataset
 
 

@@ -16,7 +16,6 @@ from ddpm_fast import freeze, noise, sample_seeds
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.nn import CIFAR10_32, HO_256, UNet, UNetConfig
 from ddpm_fast.nn.layers import ResnetBlock
-from ddpm_fast.nn.unet import Initialization
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -121,12 +120,12 @@ def test_compiles_whole_and_once() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("initialization", ["xavier", "pytorch"])
-def test_a_new_network_predicts_zero_and_learns_in_every_weight(initialization: Initialization) -> None:
+@pytest.mark.parametrize("weak_shortcuts", [False, True])
+def test_a_new_network_predicts_zero_and_learns_in_every_weight(weak_shortcuts: bool) -> None:
     config = SMALL | VARIANTS["class-conditional"]
     torch.manual_seed(0)
     model = UNet(**config)
-    model.reset_parameters(initialization)
+    model.reset_parameters(weak_shortcuts=weak_shortcuts)
     x, t, labels = make_inputs(config, 4)
     assert not model(x, t, labels).any()  # Ho et al.: the output convolution starts at zero
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

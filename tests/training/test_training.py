@@ -207,14 +207,15 @@ def test_scale_and_shift_keep_the_norm_of_the_middle_attention(tmp_path: Path) -
         assert attention.group_norm.num_groups == 4
 
 
-def test_first_weights_are_drawn_as_the_option_says(tmp_path: Path) -> None:
-    largest = {}
-    for initialization in ("xavier", "pytorch"):
-        options = QUIET | {"steps": 1, "lr": 1e-12, "initialization": initialization}
-        train(tmp_path / initialization, **options)
-        weight = load_folder(tmp_path / initialization).model.up_blocks[0].resnets[0].conv_shortcut.weight  # [C, 2 C, 1, 1]
-        largest[initialization] = float(weight.detach().abs().max()) * weight[0].numel() ** 0.5
-    assert largest["pytorch"] <= 1.0001 < largest["xavier"]
+def test_shortcuts_begin_weaker_if_the_option_says_so(tmp_path: Path) -> None:
+    largest = []
+    for weak in (False, True):
+        train(tmp_path / str(weak), **QUIET | {"steps": 1, "lr": 1e-12, "weak_shortcuts": weak})
+        block = load_folder(tmp_path / str(weak)).model.up_blocks[0].resnets[0]
+        largest.append([float(each.weight.detach().abs().max()) for each in (block.conv_shortcut, block.conv1)])
+    (shortcut, conv), (weak_shortcut, same) = largest
+    assert weak_shortcut / shortcut == pytest.approx(3**-0.5, rel=0.1)
+    assert same / conv == pytest.approx(1, rel=0.1)
 
 
 def test_a_resumed_run_keeps_the_groups_of_its_network(tmp_path: Path) -> None:
