@@ -73,7 +73,7 @@ class Pretrained:
         """Return what the model draws, and how, in a few lines."""
         size, found = sum(each.numel() for each in self.model.parameters()), self.interface
         lines = [f"Pretrained: a UNet of {size:,} parameters for images {found.shape}", f"objective: {self.objective}"]
-        lines += [str(found.labels)] if found.labels.number else []
+        lines += [str(found.labels)] if found.labels.classes else []
         lines += [f"plan: {len(self.plan)} steps{', fitted' * (self.plan.fit is not None)}"] if self.plan is not None else []
         return "\n".join(lines)
 

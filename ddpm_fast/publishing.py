@@ -124,7 +124,7 @@ def _card(loaded: Pretrained, folder: Path, name: str, metadata: str, quality: M
     options = {**trained.get("options", {}), "prediction": loaded.objective.name, "variance": loaded.objective.variance}
     training = {key: options[key] for key in _TOLD if trained and options.get(key) is not None}
     tables = {"Training": training, "Quality": dict(_figures(quality))}
-    reads, shape, labels = interface.condition.channels, interface.shape, str(interface.labels)
+    reads, shape, labels = interface.condition.channels, interface.shape, interface.labels.about()
     return _CARD.format(
         metadata=metadata.strip(),
         title=name.partition("/")[2],

@@ -1,4 +1,4 @@
-"""The input and output of a network: its images, its labels and its condition, known in this room alone."""
+"""The input and output of a network: its images, labels and condition."""
 
 from .condition import Condition
 from .interface import OWN, Interface

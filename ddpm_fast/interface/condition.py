@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..checks import Ranges, check_finite_maps
+from ..checks import check_finite_maps
 from ..errors import expect
 
 
@@ -19,7 +19,6 @@ class Condition:
     Attributes:
         channels: K. 0: the network reads x_t alone. None: it is not known.
         kind: The degradation that makes it of an image, such as "grey", or "images" of other files. None: it is not known.
-        data_range: (low, high) of the numbers in files that became -1 and 1, for all channels or for each. None: pictures.
     """
 
     KEYS: ClassVar = ("condition", "condition_range")
@@ -27,12 +26,11 @@ class Condition:
 
     channels: int | None = 0
     kind: str | None = None
-    data_range: Ranges | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], channels: int | None) -> Condition:
-        """Return what a configuration says of a condition of so many channels."""
-        return cls(channels, *(config.get(key) for key in cls.KEYS))
+        """Return the condition of so many channels that a configuration describes."""
+        return cls(channels, config.get("condition"))
 
     @property
     def is_computed(self) -> bool:
@@ -41,6 +39,8 @@ class Condition:
 
     def __str__(self) -> str:
         """Return what is read, for messages."""
+        if self.channels is None:
+            return "a condition"
         channels = f"{self.channels} channel{'s' * (self.channels != 1)} of a condition"
         return f"{channels} ({self.kind})" if self.kind else channels
 

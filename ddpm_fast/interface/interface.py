@@ -1,4 +1,4 @@
-"""The interface of a network: what it reads and what it gives, read from its configuration in this one place."""
+"""The interface of a network: what it reads and what it returns."""
 
 from __future__ import annotations
 

@@ -168,10 +168,15 @@ class Labels:
     # ------------------------------------------------------------------------------------------------------ descriptions
 
     def __str__(self) -> str:
-        """Return how many classes there are, and what they are called. Empty: the network reads no labels."""
-        count = len(self.classes or self.names)
-        names = ", ".join(self.names[:_NAMED]) + ", ..." * (count > _NAMED)
-        return f"{count} classes{f': {names}' * bool(self.names)}" * bool(count)
+        """Return the number of classes and the first names. Empty: the network reads no labels."""
+        return self.about(_NAMED)
+
+    def about(self, most: int | None = None) -> str:
+        """Return the number of classes and their names, `most` of them. Empty: the network reads no labels."""
+        labels = range(len(self.names)) if self.classes is None else self.classes
+        names = [self.names[label] for label in labels if label < len(self.names)][:most]
+        text = ", ".join(names) + ", ..." * (0 < len(names) < len(labels))
+        return f"{len(labels)} class{'es' * (len(labels) != 1)}{f': {text}' * bool(text)}" if labels else ""
 
     def described(self, chosen: Sequence[int] | str | None, num: int) -> str:
         """Return which classes `num` images have, of labels as `listed` returns them."""

@@ -112,9 +112,9 @@ class UNet(nn.Module):
         """Reset all weights to their initial distribution; see the class.
 
         Args:
-            weak_shortcuts: Divide the weights of shortcuts between widths by sqrt(3), as PyTorch's own distribution does.
-                The features of coarse levels then do not drown those of the full resolution. Without it, a network of
-                16 channels in 4 groups did not learn photographs.
+            weak_shortcuts: Divide the weights of shortcuts between widths by sqrt(3), so that the features of coarse levels
+                begin smaller next to those of the full resolution. Without it, a network of 16 channels in 4 groups did
+                not learn photographs.
         """
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -59,7 +59,7 @@ CASES: dict[str, tuple[dict[str, Any], bool | None, Interface]] = {
             read_channels=5,
             predicted_channels=6,
             predicts_variance=True,
-            condition=Condition(2, "images", [[0, 2]]),  # type: ignore[arg-type]
+            condition=Condition(2, "images"),
         ),
     ),
 }
