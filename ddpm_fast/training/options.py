@@ -51,7 +51,7 @@ class ModelOptions(Options):
     dropout: Annotated[float, _model("Drop activations in residual blocks with this probability.", low=0, below=1)] = 0.0
     conditional: Annotated[bool, _model("Condition on the class if the data set has more than one.")] = True
     weak_shortcuts: Annotated[
-        bool, _model("Divide the first weights of shortcuts by sqrt(3), so that narrow networks in few groups learn photographs.")
+        bool, _model("Divide the first weights of shortcuts by sqrt(3), to let narrow networks of few groups learn photos.")
     ] = False
     init: Annotated[
         PathLike | None,
