@@ -92,7 +92,7 @@ class Row:
         attention: Resolutions with self-attention.
         labelled: Whether the network is given classes, if there are any.
         library: Whose training loop it is.
-        weak_shortcuts: Whether our network starts with them, see `UNet.reset_parameters`.
+        weak_shortcuts: Whether our network starts with them, see `UNet.weaken_shortcuts`.
     """
 
     about: str
@@ -270,7 +270,7 @@ def _train_ours(
     schedule = getattr(NoiseSchedule, row.schedule)()
     network = UNet(**config)
     if row.weak_shortcuts:
-        network.reset_parameters(weak_shortcuts=True)
+        network.weaken_shortcuts()
     stopped_by = Trainer(network, schedule, dataset, options, folder, on_step=on_step).run().stopped_by
     if stopped_by is not None:  # the Trainer keeps a checkpoint when a signal stops it
         raise SystemExit(f"leaderboard: stopped by {stopped_by}; the same command goes on")

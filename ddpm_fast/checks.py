@@ -301,7 +301,7 @@ def check_map(op: str, name: str, x: Tensor) -> None:
 
 
 def check_finite_maps(caller: str, name: str, x: Any, wanted: list[int]) -> None:
-    """Raise a TypeError or ValueError unless x is a floating tensor of a shape, finite if it is on a CPU."""
+    """Raise a TypeError or ValueError unless x is a floating tensor of the shape `wanted`, finite if it is on a CPU."""
     if not isinstance(x, Tensor):
         raise InvalidType(caller, name, "to be a tensor or None", type(x).__name__)
     check_values(caller, name, x)

@@ -24,7 +24,7 @@ from .inference import interface_of
 from .inference.adapter import weights_digest
 from .interface import Interface
 from .nn.checkpoint import read_config
-from .nn.unet import UNet
+from .nn.unet import UNet, describe_images
 from .options import checked, checked_options, taking
 from .plan import SamplingPlan, named_plan
 from .samplers import DEFAULT_SAMPLER, PlanOptions
@@ -307,6 +307,8 @@ def load_folder(
         objective = replace(objective, variance=kept or "learned_range")
     fits = gives is not None and (gives % 2 == 0 if objective.predicts_variance else gives != 2 * reads)
     expect(fits, "load_folder", "variance_type", f"to suit a network of {gives} output channels", objective.variance)
+    if objective.predicts_variance:  # the scheduler alone may say so
+        describe_images(model, None, {"variance": objective.variance})
     loaded = Pretrained(
         model=model,
         objective=objective,

@@ -31,6 +31,7 @@ from ddpm_fast import (
 from ddpm_fast.data.published import FASHION_MNIST_CLASSES
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.inference import interface_of
+from ddpm_fast.interface import Interface
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
 from ddpm_fast.samplers import PlanOptions
@@ -336,6 +337,16 @@ def test_a_configuration_says_which_variance_a_network_predicts(tmp_path: Path) 
         ValueError, match=r"UNet: expected variance to be one of learned, learned_range or None, got 'fixed_small'"
     ):
         UNet(**config, variance="fixed_small")
+
+
+def test_a_loaded_network_knows_the_variance_of_its_scheduler(tmp_path: Path) -> None:
+    """Without it, these would be six channels of an image, and no condition."""
+    UNet(**tiny_unet().config | {"in_channels": 6, "out_channels": 6}).save_pretrained(tmp_path / "unet")
+    write_scheduler(tmp_path / "scheduler", variance_type="learned_range")
+    loaded = load_folder(tmp_path)
+    assert loaded.model.config["variance"] == "learned_range"
+    for interface in (loaded.interface, Interface.from_config(loaded.model.config)):
+        assert (interface.channels, interface.condition.channels) == (3, 3)
 
 
 OBJECTIVE = Objective(NoiseSchedule.linear(1000))

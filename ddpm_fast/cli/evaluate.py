@@ -142,9 +142,7 @@ def evaluate_command(
     images_of = DataOptions(
         data=data, data_dir=data_dir, condition=restored, data_range=data_range, condition_range=condition_range
     )
-    variances = loaded.objective.variance if loaded.objective.predicts_variance else None
-    described = {**loaded.model.config, "variance": variances}  # a configuration may leave it to the scheduler
-    dataset = evaluated_images(images_of, described, num)
+    dataset = evaluated_images(images_of, loaded.model.config, num)
     expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
     classes, known = read_batch(dataset, range(num)).labels, interface.labels.classes or []
     unused = variance is not None and reads.channels

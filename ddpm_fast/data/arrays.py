@@ -86,7 +86,7 @@ def only_images(place: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
 # ---------------------------------------------------------------------------------------------------------------- data sets
 
 
-def arrays(name: str, source: Source, value_range: Ranges | None, *, measure: bool = True) -> ItemDataset:
+def arrays(name: str, source: Source, value_range: Ranges | None, *, measure: bool) -> ItemDataset:
     """Return a data set of arrays: uint8 as pictures, other numbers mapped to [-1, 1]. All numbers are looked at.
 
     Args:

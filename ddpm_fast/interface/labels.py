@@ -53,21 +53,20 @@ class Labels:
         return cls(0 if number is None and config and none is None else number, none, names)
 
     @classmethod
-    def of_classes(cls, names: Sequence[str], count: int | None = None) -> Labels:
-        """Return the labels that training gives to `count` classes, by default to all: their numbers, and one for no class.
+    def of_classes(cls, names: Sequence[str]) -> Labels:
+        """Return the labels that training gives to classes: their numbers, and then one for no class.
 
         Images next to sub-folders make a class without a name. Then no class has one.
         """
-        names = tuple(names[:count])
-        count = len(names) if count is None else count
-        return cls(count + 1, count, names if all(names) else ())
+        return cls(len(names) + 1, len(names), tuple(names) if all(names) else ())
 
     @staticmethod
     def names_of(count: int, *given: object) -> tuple[str, ...]:
         """Return names of classes: the first of those given that are names of so many, or else numbers."""
         for names in given:
-            texts = isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names)
-            if isinstance(names, (list, tuple)) and texts and len(names) == count == len(set(names)):
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+                continue
+            if len(names) == count == len(set(names)):
                 return tuple(names)
         return tuple(map(str, range(count)))
 
@@ -105,7 +104,8 @@ class Labels:
             return None if self.none is None else self.blank(num)
         wanted = "to be None, as the model has no classes"
         expect(self.number != 0 or self.none is not None, caller, "class_labels", wanted, given)
-        wanted, numbers = f"to be an int or {num} ints", self._numbers(caller, given)
+        wanted = f"to be an int or {num} ints"
+        numbers = self._numbers(caller, given)
         try:
             labels = torch.as_tensor(numbers)
         except (TypeError, ValueError, RuntimeError):
@@ -139,8 +139,8 @@ class Labels:
         return [chosen[i % len(chosen)] for i in range(num)]
 
     def in_turn(self, num: int, count: int | None = None) -> Tensor:
-        """Return the classes in turn, or the first `count` of them, int64 [num]."""
-        classes = torch.tensor((self.classes or [0])[:count], device="cpu")
+        """Return the classes in turn, or the first `count` of them, int64 [num]. The network reads labels."""
+        classes = torch.tensor(self.classes, device="cpu")[:count]
         return classes.repeat(-(-num // len(classes)))[:num]
 
     def blank(self, num: int) -> Tensor:
@@ -192,7 +192,7 @@ class Labels:
     def check_stored(self, caller: str) -> None:
         """Raise a ValueError unless the names and the label for no class fit the number of labels."""
         number = self.number or 0
-        named = number - (self.none is not None and self.none == number - 1)
+        named = number - (self.none is not None and self.none == number - 1)  # a label for no class that is the last has none
         for holds, wanted in (
             (all(self.names), "None or a list of non-empty strings"),
             (len({*self.names}) == len(self.names), "without repetitions"),

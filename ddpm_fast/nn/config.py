@@ -159,7 +159,7 @@ class UNetConfig:
         for declared in options_of(UNetConfig):
             object.__setattr__(self, declared.name, checked_option("UNet", declared, getattr(self, declared.name)))
         _expect(self, "class_names", self.class_names != (), "None or a list of non-empty strings")
-        Labels(self.num_class_embeds, self.no_label, self.class_names or ()).check_stored("UNet")
+        Labels(self.num_class_embeds or 0, self.no_label, self.class_names or ()).check_stored("UNet")
         drawn = (self.out_channels, self.out_channels // 2)  # half, if the network predicts variances too
         for key, counts in (("data_range", drawn), ("condition_range", [self.in_channels - each for each in drawn])):
             if (value := getattr(self, key)) is not None:

@@ -108,14 +108,8 @@ class UNet(nn.Module):
         return False
 
     @torch.no_grad()
-    def reset_parameters(self, *, weak_shortcuts: bool = False) -> None:
-        """Reset all weights to their initial distribution; see the class.
-
-        Args:
-            weak_shortcuts: Divide the weights of shortcuts between widths by sqrt(3), so that the features of coarse levels
-                begin smaller next to those of the full resolution. Without it, a network of 16 channels in 4 groups did
-                not learn photographs.
-        """
+    def reset_parameters(self) -> None:
+        """Reset all weights to their initial distribution; see the class."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
@@ -125,12 +119,21 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, ResnetBlock):
                 zeros.append(module.conv2.weight)
-                if weak_shortcuts and module.conv_shortcut is not None:
-                    module.conv_shortcut.weight /= 3**0.5
             elif isinstance(module, Attention):
                 zeros.extend(module.to_out.parameters())
         for weight in zeros:
             nn.init.zeros_(weight)
+
+    @torch.no_grad()
+    def weaken_shortcuts(self) -> None:
+        """Divide the weights of shortcuts between widths by sqrt(3).
+
+        The features of coarse levels of a new network are then smaller next to those of the full resolution. Without it, a
+        network of 16 channels in 4 groups did not learn photographs.
+        """
+        for module in self.modules():
+            if isinstance(module, ResnetBlock) and module.conv_shortcut is not None:
+                module.conv_shortcut.weight /= 3**0.5
 
     def forward(
         self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None, *, dropout_seeds: Tensor | None = None

@@ -95,10 +95,9 @@ def write_samples(
     check_int(_CALLER, "seed", seed, -(1 << 63), (1 << 64) - 1)
     request = sampler.request(_CALLER, num_samples, options, struct=EditOptions)
     scale, condition = request.given["guidance_scale"], request.given["condition"]
-    labels = given = None
-    if request.labels is not None and request.no_label is not None:
-        labels = request.labels.cpu().numpy()
-        given = _digest(np.append(labels, request.no_label))  # what guidance reads, too
+    labels = None if request.labels is None else request.labels.cpu().numpy()
+    none = sampler.interface.labels.blank(1).numpy()
+    given = None if labels is None else _digest(np.append(labels, none))  # what guidance reads, too
     if labels is not None and (labels == sampler.interface.labels.none).all():  # "none"
         labels = None
     ranges = model_config(sampler.network).get("data_range")

@@ -64,7 +64,7 @@ def built_from(run: Run, data: DataOptions, model: ModelOptions) -> tuple[UNet, 
         torch.manual_seed(run.rng.weights_seed)
         network = UNet(**config)
         if model.weak_shortcuts:
-            network.reset_parameters(weak_shortcuts=True)
+            network.weaken_shortcuts()
         return network, dataset
 
 
@@ -88,7 +88,7 @@ def fitted(
         num_classes = None if embeds is None else embeds - 1
     adapted = _adapted(dataset, model, objective, num_classes)
     info = adapted.info
-    labels = Labels() if num_classes is None else Labels.of_classes(info.classes, num_classes)
+    labels = Labels() if num_classes is None else Labels.of_classes(info.classes)
     with renaming("Trainer"):
         _ = objective.loss_weights  # a ValueError if they are not determined
         if objective.predicts_variance:

@@ -165,7 +165,7 @@ class Report:
         if not task.processes.is_first or len(info.shape) != 3:  # signals and volumes are no pictures
             return
         labels, reads = task.labels, info.condition_channels
-        columns = min(len(labels.classes or range(8)), 16)
+        columns = min(len(labels.classes), 16) if labels.classes else 8
         num = columns * (2 if reads else 4)
         path = task.folder.samples / f"step-{state.step:08d}.png"
         with state.uncounted():

@@ -102,10 +102,59 @@ def test_labels_are_stored_in_a_configuration(labels: Labels) -> None:
     assert Labels.from_config({"sample_size": 8, **labels.stored}) == labels
 
 
+@pytest.mark.parametrize(
+    ("text", "num", "listed", "described"),
+    [
+        (None, 2, None, "2 classes in turn"),
+        ("none", 2, "none", "no class"),
+        ("dog", 2, [1, 1], "class dog"),
+        ("dog, CAT", 3, [1, 0, 1], "2 classes in turn"),
+        ("0,1,2", 3, [0, 1, 2], "3 classes in turn"),
+    ],
+)
+def test_a_text_lists_classes_in_turn(text: str | None, num: int, listed: Any, described: str) -> None:
+    labels = Labels(4, 3, ("cat", "dog"))
+    assert labels.listed("sample", text, num) == listed
+    assert labels.described(labels.listed("sample", text, num), num) == described
+
+
+@pytest.mark.parametrize(
+    ("labels", "text", "expected", "got"),
+    [
+        (Labels(), "cat", "to be none, as the model has no classes", "'cat'"),
+        (Labels(3, 2), "2", "to be in 0..1", "2"),
+        (Labels(3, 2), "0,1", "to be one class, as there are no more images", "'0,1'"),
+    ],
+)
+def test_texts_that_list_no_classes_are_refused(labels: Labels, text: str, expected: str, got: str) -> None:
+    with refused(InvalidValue("edit", "classes", expected, got)):
+        labels.listed("edit", text, 1, each=True)
+
+
+def test_guidance_needs_a_class_and_a_label_for_none() -> None:
+    known = Labels(3, 2)
+    assert not known.guides("sample", None, None)
+    assert not known.guides("sample", 1, torch.tensor([0]))
+    assert known.guides("sample", 2.0, torch.tensor([2, 0]))
+    for labels, given in ((known, None), (known, torch.tensor([2, 2])), (Labels(3), torch.tensor([0]))):
+        with pytest.raises(
+            ValueError, match=r"sample: expected guidance_scale to be None or 1, as (there are no|nothing says)"
+        ):
+            labels.guides("sample", 2.0, given)
+
+
+def test_names_are_the_first_that_fit() -> None:
+    assert Labels.names_of(2, None, ["a"], ["a", "a"], ["a", 1], ("b", "c"), ["d", "e"]) == ("b", "c")
+    assert Labels.names_of(2, "ab") == ("0", "1")
+
+
 def test_classes_take_turns_and_some_are_dropped() -> None:
     labels = Labels(4, 1)
     assert labels.in_turn(7).tolist() == [0, 2, 3, 0, 2, 3, 0]
     assert labels.in_turn(3, 2).tolist() == [0, 2, 0]
     assert labels.dropped(torch.tensor([0, 2, 3]), torch.tensor([True, False, True])).tolist() == [1, 2, 1]
     assert labels.blank(2).tolist() == [1, 1]
+    ends = labels.ends()
+    assert ends is not None
+    assert ends.tolist() == [0, 3]
     assert Labels().ends() is None

@@ -125,7 +125,8 @@ def test_a_new_network_predicts_zero_and_learns_in_every_weight(weak_shortcuts: 
     config = SMALL | VARIANTS["class-conditional"]
     torch.manual_seed(0)
     model = UNet(**config)
-    model.reset_parameters(weak_shortcuts=weak_shortcuts)
+    if weak_shortcuts:
+        model.weaken_shortcuts()
     x, t, labels = make_inputs(config, 4)
     assert not model(x, t, labels).any()  # Ho et al.: the output convolution starts at zero
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

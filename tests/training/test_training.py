@@ -207,15 +207,17 @@ def test_scale_and_shift_keep_the_norm_of_the_middle_attention(tmp_path: Path) -
         assert attention.group_norm.num_groups == 4
 
 
-def test_shortcuts_begin_weaker_if_the_option_says_so(tmp_path: Path) -> None:
-    largest = []
-    for weak in (False, True):
-        train(tmp_path / str(weak), **QUIET | {"steps": 1, "lr": 1e-12, "weak_shortcuts": weak})
-        block = load_folder(tmp_path / str(weak)).model.up_blocks[0].resnets[0]
-        largest.append([float(each.weight.detach().abs().max()) for each in (block.conv_shortcut, block.conv1)])
-    (shortcut, conv), (weak_shortcut, same) = largest
-    assert weak_shortcut / shortcut == pytest.approx(3**-0.5, rel=0.1)
-    assert same / conv == pytest.approx(1, rel=0.1)
+def test_shortcuts_begin_weaker_and_no_other_weight(tmp_path: Path) -> None:
+    plain, weak = (tmp_path / str(weak) for weak in (False, True))
+    for folder in (plain, weak):
+        train(folder, **QUIET | {"steps": 1, "lr": 1e-12, "weak_shortcuts": folder is weak})
+    expected = load_folder(plain).model
+    expected.weaken_shortcuts()
+    for (name, found), other in zip(load_folder(weak).model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, other, msg=name)
+    shortcuts = [network.up_blocks[0].resnets[0].conv_shortcut for network in (load_folder(plain).model, expected)]
+    plain_std, weak_std = (float(each.weight.detach().std()) for each in shortcuts)
+    assert weak_std / plain_std == pytest.approx(3**-0.5)
 
 
 def test_a_resumed_run_keeps_the_groups_of_its_network(tmp_path: Path) -> None:
