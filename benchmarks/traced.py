@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import ddpm_fast
 from ddpm_fast.data.items import DatasetInfo, Item, collate
 from ddpm_fast.distributed import Processes
+from ddpm_fast.interface import Labels
 from ddpm_fast.ops.backend import native_error
 from ddpm_fast.training.options import TrainOptions
 from ddpm_fast.training.rng import TrainingRng
@@ -170,7 +171,7 @@ def trainer_step(config: dict[str, Any], batch: int, device: str, **options: Any
         rng=TrainingRng(0, batch),
         stored=None,
         model=idioms.random_unet(config),
-        labelled=False,
+        labels=Labels(),
         dataset=dataset,  # type: ignore[arg-type]
     )
     return partial(take_step, task, State.initial(task), collate(dataset))

@@ -18,8 +18,6 @@ import torch
 import ddpm_fast
 from ddpm_fast import dpm_solver_plan, load_builtin
 from ddpm_fast.data.items import Item, read_batch
-from ddpm_fast.data.load import load_dataset
-from ddpm_fast.data.options import DataOptions
 
 
 def test_samplers_are_named_by_method_and_evaluations():
@@ -47,14 +45,18 @@ def test_each_plan_evaluates_as_often_as_its_name_says():
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], str]]:
+def items() -> list[Item]:
+    """Random images of ten classes."""
+    images = torch.randint(256, (80, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return [Item(image, number % 10) for number, image in enumerate(images)]
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, items: list[Item]) -> Callable[..., tuple[dict[str, Any], str]]:
     """Run the script with 16 images, random judges of 8 features and 40 random test images."""
     for name, recipe in (("class", judges.CLASS_RECIPE), ("grain", judges.GRAIN_RECIPE)):
         monkeypatch.setitem(recipe, "features", 8)
         monkeypatch.setitem(judges.LEAST, name, -math.inf)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (80, 1, 32, 32), dtype=torch.uint8, generator=generator)
-    items = [Item(image, number % 10) for number, image in enumerate(images)]
     monkeypatch.setattr(quality, "load_dataset", lambda *_, **__: items)
     torch.manual_seed(0)
     judges.save_judge(tmp_path / "class", judges.ClassJudge())
@@ -71,7 +73,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     return run
 
 
-def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callable[..., tuple[dict[str, Any], str]]):
+def test_a_run_writes_the_figures_of_the_functions(
+    tmp_path: Path, items: Any, small: Callable[..., tuple[dict[str, Any], str]]
+):
     section, _ = small("--samplers", "sde:4", "ddpm:3", "--seeds", "3")
     rows = {(row["name"], row["evaluations"]): row for row in section["rows"]}
     # 40 real images are two sets of 16, which are disjoint
@@ -83,7 +87,7 @@ def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callab
     assert {"device", "torch", "commit", "judges", "options"} <= set(section["machine"])
 
     loaded = load_builtin()
-    test_images, labels, _ = read_batch(load_dataset(DataOptions(data="fashion-mnist")), range(80))
+    test_images, labels, _ = read_batch(items, range(80))
     real, reference = (test_images[half] for half in judges.split_real(labels))
     sampler, wanted = loaded.sampler(sampler="dpm++2m-sde", steps=4), torch.arange(16) % 10
     ours = [ddpm_fast.to_uint8(sampler(16, seed=seed, batch_size=8, class_labels=wanted)) for seed in range(3)]
