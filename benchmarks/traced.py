@@ -27,7 +27,7 @@ from ddpm_fast.interface import Labels
 from ddpm_fast.ops.backend import native_error
 from ddpm_fast.training.options import TrainOptions
 from ddpm_fast.training.rng import TrainingRng
-from ddpm_fast.training.run import RunFolder
+from ddpm_fast.training.run import Run, RunFolder
 from ddpm_fast.training.state import State
 from ddpm_fast.training.step import take_step
 from ddpm_fast.training.task import Task
@@ -160,16 +160,20 @@ def trainer_step(config: dict[str, Any], batch: int, device: str, **options: Any
     dataset = Images([Item(image, 0)] * batch)
     dataset.info = DatasetInfo("images", tuple(image.shape))
     settings = TrainOptions(**{"batch_size": batch, "micro_batch_size": batch, "precision": "bf16"} | options)
-    task = Task(
+    run = Run(
         folder=RunFolder("none"),
         options=settings,
-        described={},
+        data=None,
+        network=None,
         objective=ddpm_fast.Objective(idioms.SCHEDULE),
         loss_weights=None,
         processes=Processes(),
         device=torch.device(device),
         rng=TrainingRng(0, batch),
         stored=None,
+    )
+    task = Task(
+        run,
         model=idioms.random_unet(config),
         labels=Labels(),
         dataset=dataset,  # type: ignore[arg-type]

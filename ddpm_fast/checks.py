@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Collection, Sequence
-from decimal import Decimal
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -21,9 +19,6 @@ from .errors import InvalidType, InvalidValue, expect
 MAX_TIMESTEPS: Final = 100_000
 """Largest number of timesteps T. The largest in the literature is 4000."""
 
-Ranges = tuple[tuple[float, float], ...]
-"""(low, high) of values: one pair for all channels, or one per channel."""
-
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
@@ -34,7 +29,8 @@ def check_type(caller: str, name: str, value: Any, kind: type, *, optional: bool
     """Raise a TypeError unless `value` is a `kind`, or None with `optional`."""
     if not isinstance(value, kind) and not (optional and value is None):
         or_none = " or None" if optional else ""
-        raise InvalidType(caller, name, f"to be a {kind.__name__}{or_none}", type(value).__name__)
+        article = "an" if kind.__name__.startswith("O") else "a"  # an Objective
+        raise InvalidType(caller, name, f"to be {article} {kind.__name__}{or_none}", type(value).__name__)
 
 
 def check_callable(caller: str, name: str, value: Any) -> None:
@@ -44,16 +40,13 @@ def check_callable(caller: str, name: str, value: Any) -> None:
 
 
 def check_path(caller: str, name: str, value: Any) -> None:
-    """Raise a TypeError unless `value` is a str or an os.PathLike, and a ValueError if no file can have its name."""
+    """Raise a TypeError unless `value` is a str or an os.PathLike, and a ValueError for an empty text.
+
+    Such as that of an unset variable, which would be the current folder.
+    """
     if not isinstance(value, (str, os.PathLike)):
         raise InvalidType(caller, name, "to be a path (str or os.PathLike)", type(value).__name__)
     expect(value != "", caller, name, "to be a path", "an empty text")
-    if "\0" in str(value):
-        raise InvalidValue(caller, name, "to be a path without null characters", repr(value))
-    try:
-        os.fsencode(value)
-    except UnicodeEncodeError as error:
-        raise InvalidValue(caller, name, "to be a path of characters that files can have", repr(value)) from error
 
 
 def check_dtype(caller: str, name: str, value: Any, *, optional: bool = False) -> None:
@@ -177,46 +170,24 @@ def check_number(
         raise InvalidValue(caller, name, f"to be {wanted}{or_none}", repr(value))
 
 
+def check_same(caller: str, got: Mapping[str, Any], wanted: Mapping[str, Any], source: str, hint: str = "") -> None:
+    """Raise a ValueError for the first value that differs from that of the same name elsewhere.
+
+    Args:
+        caller: Name of the calling function.
+        got: The values.
+        wanted: The others. A name that is not there stands for None.
+        source: Where the others are from.
+        hint: How to go on with other values, or empty.
+    """
+    for name, value in got.items():
+        if wanted.get(name) != value:
+            raise InvalidValue(caller, name, f"to be {wanted.get(name)!r:.200}, as in {source}", f"{value!r:.200}{hint}")
+
+
 def as_json(value: Any) -> Any:
     """Return a value with lists in place of tuples, as JSON gives it back."""
     return [as_json(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-def checked_ranges(caller: str, name: str, value: Any) -> Ranges:
-    """Return ranges of values as pairs (low, high), one for all channels or one for each channel.
-
-    Raises:
-        TypeError: A bound is not a number.
-        ValueError: `value` is neither a pair nor pairs, a pair does not ascend, or float32 has fewer than 256 values in it.
-    """
-    pairs = value if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, tuple)) else (value,)
-    for pair in pairs:
-        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
-        expect(is_pair, caller, name, "to be two numbers, or two a channel", repr(value))
-        for bound in pair:
-            check_number(caller, name, bound, finite=True)
-        low, high = pair
-        largest = max(abs(low), abs(high))
-        expect(low < high, caller, name, "to have the lower number first", pair)
-        resolved = largest < 2.0**128 and high - low >= max(2.0**-126, 2.0**-15 * largest)
-        expect(
-            resolved, caller, name, "to hold at least 256 values of float32", f"{pair}; subtract an offset or scale the values"
-        )
-    return tuple((float(low), float(high)) for low, high in pairs)
-
-
-def checked_bytes(caller: str, name: str, value: Any) -> int:
-    """Return a number of bytes that is given as an int or as text with a unit. Raise a TypeError or ValueError for others."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        check_int(caller, name, value, 0)
-        return value
-    if not isinstance(value, str):
-        raise InvalidType(caller, name, "to be a number of bytes or text such as 2GiB", repr(value))
-    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([KMGT]?)(i?)B)?", value.strip(), re.IGNORECASE | re.ASCII)
-    if match is None or (match[3] and not match[2]):
-        raise InvalidValue(caller, name, "to be a number of bytes or text such as 200MiB, 2GiB or 500MB", repr(value))
-    power = " KMGT".index((match[2] or " ").upper())
-    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def listed(values: Collection[Any]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, wraps
 from inspect import Parameter, Signature
-from types import UnionType
+from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
@@ -29,10 +29,10 @@ from typing import (
     is_typeddict,
 )
 
-from .errors import InvalidType, expect, suggested
+from .errors import InvalidType, suggested
+from .forms import Form
 
 PathLike = str | os.PathLike[str]
-Ranges = tuple[tuple[float, float], ...]  # as `checks.Ranges`, whose module imports PyTorch
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Option:
         default: The default of a key of a `TypedDict`. Fields of structs have their own.
         choices: Its values, if a table lists them. A Literal type lists them itself.
         finite: Both infinities are excluded.
+        form: How its value is read, if its type does not say it. Bounds and choices are then those of each item.
     """
 
     group: str
@@ -68,6 +69,7 @@ class Option:
     default: Any = None
     choices: tuple[str, ...] = ()
     finite: bool = True
+    form: type[Form] | None = None
 
 
 def within(
@@ -106,25 +108,17 @@ class Declared(NamedTuple):
         return get_args(self.kind) if isinstance(self.kind, UnionType) or get_origin(self.kind) is Union else (self.kind,)
 
     @property
-    def is_size(self) -> bool:
-        """True if it is a width and height, or one number for both."""
-        return tuple[int, int] in self.kinds
+    def choices(self) -> list[Any]:
+        """Its values, or those of its items, if they are listed, or none."""
+        parts = [part for kind in self.kinds for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
+        return [choice for part in parts for choice in get_args(part)] or [*self.option.choices]
 
     @property
-    def items(self) -> Any:
-        """The type of its items, if it is a list of them, or None."""
-        return next((get_args(kind)[0] for kind in self.kinds if kind != Ranges and get_args(kind)[1:] == (...,)), None)
-
-    @property
-    def choices(self) -> list[str]:
-        """Its values if they are listed, or none."""
-        literals = [choice for kind in self.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-        return literals or [*self.option.choices]
-
-    @property
-    def is_plain(self) -> bool:
-        """True if `checked_option` knows its type. Tensors, labels and functions are checked where they are used."""
-        return {*self.kinds} <= {int, float, bool, str, type(None)} or bool(self.choices)
+    def is_checked(self) -> bool:
+        """True if its range, choices or class are declared. Others are Python's to refuse, or checked where they are used."""
+        kinds = [kind for kind in self.kinds if kind is not NoneType]
+        listed = bool(self.option.choices) or all(get_origin(kind) is Literal for kind in kinds)
+        return listed or (len(kinds) == 1 and (kinds[0] in (int, float) or _is_class(kinds[0])))
 
 
 @dataclass(frozen=True)
@@ -198,38 +192,30 @@ def taking(struct: type) -> Callable[[Function], Function]:
     return decorate
 
 
-def _is_plain(members: tuple[Any, ...]) -> bool:
-    """Return whether the type alone decides the check. An int has a range, and a tensor a shape."""
-    kinds = [each for each in members if each is not type(None)]
-    if all(get_origin(each) is Literal for each in kinds) or {*kinds} == {str, os.PathLike[str]}:
-        return True
-    kind, optional = kinds[0], len(kinds) < len(members)
-    if len(kinds) > 1 or not isinstance(kind, type):
-        return len(kinds) == 1 and (get_origin(kind) in (Mapping, dict) or (get_origin(kind) is Callable and optional))
-    return kind.__module__.startswith("ddpm_fast") or kind.__name__ in ("bool", "dtype", "Module")
+def _is_class(kind: Any) -> bool:
+    """Return whether a type is a class of this package or of PyTorch, whose objects people mix up. Tensors have own checks."""
+    return isinstance(kind, type) and kind.__module__.startswith(("ddpm_fast", "torch")) and kind.__name__ != "Tensor"
 
 
 def checked(owner: str = "") -> Callable[[Function], Function]:
-    """Return a decorator that checks the arguments of a function.
+    """Return a decorator that checks the arguments of a function that declare a range or choices.
 
-    These are the arguments that declare their range, and those of type bool, Literal, path, dtype, Mapping, dict,
-    Callable | None, nn.Module or a class of this package.
+    It also checks those of a class of this package or of PyTorch.
 
     Args:
         owner: What stands before the function's name in errors, such as "NoiseSchedule.". For `__init__`, the class.
     """
 
     def decorate(function: Function) -> Function:
-        signature, declared = inspect.signature(function), []
+        signature, declared, kinds = inspect.signature(function), [], {}
         # Without the type of the result, which may be a class that is not made yet.
         arguments = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
         struct = type("", (), {"__annotations__": arguments, "__module__": function.__module__})
         for name, hint in get_type_hints(struct, include_extras=True).items():
             kind, option = get_args(hint) if get_origin(hint) is Annotated else (hint, within())
-            members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-            if kind is not hint or _is_plain(members):
-                declared.append(Declared(name, kind, None, option))
-        kinds = {each.name: each.kind for each in declared}
+            each, kinds[name] = Declared(name, kind, None, option), kind
+            if kind is not hint or each.is_checked:
+                declared.append(each)
         parameters = {
             name: each.replace(annotation=kinds.get(name, each.annotation)) for name, each in signature.parameters.items()
         }
@@ -253,7 +239,7 @@ def checked(owner: str = "") -> Callable[[Function], Function]:
 
 
 def checked_options(caller: str, struct: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options of a call: those that are given, checked as far as they are plain, and the defaults of the others.
+    """Return all options of a call: those that are given, checked as far as they are declared, and the defaults of the others.
 
     Raises:
         TypeError: There is no such option, or it has another type.
@@ -264,73 +250,42 @@ def checked_options(caller: str, struct: type, given: Mapping[str, Any]) -> dict
         if name not in declared:
             raise InvalidType(caller, "", f"arguments among {', '.join(declared)}", suggested(name, declared))
     return {
-        name: checked_option(caller, each, given[name]) if name in given and each.is_plain else given.get(name, each.default)
+        name: checked_option(caller, each, given[name]) if name in given and each.is_checked else given.get(name, each.default)
         for name, each in declared.items()
     }
 
 
 def checked_option(caller: str, declared: Declared, value: Any) -> Any:
     """Return an option in its plain form: a path as text, numbers as a tuple. Raise unless it is as declared."""
-    import torch
+    from torch import dtype
 
-    from .checks import (
-        check_callable,
-        check_choice,
-        check_dtype,
-        check_int,
-        check_ints,
-        check_number,
-        check_path,
-        check_type,
-        checked_bytes,
-        checked_ranges,
-    )
+    from .checks import check_choice, check_dtype, check_int, check_number, check_path, check_type
 
     name, _, _, option = declared
     kinds, choices = declared.kinds, declared.choices
-    optional = type(None) in kinds
+    optional = NoneType in kinds
     if value is None and optional:
         return None
-    if choices:
+    low, high = cast("tuple[int | None, int | None]", (option.low, option.high))
+    if option.form is not None:
+        value = option.form.parse(caller, name, value)
+        for each in value if isinstance(value, tuple) else (value,):
+            if choices:
+                check_choice(caller, name, each, choices)
+            elif low is not None:
+                check_int(caller, name, each, low, high)
+    elif choices:
         check_choice(caller, name, value, [None, *choices] if optional else choices)
-    elif bool in kinds:
-        check_type(caller, name, value, bool, optional=optional)
-    elif declared.items is int:
-        if not isinstance(value, (list, tuple)) or value:
-            check_ints(caller, name, value, 1, "a list of integers")
-        for each in value:
-            check_int(caller, name, each, option.low, option.high)  # type: ignore[arg-type]
-        return tuple(value)
-    elif declared.items is not None:
-        known = get_args(declared.items)  # none: any text
-        texts = isinstance(value, (list, tuple)) and all(
-            isinstance(each, str) and (not known or each in known) for each in value
-        )
-        expect(texts, caller, name, f"to be a list of {' and '.join(known) or 'strings'}", repr(value))
-        return tuple(value)
-    elif Ranges in kinds:
-        return checked_ranges(caller, name, value)
-    elif declared.is_size and isinstance(value, (list, tuple)):
-        expect(len(value) == 2, caller, name, "to be a pair of numbers", repr(value))
-        for each in value:
-            check_int(caller, name, each, option.low, option.high)  # type: ignore[arg-type]
-        return tuple(value)
-    elif {int, str} <= {*kinds}:
-        checked_bytes(caller, name, value)
     elif int in kinds:
-        check_int(caller, name, value, option.low, option.high, optional=optional)  # type: ignore[arg-type]
+        check_int(caller, name, value, low, high, optional=optional)
     elif float in kinds:
-        bounds = {"low": option.low, "high": option.high, "above": option.above, "below": option.below}
+        bounds = {"low": low, "high": high, "above": option.above, "below": option.below}
         check_number(caller, name, value, **bounds, finite=option.finite, optional=optional)
     elif os.PathLike[str] in kinds:
         check_path(caller, name, value)
-        return os.fsdecode(value)
-    elif torch.dtype in kinds:
+        return os.fspath(value)
+    elif dtype in kinds:
         check_dtype(caller, name, value, optional=optional)
     else:
-        kind = next(get_origin(each) or each for each in kinds if each is not type(None))
-        if kind is Callable:
-            check_callable(caller, name, value)
-        else:
-            check_type(caller, name, value, kind, optional=optional)
+        check_type(caller, name, value, *(kind for kind in kinds if kind is not NoneType), optional=optional)
     return value

@@ -25,7 +25,7 @@ from .inference.adapter import weights_digest
 from .interface import Interface
 from .nn.checkpoint import read_config
 from .nn.unet import UNet, describe_images
-from .options import checked, checked_options, taking
+from .options import checked, taking
 from .plan import SamplingPlan, named_plan
 from .samplers import DEFAULT_SAMPLER, PlanOptions
 from .sampling.sampler import Sampler
@@ -111,8 +111,7 @@ class Pretrained:
             TypeError: An argument has an unsupported type, or is unknown.
             ValueError: An option is out of range, or is given with a plan.
         """
-        chosen = checked_options("sampler", PlanOptions, options)
-        given = ", ".join(name for name, value in chosen.items() if value is not None)
+        given = ", ".join(name for name, value in options.items() if value is not None)
         expect(plan is None or not given, "sampler", "plan", "to be None with options that choose one", given)
         with renaming("sampler"):
             plan = self.build_plan(guidance_scale=guidance_scale, **options)[0] if plan is None else plan
@@ -135,17 +134,17 @@ class Pretrained:
         """
         with renaming("build_plan", {"num_steps": "steps"}):
             check_number("", "guidance_scale", guidance_scale, -1e4, 1e4, optional=True)
-            chosen = checked_options("", PlanOptions, options)
-            steps = chosen.pop("steps")
+            steps = options.get("steps")
+            chosen = [name for name, value in options.items() if name != "steps" and value is not None]
             fit = None if self.plan is None else self.plan.fit
             suits = fit is None or fit.guidance_scale == (1.0 if guidance_scale is None else guidance_scale)
-            if self.plan is not None and suits and set(chosen.values()) == {None}:
+            if self.plan is not None and suits and not chosen:
                 if steps in (None, self.plan.num_steps):
                     return self.plan, "the model's plan"
                 fewer = None if self.plan.builder is None else _in_steps(self.plan.builder, steps)
                 if fewer is not None and fewer.num_steps <= self.plan.num_steps:
                     return fewer, "the model's plan"
-            return named_plan(self.objective, clip=self.clip, **options), chosen["sampler"] or DEFAULT_SAMPLER
+            return named_plan(self.objective, clip=self.clip, **options), options.get("sampler") or DEFAULT_SAMPLER
 
     def digest(self) -> str:
         """Return the SHA-256 of the network, its objective and the clip, to which a fitted plan belongs."""

@@ -86,6 +86,7 @@ class Dataset(Struct, frozen=True):
 class RunConfig(Struct, frozen=True):
     """The config.json of a training run."""
 
+    starter: Literal["train", "Trainer"]
     options: dict[str, Any]
     objective: dict[str, Any]
     dataset: Dataset

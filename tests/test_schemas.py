@@ -20,6 +20,7 @@ FILES: dict[type, dict[str, Any]] = {
     Scheduler: {"num_train_timesteps": 5, "beta_start": 1e-4, "trained_betas": [0.1, 0.2], "_ddpm_fast": {"name": "linear"}},
     RunConfig: {
         "format": 3,
+        "starter": "train",
         "options": {"prediction": "epsilon"},
         "unet": UNetConfig().to_dict(),
         "objective": Objective(NoiseSchedule.linear(5)).to_config(),

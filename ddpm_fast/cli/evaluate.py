@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..checks import Ranges
     from ..data.items import ItemDataset
+    from ..forms import Pairs
     from ..pretrained import Pretrained
 
 _OF_TESTS = ("data", "data_dir", "condition", "data_range", "condition_range", "samples", "variance", "labels")
@@ -93,8 +93,8 @@ def evaluate_command(
     data: str,
     data_dir: str | None,
     condition: str | None,
-    data_range: Ranges | None,
-    condition_range: Ranges | None,
+    data_range: Pairs | None,
+    condition_range: Pairs | None,
     samples: int,
     variance: Any,
     fid: str | None,

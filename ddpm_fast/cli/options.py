@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from ..errors import renaming
-from ..options import Declared, Ranges, options_of
+from ..errors import ArgumentError, renaming
+from ..forms import Form, Numbers, Ranges, Size
+from ..options import Declared, options_of
 from ..predictions import Variance
 from ..samplers import PlanOptions
 from ..sampling.options import DrawOptions
@@ -25,6 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 SAMPLING_DTYPE_HELP = "Run the network in this dtype.  [default: float32 on a CPU; bfloat16 or float16 on a GPU]"
 VARIANCES = get_args(Variance)
+METAVARS: dict[type[Form], str] = {Size: "WxH", Numbers: "N,N,..."}
 # Settings of an option for ranges: a pair of numbers, repeated for each channel.
 RANGE: dict[str, Any] = {
     "nargs": 2,
@@ -35,25 +36,16 @@ RANGE: dict[str, Any] = {
 }
 
 
-def size(ctx: click.Context, option: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
-    """Parse a width and height such as 48x32, or one number for both. Return (height, width), or the number."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", value.lower(), re.ASCII)
-    if match is None:
-        raise click.BadParameter(f"{value!r} is not a width and height such as 64 or 48x32")
-    width, height = match.groups()
-    return int(width) if height is None else (int(height), int(width))
+def reading(form: type[Form]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Return a callback of an option whose text a `Form` reads."""
 
+    def read(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
+        try:
+            return None if value is None else form.parse("", "", value)
+        except ArgumentError as error:
+            raise click.BadParameter(f"expected {error.expected.removeprefix('to be ')}, got {error.got}.") from None
 
-def numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> list[int] | None:
-    """Parse whole numbers separated by commas, or "none"."""
-    if value is None:
-        return None
-    try:
-        return [] if value == "none" else [int(number) for number in value.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of whole numbers separated by commas") from None
+    return read
 
 
 class PathOption(click.Path):
@@ -87,20 +79,18 @@ def flag(declared: Declared, *names: str, **settings: Any) -> DeclaredOption:
         *names: Its flags. None: that of its name.
         **settings: Settings of the option that replace the declaration's, or that it lacks.
     """
-    name, kind, default, option = declared
+    name, _, default, option = declared
     kinds, declarations = declared.kinds, [*(names or ("--" + name.replace("_", "-"),)), name]
     made: dict[str, Any] = {}
     if declared.choices:
         made["type"] = click.Choice(declared.choices)
     elif bool in kinds:
         declarations[0] += f"/--no{declarations[0][1:]}"
-    elif declared.is_size:
-        made |= {"callback": size, "metavar": "WxH"}
-    elif Ranges in kinds:
+    elif option.form is Ranges:
         made |= RANGE
-    elif get_origin(kind) is tuple:
-        default = ",".join(map(str, default))
-        made |= {"callback": numbers, "metavar": "N,N,..."}
+    elif option.form is not None:
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        made |= {"callback": reading(option.form), "metavar": METAVARS.get(option.form, "TEXT")}
     elif os.PathLike[str] in kinds:
         made["type"] = PathOption()
     else:

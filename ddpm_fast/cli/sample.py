@@ -13,8 +13,10 @@ import click
 import ddpm_fast
 
 from ..errors import InvalidValue, expect
+from ..forms import Numbers
 from .console import Command, Refused, Stopped
 from .options import (
+    METAVARS,
     RANGE,
     SAMPLING_DTYPE_HELP,
     PathOption,
@@ -24,15 +26,15 @@ from .options import (
     dtype_of,
     load_model,
     model_options,
-    numbers,
     plan_options,
+    reading,
 )
 from .outputs import check_output, check_pictures, close, grey_for_bad, try_writing, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..checks import Ranges
+    from ..forms import Pairs
     from ..pretrained import Pretrained
     from ..sampling.sampler import Sampler
 
@@ -75,8 +77,8 @@ _COLUMNS = 8  # at most, of a grid with conditions
 )
 @click.option(
     "--show-channels",
-    metavar="N,N,...",
-    callback=numbers,
+    metavar=METAVARS[Numbers],
+    callback=reading(Numbers),
     help="Show these channels in the picture: one, three or four.  [default: all, or 0 if a picture cannot have as many]",
 )
 @model_options(SAMPLING_DTYPE_HELP)
@@ -147,7 +149,7 @@ def _check_places(out: str, gif: Path | None, size: int) -> bool:
     return False
 
 
-def _conditions(loaded: Pretrained, path: str | None, seed: int, num: int | None, ranges: Ranges | None) -> Tensor | None:
+def _conditions(loaded: Pretrained, path: str | None, seed: int, num: int | None, ranges: Pairs | None) -> Tensor | None:
     """Return the conditions of --condition, or None for a model without. Raise unless they go together."""
     from ..data.condition import read_conditions
 

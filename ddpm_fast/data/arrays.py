@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..checks import Ranges, checked_ranges
 from ..errors import InvalidValue, expect
+from ..forms import Pairs, Ranges
 from ..interface.labels import checked_labels
 from .items import DatasetInfo, ItemDataset
 from .sources import Decoded, Opened, Source
@@ -86,7 +86,7 @@ def only_images(place: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
 # ---------------------------------------------------------------------------------------------------------------- data sets
 
 
-def arrays(name: str, source: Source, value_range: Ranges | None, *, measure: bool) -> ItemDataset:
+def arrays(name: str, source: Source, value_range: Pairs | None, *, measure: bool) -> ItemDataset:
     """Return a data set of arrays: uint8 as pictures, other numbers mapped to [-1, 1]. All numbers are looked at.
 
     Args:
@@ -112,7 +112,7 @@ def arrays(name: str, source: Source, value_range: Ranges | None, *, measure: bo
     return Decoded(source, info, partial(_read_array, source, first, ranges))
 
 
-def _read_array(source: Source, first: NDArray[Any], ranges: Ranges | None, index: int) -> Tensor:
+def _read_array(source: Source, first: NDArray[Any], ranges: Pairs | None, index: int) -> Tensor:
     array = _array(source, first, index)
     if ranges is None:
         return torch.from_numpy(np.array(array))  # a copy, as a file that is mapped is read-only
@@ -135,7 +135,7 @@ def _array(source: Source, first: NDArray[Any] | None, index: int) -> NDArray[An
     return array
 
 
-def _measured(source: Source, first: NDArray[Any], stated: Ranges | None) -> Ranges:
+def _measured(source: Source, first: NDArray[Any], stated: Pairs | None) -> Pairs:
     """Return the range of each channel, or the stated ones after a look at all values."""
     low, high = np.full(len(first), np.inf), np.full(len(first), -np.inf)
     bounds = np.array(stated or [(-np.inf, np.inf)])  # [C or 1, 2]
@@ -159,4 +159,4 @@ def _measured(source: Source, first: NDArray[Any], stated: Ranges | None) -> Ran
     for channel in np.flatnonzero(low == high).tolist():
         got = f"{low[channel]:g} alone in channel {channel}; state a data_range"
         raise InvalidValue("load_dataset", source.root, "to have different values", got)
-    return checked_ranges("load_dataset", source.root, np.stack([low, high], axis=1).tolist())
+    return Ranges.parse("load_dataset", source.root, np.stack([low, high], axis=1).tolist())

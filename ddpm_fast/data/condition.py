@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Ranges
 from ..errors import expect, renaming
+from ..forms import Pairs
 from ..interface import Interface
 from ..ops import sample_seeds
 from .degradation import Degradation, masked, resized_bicubically
@@ -69,7 +69,7 @@ def read_conditions(
     seed: int = 0,
     *,
     first: int | None = None,
-    condition_range: Ranges | None = None,
+    condition_range: Pairs | None = None,
 ) -> Tensor:
     """Read the conditions that a trained network reads from a folder or file.
 

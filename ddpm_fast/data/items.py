@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from ..checks import Ranges, as_json
+from ..checks import as_json
+from ..forms import Pairs
 from .degradation import Degradation
 
 
@@ -69,10 +70,10 @@ class DatasetInfo:
     dtype: torch.dtype = torch.uint8
     classes: tuple[str, ...] = ("",)
     preparation: str = "not resized"
-    data_range: Ranges | None = None
+    data_range: Pairs | None = None
     condition: Degradation | Literal["images"] | None = None
     condition_channels: int = 0
-    condition_range: Ranges | None = None
+    condition_range: Pairs | None = None
     knows_ranges: bool = True
 
     @property

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Final, Literal
 
 from torch import Tensor
 
-from ..checks import Ranges, check_path, checked_bytes, checked_ranges, listed
+from ..checks import check_path, listed
 from ..errors import InvalidValue, expect, renaming
+from ..forms import Pairs, Ranges
 from ..interface import Interface
 from ..options import checked, within
 from ..resources import size_text
@@ -71,7 +72,7 @@ def load_dataset(
     if known is not None:
         channels = Interface.from_config(known).channels if channels is None else channels
         size = _sides(known.get("sample_size")) if size is None else size
-    folder, memory = None if data.data_dir is None else Path(data.data_dir), checked_bytes("", "data_memory", data.data_memory)
+    folder, memory = None if data.data_dir is None else Path(data.data_dir), int(data.data_memory)
     source = DATASETS[name](folder, split, size) if name in DATASETS else read_source(name, split)
     degradation = paired = None
     if condition is not None:
@@ -107,10 +108,10 @@ def load_dataset(
     return Conditioned(dataset, conditions)
 
 
-def kept_range(caller: str, name: str, known: Mapping[str, Any] | None, stated: Ranges | None) -> Ranges | None:
+def kept_range(caller: str, name: str, known: Mapping[str, Any] | None, stated: Pairs | None) -> Pairs | None:
     """Return the range that a network's configuration keeps under a name, or else the stated one."""
     kept = (known or {}).get(name)
-    kept = None if kept is None else checked_ranges(caller, name, kept)
+    kept = None if kept is None else Ranges.parse(caller, name, kept)
     expect(kept is None or stated in (None, kept), caller, name, f"to be left out, as the model keeps {kept}", stated)
     return kept or stated
 
@@ -120,7 +121,7 @@ def load_source(
     source: Source,
     size: tuple[int, int] | None,
     channels: int | None,
-    value_range: Ranges | None,
+    value_range: Pairs | None,
     *,
     memory: int | None = None,
     measure: bool = False,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
-from ..options import Option, Options, PathLike, Ranges, described
+from ..forms import Bytes, Pairs, Ranges, Size
+from ..options import Option, Options, PathLike, described
 
 _data = partial(Option, "Data")
 
@@ -38,6 +39,7 @@ class DataOptions(Options):
             "Crop and resize images to this width x height, such as 64 or 48x32. Required unless all have one size.",
             low=1,
             high=1 << 16,
+            form=Size,
         ),
     ] = None
     colors: Annotated[
@@ -45,9 +47,10 @@ class DataOptions(Options):
         _data("Train on images in these colours. Default: grey if all files are, else rgb."),
     ] = None
     data_range: Annotated[
-        Ranges | None,
+        Pairs | None,
         _data(
-            "Map these values of .npy and .npz files to -1 and 1: one pair, or one per channel. Default: each channel's range."
+            "Map these values of .npy and .npz files to -1 and 1: one pair, or one per channel. Default: each channel's range.",
+            form=Ranges,
         ),
     ] = None
     condition: Annotated[
@@ -59,12 +62,16 @@ class DataOptions(Options):
         ),
     ] = None
     condition_range: Annotated[
-        Ranges | None,
-        _data("Map these values of .npy and .npz conditions to -1 and 1, as --data-range does."),
+        Pairs | None,
+        _data("Map these values of .npy and .npz conditions to -1 and 1, as --data-range does.", form=Ranges),
     ] = None
     data_memory: Annotated[
         int | str,
-        _data("Decode images batch by batch if all take more than this many bytes, such as 200MiB or 2GiB.", changeable=True),
+        _data(
+            "Decode images batch by batch if all take more than this many bytes, such as 200MiB or 2GiB.",
+            changeable=True,
+            form=Bytes,
+        ),
     ] = "2GiB"
     skip_broken: Annotated[
         bool, _data("Leave out images of a folder that cannot be read, and say how many and which.", changeable=True)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import check_same
 from ..errors import expect
 
 T = TypeVar("T")
@@ -84,11 +85,9 @@ class Processes:
 
     def check_same(self, caller: str, values: Mapping[str, object]) -> None:
         """Raise a ValueError in all processes unless all pass the same values."""
-        first, *others = self.from_all({name: repr(value) for name, value in values.items()})
+        first, *others = self.from_all(dict(values))
         for rank, other in enumerate(others, 1):
-            for name, text in other.items():
-                got = f"{first[name]:.50} in rank 0 and {text:.50} in rank {rank}"
-                expect(text == first[name], caller, name, "to be the same in all processes", got)
+            check_same(caller, other, first, "rank 0", f" in rank {rank}")
 
     def own_gpu(self, caller: str) -> torch.device:
         """Return the GPU of this process, whose number is the local rank. Raise a ValueError if there are too few."""

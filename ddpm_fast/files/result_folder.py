@@ -9,12 +9,12 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
-from ..errors import InvalidValue, UnusablePath
+from ..errors import UnusablePath
 from .writing import PREFIX
 
 LOCK: Final = f"{PREFIX}lock"
@@ -27,7 +27,7 @@ _log = logging.getLogger("ddpm_fast")
 
 
 class ResultFolder:
-    """A folder that belongs to one call. Subclasses set `caller`, `argument`, `record_name`, `hint` and `other`.
+    """A folder that belongs to one call. Subclasses set `caller`, `argument`, `record_name` and `hint`.
 
     Args:
         path: The folder. It need not exist.
@@ -39,14 +39,12 @@ class ResultFolder:
         caller: Name of the calling function for error messages.
         argument: Name of its argument for the folder.
         hint: How to go on if the folder has other files.
-        other: How to go on with other arguments than the record's, or empty.
     """
 
     caller: ClassVar[str]
     argument: ClassVar[str]
     record_name: ClassVar[str]
     hint: ClassVar[str]
-    other: ClassVar[str] = ""
 
     def __init__(self, path: Path, result: Path | None = None) -> None:
         self.path, self.result = path, result or path
@@ -60,18 +58,6 @@ class ResultFolder:
         for name in [each for each in names if not each.startswith(PREFIX)][:1]:
             got = f"{str(self.path)!r}, which has {name!r}; {self.hint}"
             raise UnusablePath(self.caller, self.argument, "to be new or empty", got)
-
-    def check_same(self, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        """Raise a ValueError if an argument of this call differs from the record's.
-
-        Args:
-            wanted: Arguments of this call, by name.
-            found: Those of the record.
-        """
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                expected = f"to be {found.get(name)!r}, as in {str(self.result)!r}"
-                raise InvalidValue(self.caller, name, expected, f"{value!r}{self.other}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Final, Literal
 
 from ..checks import as_json
 from ..errors import InvalidValue, suggested
+from ..forms import Form, Numbers, Pairs, Ranges, Size, Texts
 from ..interface import Condition, Labels
-from ..options import Option, Ranges, checked_option, document, options_of
+from ..options import Option, checked_option, document, options_of
 
 CIFAR10_32: dict[str, Any] = {
     "sample_size": 32,
@@ -44,9 +45,15 @@ _MAX_SIDE = 65536
 
 
 def _key(
-    help: str, low: float | None = None, high: float | None = None, *, above: float | None = None, below: float | None = None
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    form: type[Form] | None = None,
 ) -> Option:
-    return Option("network", help, low, high, above, below)
+    return Option("network", help, low, high, above, below, form=form)
 
 
 def _number(help: str) -> Option:
@@ -62,7 +69,8 @@ class UNetConfig:
     """
 
     sample_size: Annotated[
-        int | tuple[int, int] | None, _key("Height and width that the network was made for. Others work too.", 1, _MAX_SIDE)
+        int | tuple[int, int] | None,
+        _key("Height and width that the network was made for. Others work too.", 1, _MAX_SIDE, form=Size),
     ] = None
     in_channels: Annotated[int, _number("Channels of the input: those of an image and its condition.")] = 3
     out_channels: Annotated[int, _number("Channels of the output: twice those of an image where the variance is learned.")] = 3
@@ -78,14 +86,16 @@ class UNetConfig:
     flip_sin_to_cos: Annotated[bool, _key("The embedding is (cos, sin). False in Ho et al.")] = True
     down_block_types: Annotated[
         tuple[Literal["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"], ...],
-        _key("Types of the blocks on the way down, one for each of block_out_channels."),
+        _key("Types of the blocks on the way down, one for each of block_out_channels.", form=Texts),
     ] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
     mid_block_type: Annotated[Literal["UNetMidBlock2D"], _key("Type of the middle block.")] = "UNetMidBlock2D"
     up_block_types: Annotated[
         tuple[Literal["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"], ...],
-        _key("Types of the blocks on the way up, one for each of block_out_channels."),
+        _key("Types of the blocks on the way up, one for each of block_out_channels.", form=Texts),
     ] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    block_out_channels: Annotated[tuple[int, ...], _number("Channels of each level, the finest first.")] = (224, 448, 672, 896)
+    block_out_channels: Annotated[
+        tuple[int, ...], _key("Channels of each level, the finest first.", 1, _MAX_NUMBER, form=Numbers)
+    ] = (224, 448, 672, 896)
     layers_per_block: Annotated[
         int, _key("Residual blocks of a level on the way down. The way up has one more.", 1, MAX_LAYERS)
     ] = 2
@@ -115,7 +125,7 @@ class UNetConfig:
     class_embed_type: Annotated[Literal[None], _key("Classes are embedded by a table.")] = None
     num_class_embeds: Annotated[int | None, _number('Number of labels: that of the classes, plus one for "no label".')] = None
     class_names: Annotated[
-        tuple[str, ...] | None, _key("Names of the labels from 0 on. A no_label that is the last has none.")
+        tuple[str, ...] | None, _key("Names of the labels from 0 on. A no_label that is the last has none.", form=Texts)
     ] = None
     no_label: Annotated[
         int | None, _key("Label that stands for no class. None: the last, if each other one has a name in class_names.", 0)
@@ -125,9 +135,9 @@ class UNetConfig:
         str | None, _key('What the channels after x_t are: "low-resolution:4", "grey", "mask", or "images" of other files.')
     ] = None
     condition_range: Annotated[
-        Ranges | None, _key("(low, high) of a condition's channels, or of all, which are mapped to -1 and 1.")
+        Pairs | None, _key("(low, high) of a condition's channels, or of all, which are mapped to -1 and 1.", form=Ranges)
     ] = None
-    data_range: Annotated[Ranges | None, _key("The same for the images. None: pictures of 0..255.")] = None
+    data_range: Annotated[Pairs | None, _key("The same for the images. None: pictures of 0..255.", form=Ranges)] = None
     variance: Annotated[
         Literal["learned", "learned_range"] | None, _key("What half of the output channels predict. None: no variance.")
     ] = None

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import Ranges, check_int
+from ..checks import check_int, check_path
 from ..distributed import Processes, joined
 from ..errors import InvalidValue, UnusablePath, expect
 from ..files.images import in_range, to_uint8
 from ..files.writing import write_json
+from ..forms import Pairs
 from ..inference.model import model_config
 from ..options import checked, taking
 from ..plan import SamplingPlan
@@ -91,7 +92,7 @@ def write_samples(
     """
     batch_size, seed, shape = options.get("batch_size"), options.get("seed", 0), sampler.shape
     batch_size = 64 if batch_size is None else batch_size
-    check_int(_CALLER, "batch_size", batch_size, 1, 1 << 32)
+    check_path(_CALLER, "out", out)
     check_int(_CALLER, "seed", seed, -(1 << 63), (1 << 64) - 1)
     request = sampler.request(_CALLER, num_samples, options, struct=EditOptions)
     scale, condition = request.given["guidance_scale"], request.given["condition"]
@@ -143,7 +144,7 @@ def _check_own_gpu(processes: Processes, device: torch.device, share_gpu: bool) 
     expect(share_gpu or sharing == 1, _CALLER, "device", wanted, got)
 
 
-def _values(images: Tensor, block: range, ranges: Ranges | None) -> Pixels:
+def _values(images: Tensor, block: range, ranges: Pairs | None) -> Pixels:
     """Return images [N, C, H, W] as uint8 [N, H, W, C], or as floats with ranges that -1 and 1 stand for.
 
     Raise a ValueError if one is not finite.

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
+from ..checks import check_same
 from ..errors import InvalidValue, UnusablePath, expect
 from ..files.result_folder import LOCK, ResultFolder
 from ..files.writing import flush_names, read_json, remove_leftovers, replacing, write_bytes, write_json, write_text
@@ -48,7 +49,6 @@ class SampleFormat(ResultFolder, ABC):
     argument = "out"
     record_name = "manifest.json"
     hint = "choose another out"
-    other = "; choose another out"
 
     def __init__(self, out: Path, folder: Path, num_samples: int, shape: Sequence[int], labels: np.ndarray | None) -> None:
         super().__init__(folder, out)
@@ -67,7 +67,7 @@ class SampleFormat(ResultFolder, ABC):
         """Return False if there is no manifest. Raise a ValueError if it differs in a field."""
         found = self.manifest()
         if found is not None:
-            self.check_same(wanted, found)
+            check_same(self.caller, wanted, found, repr(str(self.result)), f"; {self.hint}")
         return found is not None
 
     def remove_leftovers(self) -> None:

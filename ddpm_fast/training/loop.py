@@ -58,17 +58,18 @@ def run_steps(task: Task, state: State) -> TrainResult:
         task: The task.
         state: The state before the first step. It becomes the state after the last one.
     """
-    options, processes, stopped_by = task.options, task.processes, None
+    options, processes, stopped_by = task.run.options, task.run.processes, None
     processes.on_first(lambda: state.load_initial_weights(task))  # before a folder is made
     with ExitStack() as stack:
         if processes.is_first:
-            stack.enter_context(task.folder.locked())
-        if task.device.type == "cpu":
+            stack.enter_context(task.run.folder.locked())
+        if task.run.device.type == "cpu":
             stack.enter_context(kept_memory())
         processes.check_same("train", task.identity() if processes.size > 1 else {})
         config = processes.on_first(lambda: begin(task, state))
         state.copy_from_first(processes)
-        stack.enter_context(torch.random.fork_rng([task.device] if task.device.type == "cuda" else []))  # the caller's stay
+        gpus = [task.run.device] if task.run.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(gpus))  # the caller's stay
         saving = Saving(task, state, config)
         stops = stack.enter_context(Stops(processes, options.max_minutes))
         stack.enter_context(saving.if_it_fails())  # signals are kept off: a launcher ends all processes after one is lost
@@ -154,7 +155,7 @@ class Saving:
         Raises:
             FloatingPointError: The loss or the weights are no longer finite.
         """
-        options, state = self._task.options, self._state
+        options, state = self._task.run.options, self._state
         due = bool(options.checkpoint_every) and state.step % options.checkpoint_every == 0
         due |= bool(options.checkpoint_minutes) and time.monotonic() - self._last > 60 * options.checkpoint_minutes
         if not (due or stops or state.step == options.steps):
@@ -165,7 +166,7 @@ class Saving:
                 f"train: the weights are no longer finite after step {state.step}, so they are not saved; {self._last_good()}"
             )
         with state.uncounted():
-            if self._task.processes.is_first:
+            if self._task.run.processes.is_first:
                 call_back(self._task.on_checkpoint, state.write(self._task))
         self._last = time.monotonic()
 
@@ -183,12 +184,12 @@ class Saving:
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             is_lost, out_of_memory = isinstance(error, ProcessLost), _is_out_of_memory(error)
             is_known = is_lost or out_of_memory or not isinstance(error, RuntimeError)
-            if not (is_known and self._task.processes.is_first):
+            if not (is_known and self._task.run.processes.is_first):
                 raise
             # A GPU may still wait for the lost process, or have used half of a sum.
-            if not is_lost or self._task.device.type == "cpu":
+            if not is_lost or self._task.run.device.type == "cpu":
                 self._try_to_save()
-            path, step, hint = self._task.folder.path, self._state.step, self._last_good()
+            path, step, hint = self._task.run.folder.path, self._state.step, self._last_good()
             if isinstance(error, OSError):
                 raise OSError(f"train: expected to write to {path} at step {step}, got: {error}; {hint}") from error
             if isinstance(error, ArgumentError):  # an image is damaged that was not decoded before
@@ -199,8 +200,8 @@ class Saving:
 
     def _try_to_save(self) -> None:
         """Save the finished steps if the weights are finite. A full disk, a lost folder or a lack of memory may prevent it."""
-        task, state, folder = self._task, self._state, self._task.folder
-        if not (task.processes.is_first and state.is_whole):
+        task, state, folder = self._task, self._state, self._task.run.folder
+        if not (task.run.processes.is_first and state.is_whole):
             return
         with suppress(OSError, MemoryError, RuntimeError):
             if state.is_finite():
@@ -211,7 +212,7 @@ class Saving:
         folder.checkpoints.remove_leftovers()
 
     def _last_good(self) -> str:
-        newest = self._task.folder.checkpoints.newest()
+        newest = self._task.run.folder.checkpoints.newest()
         found = f"the last good checkpoint is {newest}, from which --resume continues"
         return found if newest else "there is no checkpoint yet"
 

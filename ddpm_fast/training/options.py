@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal
 
 from ..data.options import DataOptions
 from ..errors import InvalidValue
+from ..forms import Numbers
 from ..options import Option, Options, PathLike, described, options_of
 from ..predictions import Prediction, Variance
 
@@ -25,12 +26,14 @@ class ModelOptions(Options):
     """The network and the noise schedule that `train` makes."""
 
     channels: Annotated[
-        tuple[int, ...], _model("Give each level this many channels. Each level halves the resolution.", low=1)
+        tuple[int, ...], _model("Give each level this many channels. Each level halves the resolution.", low=1, form=Numbers)
     ] = (64, 128, 128)
     layers: Annotated[int, _model("Use this many residual blocks per level, and one more on the way up.", low=1, high=64)] = 2
     attention: Annotated[
         tuple[int, ...],
-        _model("Use self-attention at these resolutions, in pixels, or none; it is in the middle block, too.", low=1),
+        _model(
+            "Use self-attention at these resolutions, in pixels, or none; it is in the middle block, too.", low=1, form=Numbers
+        ),
     ] = (16,)
     head_dim: Annotated[
         int | None, _model("Give each attention head this many channels. Default: a single head.", low=1, high=1 << 16)

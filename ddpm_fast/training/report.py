@@ -53,12 +53,12 @@ class Report:
 
     def __init__(self, task: Task, state: State) -> None:
         self._task, self._state, self.loss = task, state, math.nan
-        options, first = task.options, task.processes.is_first
+        options, first = task.run.options, task.run.processes.is_first
         if first:
             _log.info("%s", summary(task, state))
         self._loggers: list[Logger] = list(task.loggers) if first else []
         if options.tensorboard and first:
-            self._loggers += tensorboard(task.folder.tensorboard, state.step)
+            self._loggers += tensorboard(task.run.folder.tensorboard, state.step)
         self._bar = progress_bar(options.steps, "training", "step", shown=options.progress and first, done=state.step)
         self._logged_step, self._logged_seconds = state.step, state.seconds
         self._first_step, self._drawn_step, self._timed_from = state.step, -1, 0.0
@@ -70,10 +70,10 @@ class Report:
         Raises:
             FloatingPointError: The loss or the gradient is no longer finite.
         """
-        options, state = self._task.options, self._state
+        options, state = self._task.run.options, self._state
         step_loss = state.losses[-1]
         self._bar.update()
-        if self._task.processes.is_first:
+        if self._task.run.processes.is_first:
             self._estimate()
             if self._buffers:
                 self._say_which_buffers_change()
@@ -86,11 +86,11 @@ class Report:
 
     def at_end(self, stopped_by: str | None) -> None:
         """Record the end of the steps, and the reason if not all are done."""
-        options, state = self._task.options, self._state
+        options, state = self._task.run.options, self._state
         is_new = state.step > self._first_step and options.sample_every and state.step != self._drawn_step
         if is_new and stopped_by in (None, "max_minutes"):
             self._draw_grid()
-        if stopped_by and self._task.processes.is_first:
+        if stopped_by and self._task.run.processes.is_first:
             text = "stopped by %s at step %d of %d; checkpoint saved; continue with resume=True (--resume)"
             _log.info(text, stopped_by, state.step, options.steps)
 
@@ -118,16 +118,16 @@ class Report:
 
     def _write_row(self, grad_norm: Tensor, rate: float) -> None:
         """Write a row of the log."""
-        state, samples = self._state, self._state.step * self._task.options.batch_size
+        state, samples = self._state, self._state.step * self._task.run.options.batch_size
         self.loss = state.finite_loss(grad_norm)
         state.count_time()
         steps, seconds = state.step - self._logged_step, state.seconds - self._logged_seconds
-        speed = steps * self._task.options.batch_size / seconds
+        speed = steps * self._task.run.options.batch_size / seconds
         self._logged_step, self._logged_seconds = state.step, state.seconds
         row = dict(zip(COLUMNS, (samples, self.loss, float(grad_norm), rate, speed, state.seconds), strict=True))
         state.row = [state.step, *row.values()]  # a checkpoint has it if it cannot be written
-        if self._task.processes.is_first:
-            self._task.folder.log.row(row, state.step)
+        if self._task.run.processes.is_first:
+            self._task.run.folder.log.row(row, state.step)
         state.losses.clear()
         self._bar.set_postfix_str(f"loss {self.loss:.4f}, {speed:.1f} images/s", refresh=False)
         state.row = None
@@ -135,11 +135,11 @@ class Report:
 
     def _estimate(self) -> None:
         """Say once, soon after the start, how long the rest of the steps will take."""
-        options, state, done = self._task.options, self._state, self._state.step - self._first_step
+        options, state, done = self._task.run.options, self._state, self._state.step - self._first_step
         if done not in _TIMED:
             return
-        if self._task.device.type == "cuda":
-            torch.cuda.synchronize(self._task.device)
+        if self._task.run.device.type == "cuda":
+            torch.cuda.synchronize(self._task.run.device)
         state.count_time()
         if done == _TIMED[0]:
             self._timed_from = state.seconds
@@ -161,24 +161,25 @@ class Report:
     def _draw_grid(self) -> None:
         """Draw a grid with the averaged weights, with one column per class, or 8 columns."""
         task, state, dataset, info = self._task, self._state, self._task.dataset, self._task.dataset.info
+        seed = task.run.options.seed
         self._drawn_step = state.step
-        if not task.processes.is_first or len(info.shape) != 3:  # signals and volumes are no pictures
+        if not task.run.processes.is_first or len(info.shape) != 3:  # signals and volumes are no pictures
             return
         labels, reads = task.labels, info.condition_channels
         columns = min(len(labels.classes), 16) if labels.classes else 8
         num = columns * (2 if reads else 4)
-        path = task.folder.samples / f"step-{state.step:08d}.png"
+        path = task.run.folder.samples / f"step-{state.step:08d}.png"
         with state.uncounted():
             try:
-                shown = examples(dataset, [i * len(dataset) // num for i in range(num)], task.options.seed) if reads else None
+                shown = examples(dataset, [i * len(dataset) // num for i in range(num)], seed) if reads else None
                 images = sample(
                     state.ema,
-                    default_plan(task.objective, steps=task.options.sample_steps),
+                    default_plan(task.run.objective, steps=task.run.options.sample_steps),
                     num,
-                    seed=task.options.seed,
+                    seed=seed,
                     class_labels=(labels.in_turn(num, columns) if shown is None else shown.labels) if labels.number else None,
                     condition=None if shown is None else shown.condition,
-                    device=task.device,
+                    device=task.run.device,
                     shape=info.shape,
                     progress=False,
                     cuda_graph=False,  # a graph would take memory that the training needs
@@ -202,12 +203,12 @@ class Report:
 
 def summary(task: Task, state: State) -> str:
     """Describe what is about to be trained, on what, and how."""
-    options, info, objective = task.options, task.dataset.info, task.objective
+    options, info, objective = task.run.options, task.dataset.info, task.run.objective
     channels, *sides = info.shape
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     kind = "class-conditional" if task.labels.number else "unconditional"
     epochs = options.steps * options.batch_size / len(task.dataset)
-    threads = torch.get_num_threads() if task.device.type == "cpu" else None
+    threads = torch.get_num_threads() if task.run.device.type == "cpu" else None
     rows = {
         "data": f"{info.name}: {len(task.dataset)} images, {len(info.classes) if len(info.classes) > 1 else 'no'} classes",
         "images": f"{'x'.join(map(str, reversed(sides)))} {'pixels' if len(sides) == 2 else 'values'}, "
@@ -215,20 +216,20 @@ def summary(task: Task, state: State) -> str:
         "network": f"{parameters / 1e6:.2f} million parameters, {kind}",
         "predicts": f"{objective.name} on the schedule {objective.schedule.name}"
         + (", and the variance" if objective.predicts_variance else ""),
-        "machine": f"{options.precision} on {task.device}" + (f", {_number(threads, 'thread')}" if threads else ""),
+        "machine": f"{options.precision} on {task.run.device}" + (f", {_number(threads, 'thread')}" if threads else ""),
         "steps": f"{options.steps} of {options.batch_size} images: {epochs:{',.0f' if epochs >= 100 else '.2g'}} epochs"
         + (", in all of which the learning rate rises (warmup_steps)" if options.warmup_steps >= options.steps else ""),
     }
     if info.condition_channels:
         rows["reads"] = f"{_number(info.condition_channels, 'channel')} of a condition: {info.condition}"
     if task.num_micro_batches > 1:
-        size, processes = task.micro_batch_size, _number(task.processes.size, "process", "es")
+        size, processes = task.micro_batch_size, _number(task.run.processes.size, "process", "es")
         same = f"the same on 1, 2, 4, ... processes with --micro-batch-size {size}" + (
             f" --threads {threads}" if threads else ""
         )
         weights = same if task.sums_in_tree else "equal up to rounding on other numbers of processes"
         rows["batch"] = f"{options.batch_size} images a step in micro-batches of {size} on {processes}; weights are {weights}"
-    title = f"Resuming {task.folder.path} at step {state.step}" if state.step else f"Training {task.folder.path}"
+    title = f"Resuming {task.run.folder.path} at step {state.step}" if state.step else f"Training {task.run.folder.path}"
     return "\n".join([title, *(f"  {name:<8} {text}" for name, text in rows.items())])
 
 

@@ -25,19 +25,21 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..checks import check_int, computing_device, listed
+from ..checks import check_int, check_path, check_same, computing_device, listed
+from ..data.options import DataOptions
 from ..distributed import Processes
 from ..errors import expect, renaming
 from ..files.result_folder import ResultFolder
 from ..files.writing import read_json
+from ..options import Options
 from ..resources import check_writable
 from ..schedule import Objective
 from .checkpoint import Checkpoints, read_state
 from .log import CsvLog
-from .options import CHANGEABLE, STRUCTS, TrainOptions
+from .options import CHANGEABLE, STRUCTS, ModelOptions, TrainOptions
 from .rng import TrainingRng
 
-FORMAT: Final = 6
+FORMAT: Final = 7
 """Version of config.json."""
 
 
@@ -54,6 +56,7 @@ class RunFolder(ResultFolder):
     hint = "continue the run in it with resume=True (--resume), or name another folder"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        check_path("train", "run_dir", path)
         super().__init__(Path(path))
         self.log = CsvLog(self.path / "log.csv")
         self.samples = self.path / "samples"
@@ -79,8 +82,8 @@ class RunFolder(ResultFolder):
         def parse(values: dict[str, Any]) -> dict[str, Any]:
             got = f"{values.get('format')!r}: another version has written it; a new run can start from its checkpoints (init)"
             expect(values.get("format") == FORMAT, "", "format", f"to be {FORMAT}", got)
-            options = msgspec.convert(values, RunConfig).options
-            structs = STRUCTS if "channels" in options else (TrainOptions,)  # a Trainer's run has no others
+            config = msgspec.convert(values, RunConfig)
+            options, structs = config.options, STRUCTS if config.starter == "train" else (TrainOptions,)
             missing = {name for struct in structs for name in struct().recorded()} - options.keys()
             expect(not missing, "", "options", "to have all options of a run", f"none named {listed(missing)}")
             with renaming("", {name: f"options.{name}" for name in options}):
@@ -98,7 +101,8 @@ class Run:
     Attributes:
         folder: Its folder.
         options: Its options, none of them left open.
-        described: The options of data and network, if `train` makes them.
+        data: The options of its images, if `train` reads them.
+        network: The options of its network, if `train` makes it.
         objective: Its noise schedule, and what the network predicts.
         loss_weights: The weight of each timestep's loss, float32 [T] on the device. None: 1.
         processes: The processes.
@@ -109,7 +113,8 @@ class Run:
 
     folder: RunFolder
     options: TrainOptions
-    described: Mapping[str, Any]
+    data: DataOptions | None
+    network: ModelOptions | None
     objective: Objective
     loss_weights: Tensor | None
     processes: Processes
@@ -120,7 +125,7 @@ class Run:
     @property
     def recorded(self) -> dict[str, Any]:
         """The options that config.json has."""
-        return {**self.described, **self.options.recorded()}
+        return _recorded(self.data, self.network, self.options)
 
 
 def open_run(
@@ -128,7 +133,8 @@ def open_run(
     options: TrainOptions,
     objective: Objective,
     processes: Processes,
-    described: Mapping[str, Any],
+    data: DataOptions | None = None,
+    network: ModelOptions | None = None,
     stored: Mapping[str, Any] | None = None,
 ) -> Run:
     """Check what needs neither images nor network, and set the number of threads. Nothing is written.
@@ -138,19 +144,20 @@ def open_run(
         options: Its options.
         objective: Its objective.
         processes: The processes.
-        described: The options of data and network, if `train` makes them.
+        data: The options of its images, if `train` reads them.
+        network: The options of its network, if `train` makes it.
         stored: The content of config.json, if the caller has read it to continue the run.
     """
     from .. import schemas  # noqa: F401 (that msgspec is missing is said here, and not when a checkpoint is read)
 
     if options.ema_warmup is None:
-        options = replace(options, ema_warmup=described.get("init") is None)
+        options = replace(options, ema_warmup=network is None or network.init is None)
     check_int("train", "threads", options.threads, 1, max(1024, os.cpu_count() or 1), optional=True)  # more cannot be started
     device = _device(options.device, processes)
     # Rank 0 decides, as another process may see the folder later.
     resume = processes.from_first([options.resume or (options.auto_resume and folder.record.is_file())])[0]
     stored = (stored or folder.read_config()) if resume else None
-    processes.on_first(lambda: _check_folder(folder, {**described, **options.recorded()}, stored))
+    processes.on_first(lambda: _check_folder(folder, options, data, network, stored))
     options = replace(options, micro_batch_size=_micro_batch_size(options, stored, processes))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -158,7 +165,7 @@ def open_run(
         _check_threads(torch.get_num_threads())
     weights = None if objective.loss_weight is None else objective.loss_weights.to(device, torch.float32)
     rng = TrainingRng(options.seed, options.batch_size)
-    return Run(folder, options, described, objective, weights, processes, device, rng, stored)
+    return Run(folder, options, data, network, objective, weights, processes, device, rng, stored)
 
 
 def _device(name: str | None, processes: Processes) -> torch.device:
@@ -173,7 +180,17 @@ def _device(name: str | None, processes: Processes) -> torch.device:
     return device
 
 
-def _check_folder(folder: RunFolder, options: Mapping[str, Any], stored: Mapping[str, Any] | None) -> None:
+def _recorded(*structs: Options | None) -> dict[str, Any]:
+    return {name: value for struct in structs if struct is not None for name, value in struct.recorded().items()}
+
+
+def _check_folder(
+    folder: RunFolder,
+    options: TrainOptions,
+    data: DataOptions | None,
+    network: ModelOptions | None,
+    stored: Mapping[str, Any] | None,
+) -> None:
     """Raise unless a run can begin in the folder, or go on.
 
     A run can go on if it has these options, its checkpoints exist, and it has not done more steps than are wanted.
@@ -181,10 +198,11 @@ def _check_folder(folder: RunFolder, options: Mapping[str, Any], stored: Mapping
     if stored is None:
         folder.check_new()
     else:
-        if "channels" in options:  # `train` describes the network by them
+        if network is not None:
             got = "one of a Trainer; resume it with its Trainer"
-            expect("channels" in stored["options"], "train", str(folder.path), "to hold a run that `train` started", got)
-        folder.check_same({name: value for name, value in options.items() if name not in CHANGEABLE}, stored["options"])
+            expect(stored["starter"] == "train", "train", str(folder.path), "to hold a run that `train` started", got)
+        fixed = {name: value for name, value in _recorded(data, network, options).items() if name not in CHANGEABLE}
+        check_same("train", fixed, stored["options"], repr(str(folder.path)))
         logged = folder.log.last_step()
         if logged and folder.checkpoints.are_lost():
             raise FileNotFoundError(
@@ -193,8 +211,8 @@ def _check_folder(folder: RunFolder, options: Mapping[str, Any], stored: Mapping
             )
         # Comparing checksums would read all files, which beginning the run does once more.
         done = folder.checkpoints.read_newest(None, lambda checkpoint: read_state("train", checkpoint).step) or 0
-        steps = options["steps"]
-        expect(done <= steps, "train", "steps", f"to be at least {done}, the step of the run in {folder.path}", steps)
+        wanted = f"to be at least {done}, the step of the run in {folder.path}"
+        expect(done <= options.steps, "train", "steps", wanted, options.steps)
     check_writable("train", "run_dir", folder.path, folder.path)
 
 

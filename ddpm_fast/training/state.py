@@ -25,7 +25,7 @@ from ..nn.checkpoint import check_finite, check_weights, load_safetensors, read_
 from .checkpoint import WEIGHTS, Checkpoints, read_state
 from .export import write_scheduler
 from .log import COLUMNS
-from .task import Task, check_same
+from .task import Task
 
 # Keys of a network's configuration that its weights do not depend on.
 _NOT_IN_WEIGHTS: Final = frozenset(
@@ -53,14 +53,14 @@ class State:
     @classmethod
     def initial(cls, task: Task) -> State:
         """Return the state before the first step, with the task's network, which it moves to the device."""
-        model = task.model.to(device=task.device, memory_format=task.memory_format)  # type: ignore[call-overload]
+        model = task.model.to(device=task.run.device, memory_format=task.memory_format)  # type: ignore[call-overload]
         model.train().zero_grad()
-        lr, weight_decay = task.options.lr, task.options.weight_decay
+        lr, weight_decay = task.run.options.lr, task.run.options.weight_decay
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
         for parameter in trained:  # as the first step makes them, so that a checkpoint always has them
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=task.device), **moments}
+            optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=task.run.device), **moments}
         return cls(model, copy.deepcopy(model).requires_grad_(False).eval(), optimizer)
 
     @property
@@ -125,15 +125,15 @@ class State:
                 else:  # some weights may be one
                     write_tensors(folder / WEIGHTS[name], {key: value.clone() for key, value in model.state_dict().items()})
             write_tensors(folder / "optimizer.safetensors", self.moments)
-            write_scheduler(folder / "scheduler", task.objective)
+            write_scheduler(folder / "scheduler", task.run.objective)
 
         entries = {"seconds": self.seconds, "losses": [float(loss) for loss in self.losses], "row": self.row}
-        return task.folder.checkpoints.add(self.step, entries, write, task.options.keep)
+        return task.run.folder.checkpoints.add(self.step, entries, write, task.run.options.keep)
 
     def load_initial_weights(self, task: Task) -> None:
         """Load the weights and their average that the option `init` names, unless it names none or the run has checkpoints."""
-        init = task.described.get("init")
-        if init is None or task.folder.checkpoints.folders():
+        init = None if task.run.network is None else task.run.network.init
+        if init is None or task.run.folder.checkpoints.folders():
             return
         assert isinstance(self.model, UNet)  # `train` has made it
         wanted = UNetConfig.from_dict(self.model.config).to_dict()
@@ -170,15 +170,15 @@ class State:
 
 def begin(task: Task, state: State) -> dict[str, Any]:
     """Begin or continue the run in its folder. Load its newest checkpoint into the state. Return the content of config.json."""
-    folder, checkpoints, config = task.folder, task.folder.checkpoints, task.config()
+    folder, checkpoints, config = task.run.folder, task.run.folder.checkpoints, task.config()
     checkpoint = checkpoints.newest()
-    if task.stored is None:
+    if task.run.stored is None:
         folder.check_new()  # it was before the images were read
     else:
-        check_same(task, task.stored, config, warn=checkpoint is not None)
+        task.check_continues(task.run.stored, config, warn=checkpoint is not None)
     if checkpoint is not None:
         state.load(checkpoint)
-    elif task.stored is not None:
+    elif task.run.stored is not None:
         # A disk may have failed, so nothing is replaced.
         expect(not checkpoints.folders(), "train", "", f"a whole checkpoint in {checkpoints.path}", "none that can be read")
         if folder.log.last_step():

@@ -40,7 +40,7 @@ def take_step(task: Task, state: State, batch: Batch) -> tuple[Tensor, float]:
     Returns:
         The gradient's norm before clipping, 0-d, and the learning rate.
     """
-    options, step = task.options, state.step
+    options, step = task.run.options, state.step
     state.is_whole = not list(state.model.buffers())  # a forward may change them
     loss = _set_gradients(task, state, batch)
     parameters: list[Tensor] = state.trained
@@ -76,9 +76,9 @@ def _set_gradients(task: Task, state: State, batch: Batch) -> Tensor:
         if len(task.micro_batches) > 1:
             state.optimizer.zero_grad()
     loss, *gradients = total = sums.total()
-    if task.processes.size > 1:
+    if task.run.processes.size > 1:
         flat = torch.cat([tensor.reshape(-1) for tensor in total])
-        flat = task.processes.tree_sum(flat) if task.sums_in_tree else task.processes.sum_(flat)
+        flat = task.run.processes.tree_sum(flat) if task.sums_in_tree else task.run.processes.sum_(flat)
         for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total]), strict=True):
             tensor.copy_(summed.view(tensor.shape))  # in the gradient's memory format, which is the parameter's
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -88,32 +88,32 @@ def _set_gradients(task: Task, state: State, batch: Batch) -> Tensor:
 
 def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Tensor, *conditions: Tensor) -> Tensor:
     """Return a micro-batch's share of the batch's mean loss, 0-d."""
-    options, rng, step = task.options, task.rng, state.step
+    options, rng, step = task.run.options, task.run.rng, state.step
     rows = slice(micro_batch * task.micro_batch_size, (micro_batch + 1) * task.micro_batch_size)
     x_0, *condition = (
-        to_unit_range(each.to(task.device, non_blocking=True)) for each in (images, *conditions)
+        to_unit_range(each.to(task.run.device, non_blocking=True)) for each in (images, *conditions)
     )  # [m, C, ...], [m, K, ...]
     if options.flip:
-        flipped = rng.is_flipped(step)[rows].to(task.device).view(-1, *[1] * (x_0.dim() - 1))
+        flipped = rng.is_flipped(step)[rows].to(task.run.device).view(-1, *[1] * (x_0.dim() - 1))
         x_0, *condition = (torch.where(flipped, each.flip(-1), each) for each in (x_0, *condition))
     x_0 = x_0.contiguous(memory_format=task.memory_format)
     if isinstance(task.dataset.info.condition, Degradation):
         condition = [task.dataset.info.condition(x_0, rng.condition_seeds(step)[rows])]
-    schedule = task.objective.schedule
-    t = rng.timesteps(step, schedule.num_timesteps)[rows].to(task.device)
-    seeds = rng.sample_seeds(step)[rows].to(task.device)
-    labels = task.labels.dropped(labels, rng.label_is_dropped(step, options.label_dropout)[rows]).to(task.device)
+    schedule = task.run.objective.schedule
+    t = rng.timesteps(step, schedule.num_timesteps)[rows].to(task.run.device)
+    seeds = rng.sample_seeds(step)[rows].to(task.run.device)
+    labels = task.labels.dropped(labels, rng.label_is_dropped(step, options.label_dropout)[rows]).to(task.run.device)
     torch.manual_seed(rng.torch_seed(step * task.num_micro_batches + micro_batch))
     x_t = q_sample(x_0, t, schedule, seeds=seeds)
     x_in = torch.cat([x_t, *condition], dim=1).contiguous(memory_format=task.memory_format) if condition else x_t
     dropout = {"dropout_seeds": seeds} if isinstance(task.model, UNet) and task.model.config["dropout"] > 0 else {}
-    with torch.autocast(task.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+    with torch.autocast(task.run.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
         output = predict(partial(state.model, **dropout), x_in, t, labels if task.labels.number else None)
     output = output.float()
-    weight = None if task.loss_weights is None else task.loss_weights[t]
-    loss = denoising_loss(output, x_0, t, task.objective, seeds=seeds, weight=weight)
-    if task.objective.predicts_variance:
-        term = variational_loss(output, x_0, t, task.objective, seeds=seeds)
+    weight = None if task.run.loss_weights is None else task.run.loss_weights[t]
+    loss = denoising_loss(output, x_0, t, task.run.objective, seeds=seeds, weight=weight)
+    if task.run.objective.predicts_variance:
+        term = variational_loss(output, x_0, t, task.run.objective, seeds=seeds)
         loss = loss + _OF_BOUND * schedule.num_timesteps * term
     return loss / task.num_micro_batches
 
@@ -150,13 +150,13 @@ def lr_factor(step: int, options: TrainOptions) -> float:
 
 def batches_from(task: Task, step: int) -> Generator[Batch, None, None]:
     """Yield this process's part of the batch of each step from `step` on."""
-    size, mine, num_images, options = task.micro_batch_size, task.micro_batches, len(task.dataset), task.options
+    size, mine, num_images, options = task.micro_batch_size, task.micro_batches, len(task.dataset), task.run.options
     rows = slice(mine.start * size, mine.stop * size)
     together = max(1, _DRAWN // options.batch_size)
 
     def indices() -> Iterator[Tensor]:
         for first in range(step, options.steps, together):
-            drawn = task.rng.indices(first, num_images, min(together, options.steps - first))
+            drawn = task.run.rng.indices(first, num_images, min(together, options.steps - first))
             yield from (batch[rows] for batch in drawn.split(options.batch_size))
 
-    return batches(task.dataset, indices(), options.num_workers, pin_memory=task.device.type == "cuda")
+    return batches(task.dataset, indices(), options.num_workers, pin_memory=task.run.device.type == "cuda")

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_same
 from ..data.items import ItemDataset
 from ..errors import expect, renaming
 from ..interface import Labels
@@ -28,10 +29,11 @@ _log = logging.getLogger("ddpm_fast")
 
 
 @dataclass(frozen=True)
-class Task(Run):
+class Task:
     """A run with its network and its images.
 
     Attributes:
+        run: The run.
         model: The network.
         labels: The labels that it is given.
         dataset: The images.
@@ -40,6 +42,7 @@ class Task(Run):
         loggers: Loggers besides log.csv.
     """
 
+    run: Run
     model: nn.Module
     labels: Labels
     dataset: ItemDataset
@@ -50,55 +53,56 @@ class Task(Run):
     @property
     def micro_batch_size(self) -> int:
         """Number of images whose gradients are computed at a time."""
-        assert self.options.micro_batch_size is not None
-        return self.options.micro_batch_size
+        assert self.run.options.micro_batch_size is not None
+        return self.run.options.micro_batch_size
 
     @property
     def num_micro_batches(self) -> int:
         """Number of micro-batches of a step, all processes together."""
-        return self.options.batch_size // self.micro_batch_size
+        return self.run.options.batch_size // self.micro_batch_size
 
     @property
     def micro_batches(self) -> range:
         """Numbers of this process's micro-batches within a step."""
-        each = self.num_micro_batches // self.processes.size
-        return range(self.processes.rank * each, (self.processes.rank + 1) * each)
+        each = self.num_micro_batches // self.run.processes.size
+        return range(self.run.processes.rank * each, (self.run.processes.rank + 1) * each)
 
     @property
     def sums_in_tree(self) -> bool:
         """True if gradients are summed in one tree, so that 1, 2, 4, ... processes compute the same bits."""
-        return all(count & (count - 1) == 0 for count in (self.processes.size, len(self.micro_batches)))
+        return all(count & (count - 1) == 0 for count in (self.run.processes.size, len(self.micro_batches)))
 
     @property
     def memory_format(self) -> torch.memory_format:
         """Memory format of images and weights. Signals and volumes are contiguous."""
         is_image = len(self.dataset.info.shape) == 3
-        return torch.channels_last if self.options.channels_last and is_image else torch.contiguous_format
+        return torch.channels_last if self.run.options.channels_last and is_image else torch.contiguous_format
 
     @property
-    def network(self) -> dict[str, Any]:
-        """The description of the network in config.json."""
-        if isinstance(self.model, UNet):
-            return {"unet": self.model.config}
-        return {"network": f"{type(self.model).__module__}.{type(self.model).__qualname__}"}
+    def described(self) -> dict[str, Any]:
+        """The description of the network and the objective in config.json."""
+        kind = type(self.model)
+        named = {"network": f"{kind.__module__}.{kind.__qualname__}"}
+        network: dict[str, Any] = {"unet": self.model.config} if isinstance(self.model, UNet) else named
+        return {**network, "objective": self.run.objective.to_config()}
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same in all processes, by name."""
-        options = {name: value for name, value in self.recorded.items() if name not in LOCAL}
-        described = {"number of images": len(self.dataset), "classes": self.dataset.info.classes}
-        images = {"dataset": (self.dataset.info.shape, self.dataset.fingerprint())}
-        return {**options, "model": self.network, "objective": self.objective.to_config(), **described, **images}
+        options = {name: value for name, value in self.run.recorded.items() if name not in LOCAL}
+        info = self.dataset.info
+        images = {"number of images": len(self.dataset), "classes": info.classes}
+        return {**options, **self.described, **images, "dataset": (info.shape, self.dataset.fingerprint())}
 
     def config(self) -> dict[str, Any]:
         """Return the content of config.json."""
-        info, exact = self.dataset.info, self.options.data_check == "exact"
+        info, exact = self.dataset.info, self.run.options.data_check == "exact"
         with renaming("train"):  # an item may be wrong
             fingerprint = self.dataset.fingerprint(exact=exact)
         return {
             "format": FORMAT,
-            "options": self.recorded,
-            **self.network,
-            "objective": self.objective.to_config(),
+            "starter": "Trainer" if self.run.network is None else "train",
+            "options": self.run.recorded,
+            **self.described,
             "dataset": {
                 "images": len(self.dataset),
                 "shape": list(info.shape),
@@ -107,12 +111,40 @@ class Task(Run):
                 **info.described,
                 "fingerprint": fingerprint,
             },
-            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "threads": torch.get_num_threads() if self.run.device.type == "cpu" else None,
             "versions": {"ddpm_fast": __version__, "torch": torch.__version__},
         }
 
+    def check_continues(self, stored: Mapping[str, Any], config: dict[str, Any], *, warn: bool) -> None:
+        """Raise if the run differs from the one that was started. Add what the fingerprint of its data lacks to `config`.
 
-def _described(config: Mapping[str, Any]) -> dict[str, Any]:
+        Args:
+            stored: The content of config.json.
+            config: Its content if the run were started now.
+            warn: Warn if gradients are summed in another order than before.
+        """
+        old, new, path = _kept(stored), _kept(config), self.run.folder.path
+        check_same("train", {**dict.fromkeys(old), **new}, old, repr(str(path)))
+        if self.run.options.data_check != "off":
+            before, now = stored["dataset"]["fingerprint"], config["dataset"]["fingerprint"]
+            same_number = stored["dataset"]["images"] == len(self.dataset)  # a sample of a data set may not show it
+            expect(
+                same_number and all(before.get(kind, digest) == digest for kind, digest in now.items()),
+                "train",
+                "",
+                f"the images that the run in {path} was started with",
+                f'{len(self.dataset)} others; pass data_check="off" (--data-check off) to go on with them',
+            )
+            config["dataset"]["fingerprint"] = before | now
+        size = "micro_batch_size"
+        changes = {"threads": (stored["threads"], config["threads"]), size: (stored["options"][size], config["options"][size])}
+        for name, (before, now) in changes.items():
+            if warn and before not in (None, now):
+                text = "%s was trained with %s %s and goes on with %s: gradients are summed in another order, "
+                _log.warning(text + "so weights are equal up to rounding", path, name, before, now)
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a resumed run must have in common with the run that it continues, by name."""
     names = ("shape", "classes", "condition", "condition_range", "data_range")
     dataset = {name: config["dataset"].get(name) for name in names}
@@ -122,33 +154,3 @@ def _described(config: Mapping[str, Any]) -> dict[str, Any]:
         layers |= {f"model.{name}": value for name, value in network.items() if name not in _DESCRIPTIVE}
     objective = Objective.from_config(config["objective"])
     return {**dataset, **layers, **objective.parts(), "objective": objective}
-
-
-def check_same(task: Task, stored: Mapping[str, Any], config: dict[str, Any], *, warn: bool) -> None:
-    """Raise if a resumed run differs from the run that was started. Add what the fingerprint of its data lacks to `config`.
-
-    Args:
-        task: The task.
-        stored: The content of config.json.
-        config: Its content if the run were started now.
-        warn: Warn if gradients are summed in another order than before.
-    """
-    folder, old, new = task.folder, _described(stored), _described(config)
-    folder.check_same({**dict.fromkeys(old), **new}, old)
-    if task.options.data_check != "off":
-        before, now = stored["dataset"]["fingerprint"], config["dataset"]["fingerprint"]
-        same_number = stored["dataset"]["images"] == len(task.dataset)  # a sample of a data set may not show it
-        expect(
-            same_number and all(before.get(kind, digest) == digest for kind, digest in now.items()),
-            "train",
-            "",
-            f"the images that the run in {folder.path} was started with",
-            f'{len(task.dataset)} others; pass data_check="off" (--data-check off) to go on with them',
-        )
-        config["dataset"]["fingerprint"] = before | now
-    size = "micro_batch_size"
-    changes = {"threads": (stored["threads"], config["threads"]), size: (stored["options"][size], config["options"][size])}
-    for name, (before, now) in changes.items():
-        if warn and before not in (None, now):
-            text = "%s was trained with %s %s and goes on with %s: gradients are summed in another order, "
-            _log.warning(text + "so weights are equal up to rounding", folder.path, name, before, now)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..checks import check_type
+from ..checks import check_callable, check_type
 from ..data.degradation import Degradation
 from ..data.options import DataOptions
 from ..data.published import DATASETS
@@ -82,7 +82,8 @@ class Trainer:
         on_checkpoint: Callable[[Path], object] | None = None,
         loggers: Sequence[Logger] = (),
     ) -> None:
-        check_type("Trainer", "loggers", loggers, Sequence)
+        check_callable("Trainer", "on_step", on_step)
+        check_callable("Trainer", "on_checkpoint", on_checkpoint)
         for logger in loggers:
             check_type("Trainer", "loggers", logger, Logger)
         self.model = model
@@ -112,9 +113,9 @@ class Trainer:
                 is wrong. The message names it. Other errors are those of `train`.
         """
         with joined("Trainer.run") as processes:
-            run = open_run(self._folder, self._options, self._objective, processes, {})
+            run = open_run(self._folder, self._options, self._objective, processes)
             task = Task(
-                **vars(run),
+                run,
                 model=self.model,
                 dataset=self._dataset,
                 labels=self._labels,
@@ -196,10 +197,10 @@ def train_in(
     objective = objective_of("train", getattr(NoiseSchedule, str(model.schedule))(model.num_timesteps), options)
     data, model = _with_absolute_paths(data), _with_absolute_paths(model)
     with joined("train") as processes:
-        run = open_run(folder, options, objective, processes, {**data.recorded(), **model.recorded()}, stored)
+        run = open_run(folder, options, objective, processes, data, model, stored)
         network, images = built_from(run, data, model)
         dataset, labels = fitted(network, objective, images)
-        task = Task(**vars(run), model=network, dataset=dataset, labels=labels)
+        task = Task(run, model=network, dataset=dataset, labels=labels)
         return run_steps(task, State.initial(task))
 
 

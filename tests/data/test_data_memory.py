@@ -20,10 +20,10 @@ from items import assert_equal, drawn, encoded, flip_bits, read_data, write
 from runs import QUIET, assert_same_weights, train
 from test_data_tables import write_folder
 
-from ddpm_fast.checks import checked_bytes
 from ddpm_fast.data import loader
 from ddpm_fast.data.items import ItemDataset, read_batch
 from ddpm_fast.data.loader import batches
+from ddpm_fast.forms import Bytes
 
 COUNT = 300  # items of an archive, or of arrays
 KINDS: dict[str, dict[str, Any]] = {
@@ -241,14 +241,14 @@ def test_training_has_the_same_bits(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_sizes_are_read(value: int | str, number: int) -> None:
-    assert checked_bytes("train", "data_memory", value) == number
+    assert Bytes.parse("train", "data_memory", value) == number
 
 
 @pytest.mark.parametrize(
     ("value", "kind", "wanted"),
     [
         *((value, ValueError, "") for value in ("", "GiB", "-1", "2iB", "2G", "2 XB", "1e9", "nan", "2GiBs", "٢GiB", -1)),
-        *((value, TypeError, "a number of bytes or text such as 2GiB, got ") for value in (None, 1.5, True)),
+        *((value, TypeError, "a number of bytes or text such as 200MiB, 2GiB or 500MB, got ") for value in (None, 1.5, True)),
     ],
 )
 def test_other_sizes_are_refused(value: Any, kind: type[Exception], wanted: str, tmp_path: Path) -> None:

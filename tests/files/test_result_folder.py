@@ -11,9 +11,9 @@ from unittest.mock import Mock
 import pytest
 from runs import train
 
-from ddpm_fast.errors import InvalidValue, UnusablePath
+from ddpm_fast.errors import UnusablePath
 from ddpm_fast.files.result_folder import LOCK, ResultFolder
-from ddpm_fast.files.writing import PREFIX, write_json
+from ddpm_fast.files.writing import PREFIX
 
 
 class Cakes(ResultFolder):
@@ -146,13 +146,3 @@ def test_a_folder_is_new_unless_it_has_files(tmp_path: Path) -> None:
         folder.check_new()
     with pytest.raises(UnusablePath, match=r"^bake: expected out to be a folder, got '.*cake.png', which is a file$"):
         Cakes(folder.path / "cake.png").check_new()
-
-
-def test_another_call_s_arguments_are_refused_by_name(tmp_path: Path) -> None:
-    folder = Cakes(tmp_path)
-    write_json(folder.record, {"flour": 2})
-    folder.check_same({"flour": 2}, {"flour": 2, "eggs": 1})
-    with pytest.raises(InvalidValue, match=r"^bake: expected flour to be 2, as in '.*', got 3$"):
-        folder.check_same({"flour": 3}, {"flour": 2})
-    with pytest.raises(InvalidValue, match="expected eggs to be None, as"):
-        folder.check_same({"eggs": 1}, {})

@@ -61,6 +61,7 @@ THEIRS = {
 }
 RUN = {
     "format": FORMAT,
+    "starter": "train",
     "options": {name: value for struct in STRUCTS for name, value in struct().recorded().items()},
     "unet": UNetConfig.from_dict(TINY).to_dict(),
     "objective": Objective(NoiseSchedule.cosine(5)).to_config(),

@@ -17,11 +17,12 @@ ALLOWED = {
     "version": set(),
     "errors": set(),  # which every module may import
     "allocator": set(),
-    "distributed": {"distributed"},
     "dtypes": set(),
     "resources": set(),
     "checks": {"dtypes"},
-    "options": {"checks"},
+    "distributed": {"checks", "distributed"},
+    "forms": {"checks"},
+    "options": {"forms", "checks"},
     "interface": {"checks", "interface"},
     "files": {"checks", "resources", "options", "files"},
     "predictions": set(),
@@ -31,10 +32,10 @@ ALLOWED = {
     "plan": {"checks", "options", "samplers", "reference", "predictions", "schedule", "plan"},
     "triton_kernels": {"reference", "triton_kernels"},
     "ops": {"dtypes", "checks", "predictions", "reference", "schedule", "plan", "triton_kernels", "ops"},
-    "data": {"resources", "checks", "interface", "files", "options", "ops", "data"},
+    "data": {"resources", "checks", "interface", "files", "forms", "options", "ops", "data"},
     "variational": {"dtypes", "checks", "predictions", "reference", "schedule", "ops"},
     "info": {"version", "ops"},
-    "nn": {"dtypes", "resources", "checks", "interface", "files", "options", "reference", "ops", "nn"},
+    "nn": {"dtypes", "resources", "checks", "interface", "files", "forms", "options", "reference", "ops", "nn"},
     "schemas": {"checks", "predictions", "schedule", "plan", "nn"},
     "inference": {"dtypes", "checks", "interface", "reference", "plan", "ops", "nn", "inference"},
     "integrations": {
@@ -54,7 +55,7 @@ ALLOWED = {
         ),
     },
     "sampling": {
-        *("distributed", "dtypes", "resources", "checks", "interface", "files", "options", "reference", "plan", "ops"),
+        *("distributed", "dtypes", "resources", "checks", "interface", "files", "forms", "options", "reference", "plan", "ops"),
         *("schemas", "data", "inference", "sampling"),
     },
     "evaluation": {
@@ -62,7 +63,18 @@ ALLOWED = {
         *("variational", "nn", "inference", "sampling", "evaluation"),
     },
     "training": {
-        *("version", "allocator", "distributed", "resources", "checks", "interface", "files", "options", "predictions"),
+        *(
+            "version",
+            "allocator",
+            "distributed",
+            "resources",
+            "checks",
+            "interface",
+            "files",
+            "forms",
+            "options",
+            "predictions",
+        ),
         *("schedule", "plan", "ops", "data", "variational", "nn", "schemas", "inference", "sampling", "training"),
     },
     "pretrained": {
@@ -73,7 +85,7 @@ ALLOWED = {
     "publishing": {"checks", "resources", "files", "options", "training", "pretrained"},
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {
-        *("version", "distributed", "resources", "checks", "files", "options", "predictions", "samplers", "info"),
+        *("version", "distributed", "resources", "checks", "files", "forms", "options", "predictions", "samplers", "info"),
         *("plan", "data", "inference", "sampling", "evaluation", "training", "pretrained", "ddpm_fast", "cli"),
     },
     "__main__": {"cli"},

@@ -470,8 +470,7 @@ def test_a_second_call_is_refused_while_one_writes(name: str, tmp_path: Path, mo
     ("changes", "wanted"),
     [
         ({"num_samples": 0}, "expected num_samples to be an integer in 1"),
-        ({"batch_size": 0}, "expected batch_size to be an integer in 1..4294967296"),
-        ({"batch_size": (1 << 32) + 1}, "expected batch_size to be an integer in 1"),
+        ({"batch_size": 0}, "expected batch_size to be a positive integer or None"),
         ({"seed": torch.zeros(NUM, dtype=torch.int64)}, "expected seed to be an integer in"),
         ({"seed": 1 << 64}, "expected seed to be an integer in"),
         ({"class_labels": [5] * NUM}, r"expected class_labels to be in 0\.\.4"),
@@ -481,14 +480,11 @@ def test_a_second_call_is_refused_while_one_writes(name: str, tmp_path: Path, mo
             {"model": Grey(), "class_labels": None, "shape": (2, 8, 8)},
             r"expected shape to be \(C, H, W\) with C one of 1, 3, 4",
         ),
-        ({"share_gpu": 1}, "expected share_gpu to be a bool"),
         ({"out": ""}, "expected out to be a path, got an empty text"),
         ({"out": "/dev/null"}, "expected out to be in a folder, got '/dev/null', and '/dev/null' is a file"),
         ({"out": "file/dir"}, "expected out to be in a folder, got 'file/dir', and '.*file' is a file"),
         ({"out": "dir.npz"}, "expected out to be a file, got 'dir.npz', which is a folder or a device"),
         ({"out": "x" * 300}, "expected out to be a path that can be written"),
-        ({"out": "a\0b"}, "expected out to be a path without null characters"),
-        ({"progress": 1}, "expected progress to be a bool"),
     ],
 )
 def test_arguments_are_checked_before_work(

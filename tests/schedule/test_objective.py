@@ -324,10 +324,6 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
             ),
         ),
         (
-            lambda: Objective.from_config(None),  # type: ignore[arg-type]
-            InvalidType("Objective.from_config", "config", "to be a Mapping", "NoneType"),
-        ),
-        (
             lambda: Objective.from_config(CONFIG | {"prediction": [[1, 2], 3]}),
             InvalidValue("Objective.from_config", "prediction", "to be a name, or T pairs of numbers", "*"),
         ),

@@ -277,7 +277,7 @@ def test_the_command_line_restores_images(tmp_path: Path, caplog: pytest.LogCapt
         assert archive["arr_0"].shape == (11, 8, 12, 3)
     for arguments, wanted in (
         (sample, "--condition to be given, as the model reads 1 channel of a condition (grey), got none"),
-        ([*sample, "--condition", data, "--show-channels", 3], "--show-channels to be one, three or four of 0..2, got [3]"),
+        ([*sample, "--condition", data, "--show-channels", 3], "--show-channels to be one, three or four of 0..2, got (3,)"),
         (["sample", "--condition", data], "--condition to be left out, as the model reads none"),
         (["edit", "vary", data / "0.png", *sample[1:4]], "--model to be one without a condition"),
     ):

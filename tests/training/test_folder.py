@@ -18,10 +18,11 @@ from items import flip_bits
 from runs import QUIET, assert_same_weights, newest_checkpoint, pictures, train
 from torch import Tensor
 
-from ddpm_fast import NoiseSchedule, Objective, TrainOptions, UNet, export_checkpoint, load_folder
+from ddpm_fast import NoiseSchedule, Objective, UNet, export_checkpoint, load_folder
 from ddpm_fast.training import checkpoint, state
 from ddpm_fast.training import run as run_module
 from ddpm_fast.training.log import CsvLog
+from ddpm_fast.training.options import STRUCTS
 from ddpm_fast.training.run import RunFolder
 
 
@@ -175,6 +176,7 @@ def test_an_optimizer_that_does_not_fit_is_named(
         train(run.path, **QUIET, steps=6, resume=True)
 
 
+RECORDED = {name: value for struct in STRUCTS for name, value in struct().recorded().items()}
 FIELDS = r"'.*config\.json' to have valid fields, got: "
 
 
@@ -190,13 +192,13 @@ FIELDS = r"'.*config\.json' to have valid fields, got: "
         (None, [], r"'.*config\.json' to hold a JSON object, got list"),
         ("objective", {}, r"the keys schedule, prediction, .*, got none, in '.*config\.json'"),
         ("dataset", {}, rf"{FIELDS}Object missing required field `images` - at `\$\.dataset`"),
-        ("options", {}, r"options to have all options of a run, got none named batch_size, .* and 24 more, in '.*json'"),
-        ("options", {"lr": 1}, r"options to have all options of a run, got none named batch_size, .* and 23 more, in '.*json'"),
-        ("options", TrainOptions().recorded() | {"lr": "x"}, r"options.lr to be a number, got str, in '.*config\.json'"),
+        ("options", {}, r"options to have all options of a run, got none named attention, .* and 44 more, in '.*json'"),
+        ("options", {"lr": 1}, r"options to have all options of a run, got none named attention, .* and 43 more, in '.*json'"),
+        ("options", RECORDED | {"lr": "x"}, r"options.lr to be a number, got str, in '.*config\.json'"),
         ("options", [], rf"{FIELDS}Expected `object`, got `array` - at `\$\.options`"),
         ("dataset", {"classes": ["a"]}, rf"{FIELDS}Object missing required field `images` - at `\$\.dataset`"),
-        ("format", ..., "format to be 6, got None: another version .*"),
-        ("format", 2, r"format to be 6, got 2: another version .* start from its checkpoints \(init\), in '.*config\.json'"),
+        ("format", ..., "format to be 7, got None: another version .*"),
+        ("format", 2, r"format to be 7, got 2: another version .* start from its checkpoints \(init\), in '.*config\.json'"),
         ("unet", {"freq_shift": "x"}, r"unet.freq_shift to be an integer of at least 0, got 'x', in '.*config\.json'"),
     ],
 )

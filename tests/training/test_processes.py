@@ -139,7 +139,7 @@ def test_batches_that_cannot_be_shared_are_refused(
 def test_processes_that_are_given_other_options_are_refused(tmp_path: Path) -> None:
     program = f"import os; other = {{'seed': int(os.environ['RANK'])}}; {TRAIN[:-1]}, **other)"
     for each in run_ranks(2, ["-c", program, str(tmp_path / "run"), json.dumps(RUN)], tmp_path):
-        assert "train: expected seed to be the same in all processes, got 0 in rank 0 and 1 in rank 1" in each.stderr
+        assert "train: expected seed to be 0, as in rank 0, got 1 in rank 1" in each.stderr
     assert not (tmp_path / "run" / "config.json").exists()
 
 

@@ -272,7 +272,7 @@ WRONG_VALUES: list[tuple[str, object, str]] = [
     ("batch_size", 99999999999, r"batch_size to be an integer in 1\.\.1048576, got 99999999999"),
     ("channels", [10**12, 10**12], r"channels to be an integer in 1\.\.16777216, got 1000000000000"),
     ("channels", [10**40], r"channels to be an integer in 1\.\.16777216, got 10{40}"),
-    ("image_size", 10**6, r"image_size to be an integer in 1\.\.65536 or None, got 1000000"),
+    ("image_size", 10**6, r"image_size to be an integer in 1\.\.65536, got 1000000"),
     ("device", "meta", "device to be one that computes, got meta"),
     ("device", "nowhere", "device to be a torch.device or its name, got 'nowhere'"),
     ("device", "cuda:99", "device to be available, got cuda:99: PyTorch sees"),
