@@ -214,7 +214,7 @@ def checked(owner: str = "") -> Callable[[Function], Function]:
         for name, hint in get_type_hints(struct, include_extras=True).items():
             kind, option = get_args(hint) if get_origin(hint) is Annotated else (hint, within())
             each, kinds[name] = Declared(name, kind, None, option), kind
-            if kind is not hint or each.is_checked:
+            if kind is not hint or (each.is_checked and not {int, float} & {*each.kinds}):  # a number has a range elsewhere
                 declared.append(each)
         parameters = {
             name: each.replace(annotation=kinds.get(name, each.annotation)) for name, each in signature.parameters.items()

@@ -27,7 +27,7 @@ from ..reference import VARIANCES
 from .adapter import Adapter, weights_digest
 from .calls import Layers, append_network
 from .model import Model, inference_form, model_config, placed
-from .network import Network, held_tensors, read_network, why_not_frozen
+from .network import Network, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram, Value
 from .pytorch_layers import PyTorchLayers
@@ -262,10 +262,6 @@ class FrozenUNet:
             parts = [tensor.split(at_once) for tensor in (x, t, class_labels) if tensor is not None]
             outs = [self._part(x, t, *labels) for x, t, *labels in zip(*parts, strict=True)]
             return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that the network holds besides its packed weights, by their numbers. Do not modify them."""
-        return {f"{number:05}": tensor for number, tensor in enumerate(held_tensors(self._constants.network))}
 
     def _part(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         inputs = (x, *self._constants.network.time_terms.stacks(t, class_labels))

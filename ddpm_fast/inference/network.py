@@ -237,14 +237,6 @@ def _projected(emb: Tensor, weights: Tensor, biases: Tensor, *, out: Tensor | No
     return torch.baddbmm(biases, emb.expand(len(weights), *emb.shape), weights, out=out)
 
 
-def held_tensors(part: object) -> list[Tensor]:
-    """Return the tensors of a `Network` or a part of one, always in the same order."""
-    if isinstance(part, Tensor):
-        return [part]
-    inner = part if isinstance(part, list | tuple) else getattr(part, "__dict__", {}).values()
-    return [tensor for each in inner for tensor in held_tensors(each)]
-
-
 def read_network(
     model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int, convert: Callable[[Tensor], Tensor]
 ) -> Network:

@@ -13,7 +13,8 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from ..ops.region import in_one_region, is_op
+from ..ops.fused_op import FusedOp
+from ..ops.region import in_one_region
 
 _ALIGNMENT: Final = 64  # bytes, a cache line
 
@@ -129,7 +130,7 @@ class PythonProgram:
             arguments = [_viewed(values[v.index], v) if isinstance(v, Buffer) else v for v in call.arguments]
             if not isinstance(call.out, Buffer):
                 call.function(*arguments, backend=self._backend, out=call.out)
-            elif is_op(call.function):
+            elif isinstance(call.function, FusedOp):
                 values[call.out.index] = call.function(*arguments, backend=self._backend)
             else:
                 values[call.out.index] = call.function(*arguments)
@@ -170,7 +171,7 @@ class NativeProgram:
 
         self._inputs, self._output = [tensor(buffer) for buffer in inputs], tensor(output)
         self._stages: list[Callable[[], Any]] = []
-        for by_kernels, group in itertools.groupby(calls, lambda call: is_op(call.function)):
+        for by_kernels, group in itertools.groupby(calls, lambda call: isinstance(call.function, FusedOp)):
             bound = [(call.function, tuple(map(tensor, call.arguments)), tensor(call.out)) for call in group]
             if by_kernels:
                 ops: Any = [(op, arguments, out if isinstance(out, tuple) else (out,)) for op, arguments, out in bound]

@@ -17,7 +17,7 @@ from ..errors import InvalidValue
 from .arguments import check_like
 from .autocast import autocast
 from .backend import BFLOAT16, BUILD, MATRIX_DTYPES, Bfloat16, product_dtype, why_not_matrix_kernels
-from .derivative import gradients_of
+from .derivative import named_gradients
 from .fused_op import FusedOp
 from .modes import is_transformed, runs_eagerly
 from .op_spec import Gradient, OpSpec
@@ -149,7 +149,7 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
     divided = grad if a.divisor == 1 else grad / a.divisor
     gradients: dict[str, Tensor | None] = {"residual": divided if needs.residual else None}
     if torch.is_grad_enabled() or is_transformed() or a.skip is not None or a.affine is not None or a.silu:
-        return gradients | _gradients_by_reference(a, grad, needs)
+        return gradients | named_gradients(reference.conv3x3, a, ("x", "weight", "bias", "skip", "affine"), grad, needs)
     grad = divided
     if needs.x:
         method = _method(a, a.weight.shape[0])
@@ -160,16 +160,6 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
     if needs.weight or needs.bias:
         gradients["weight"], gradients["bias"] = weight_gradient_op(a.x, grad, a.bias is not None, a.upsample)
     return gradients
-
-
-def _gradients_by_reference(a: Any, grad: Tensor, needs: Any) -> dict[str, Tensor | None]:
-    names = ("x", "weight", "bias", "skip", "affine")
-
-    def convolution(*tensors: Tensor) -> Tensor:
-        return reference.conv3x3(*a._replace(**dict(zip(names, tensors, strict=True)))[:-1])
-
-    inputs, needed = ([getattr(source, name) for name in names] for source in (a, needs))
-    return dict(zip(names, gradients_of(convolution, inputs, grad, needed), strict=True))
 
 
 def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:

@@ -125,8 +125,7 @@ def checked_loss(
     model_output = model_output.to(x_0.dtype)
     check_one_of(op, "noise", noise, "seeds", seeds)
     check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
-    if noise is not None:
-        check_like(op, "noise", noise, "x_0", x_0)
+    check_like(op, "noise", noise, "x_0", x_0, optional=True)
     if seeds is not None:
         seeds = checked_seeds(op, seeds, n, x_0.device)
     return model_output, index_tensor(op, "t", t, num_timesteps, n, x_0.device), seeds

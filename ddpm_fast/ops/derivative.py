@@ -97,3 +97,23 @@ def gradients_of(
         recorded = create_graph or is_transformed()
         grads = iter(torch.autograd.grad(result, wanted, grad, create_graph=recorded) if wanted else ())
     return tuple(next(grads) if need else None for need in needed)
+
+
+def named_gradients(
+    reference: Callable[..., Tensor], arguments: Any, names: Sequence[str], grad: Tensor, needs: Any
+) -> dict[str, Tensor | None]:
+    """Return the gradients of an op with one result by its reference, for the tensors of these names.
+
+    Args:
+        reference: The reference.
+        arguments: The op's arguments by name, of which the last is the backend.
+        names: The tensors.
+        grad: Gradient of the result.
+        needs: Whether each argument needs a gradient, by name.
+    """
+
+    def function(*tensors: Tensor) -> Tensor:
+        return reference(*arguments._replace(**dict(zip(names, tensors, strict=True)))[:-1])
+
+    inputs, needed = ([getattr(source, name) for name in names] for source in (arguments, needs))
+    return dict(zip(names, gradients_of(function, inputs, grad, needed), strict=True))

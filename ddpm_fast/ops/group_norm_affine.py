@@ -11,7 +11,7 @@ from ..checks import check_map
 from ..dtypes import opmath
 from .arguments import check_like
 from .backend import why_not_matrix_kernels
-from .derivative import gradients_of
+from .derivative import named_gradients
 from .fused_op import FusedOp
 from .group_norm_silu import check_norm
 from .op_spec import Gradient, OpSpec
@@ -77,12 +77,7 @@ def _output(arguments: Any) -> Tensor:
 def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
     """Return the gradients of the reference."""
     names = ("x", "skip", "weight", "bias", "shift", "scale", "scale_shift")
-
-    def norm(*tensors: Tensor) -> Tensor:
-        return reference.group_norm_affine(*a._replace(**dict(zip(names, tensors, strict=True)))[:-1])
-
-    inputs, needed = ([getattr(source, name) for name in names] for source in (a, needs))
-    return dict(zip(names, gradients_of(norm, inputs, grads[0], needed), strict=True))
+    return named_gradients(reference.group_norm_affine, a, names, grads[0], needs)
 
 
 group_norm_affine_op = FusedOp(

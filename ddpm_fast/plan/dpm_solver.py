@@ -13,8 +13,9 @@ from ..errors import expect
 from ..options import within
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective
-from .levels import RHO, LambdaMin, Level, LevelSpacing, Rho, Start, checked_numbers, noise_levels
+from .levels import RHO, LambdaMin, Level, LevelSpacing, Rho, Start, noise_levels
 from .sampling_plan import Clip, SamplingPlan, builds_plan
+from .timesteps import checked_tensor
 
 FEW_STEPS = 15  # plans with fewer steps end with steps of lower order (`lower_order_final`)
 FITTED = ("k0", "k1", "k3")  # the columns that `corrections` change
@@ -157,7 +158,7 @@ def dpm_solver_plan(
         expect(fits, caller, "corrections", "to go with levels, order 2 and eta 0", "others")
         shape, free = (chain.num_steps, len(FITTED)), "without k3 in the first and last step and k1 in the last"
         wanted = f"to be numbers {[*shape]} in {-MAX_CORRECTION}..{MAX_CORRECTION}, {free}"
-        added = checked_numbers(caller, "corrections", corrections, wanted).clone()
+        added = checked_tensor(caller, "corrections", corrections, wanted, torch.float64).clone()
         usable = added.shape == shape and bool((added.abs() <= MAX_CORRECTION).all())  # NaN is not
         expect(usable and not added[0, 2] and not added[-1, 1:].any(), caller, "corrections", wanted, corrections)
         added = added[-len(h) :]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_int
-from ..errors import InvalidType, InvalidValue, expect
+from ..errors import InvalidValue, expect
 from ..options import within
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective, objective_of
 from .rows import plan_from_columns
 from .sampling_plan import SamplingPlan
-from .timesteps import checked_timesteps, spaced_timesteps
+from .timesteps import checked_tensor, checked_timesteps, spaced_timesteps
 
 LevelSpacing = Literal["linspace", "leading", "trailing", "karras"]
 
@@ -172,19 +172,11 @@ def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing
     return torch.from_numpy(descending.astype(np.int64))
 
 
-def checked_numbers(caller: str, name: str, values: object, wanted: str) -> Tensor:
-    """Return numbers in float64. Raise a TypeError for anything else."""
-    try:
-        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidType(caller, name, wanted, repr(values)) from error
-
-
 def _listed(caller: str, schedule: NoiseSchedule, levels: Sequence[float]) -> Tensor:
     """Return listed levels, sigma / alpha, float64 [S]. Raise unless they descend between the levels of the timesteps."""
     low, high = level_range(schedule)
     wanted = f"to be strictly descending numbers in {low:.6g}..{high:.6g}, the levels of the timesteps"
-    listed = checked_numbers(caller, "levels", levels, wanted)
+    listed = checked_tensor(caller, "levels", levels, wanted, torch.float64)
     usable = listed.dim() == 1 and listed.numel() > 0 and bool((listed.diff() < 0).all())
     within = usable and low * (1 - _SLACK) <= float(listed[-1]) and float(listed[0]) <= high * (1 + _SLACK)
     expect(within, caller, "levels", wanted, levels)

@@ -70,10 +70,7 @@ def checked_timesteps(
     if isinstance(spacing, str):
         return spaced_timesteps(caller, total, total if num_steps is None else num_steps, spacing)
     check_int(caller, "num_steps", num_steps, 1, optional=True)
-    try:
-        timesteps = torch.as_tensor(spacing)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidType(caller, "spacing", "to be a name or timesteps", repr(spacing)) from error
+    timesteps = checked_tensor(caller, "spacing", spacing, "to be a name or timesteps")
     usable = timesteps.dim() == 1 and timesteps.numel() > 0 and timesteps.dtype in INTEGERS
     usable = usable and int(timesteps.min()) >= 0 and int(timesteps.max()) < total
     if not usable or (must_descend and not bool((timesteps.diff() < 0).all())):
@@ -81,7 +78,7 @@ def checked_timesteps(
         raise InvalidValue(caller, "spacing", f"to be {kind} in 0..{total - 1}", timesteps.tolist())
     if num_steps not in (None, timesteps.numel()):
         raise InvalidValue(caller, "num_steps", f"to be None or {timesteps.numel()}, as spacing lists", num_steps)
-    return timesteps.to("cpu", torch.int64)
+    return timesteps.to(torch.int64)
 
 
 def checked_arrivals(caller: str, timesteps: Tensor, previous: Sequence[int]) -> Tensor:
@@ -98,10 +95,7 @@ def checked_arrivals(caller: str, timesteps: Tensor, previous: Sequence[int]) ->
     Raises:
         ValueError: Another number of steps, or an arrival out of range.
     """
-    try:
-        arrivals = torch.as_tensor(previous)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidType(caller, "previous", "to be timesteps", repr(previous)) from error
+    arrivals = checked_tensor(caller, "previous", previous, "to be timesteps")
     usable = arrivals.shape == timesteps.shape and arrivals.dtype in INTEGERS
     if not usable or bool((arrivals >= timesteps).any()) or bool((arrivals < -1).any()):
         raise InvalidValue(
@@ -110,4 +104,12 @@ def checked_arrivals(caller: str, timesteps: Tensor, previous: Sequence[int]) ->
             f"to be {timesteps.numel()} timesteps, each at least -1 and below the one that its step starts from",
             arrivals.tolist(),
         )
-    return arrivals.to("cpu", torch.int64)
+    return arrivals.to(torch.int64)
+
+
+def checked_tensor(caller: str, name: str, values: object, wanted: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return numbers as a tensor on the CPU. Raise a TypeError for anything else."""
+    try:
+        return torch.as_tensor(values, dtype=dtype, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidType(caller, name, wanted, repr(values)) from error

@@ -122,7 +122,7 @@ CONFUSED: dict[str, tuple[Callable[[], object], str]] = {
 # Values that would be computed in silence.
 SILENT: dict[str, tuple[Callable[[], object], str]] = {
     "true-samples": (lambda: sampler()(True), "Sampler: expected num_samples to be an integer in 1..4294967296, got True"),
-    "true-steps": (lambda: d.ddim_plan(SCHEDULE, True), "ddim_plan: expected num_steps to be an integer or None, got True"),
+    "true-steps": (lambda: d.ddim_plan(SCHEDULE, True), "ddim_plan: expected num_steps to be an integer in 1..10, got True"),
     "true-eta": (lambda: d.ddim_plan(SCHEDULE, 5, eta=True), "ddim_plan: expected eta to be a number, got bool"),
     "true-timestep": (lambda: d.q_sample(X, True, SCHEDULE, noise=X), "q_sample: expected t to be an int or an int64 tensor"),
     "true-clip": (lambda: d.ddpm_plan(SCHEDULE, 5, clip=True), "ddpm_plan: expected clip to be a number or None, got bool"),
