@@ -13,8 +13,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from ..ops.fused_op import FusedOp
-from ..ops.region import in_one_region
+from ..ops.region import in_one_region, is_op
 
 _ALIGNMENT: Final = 64  # bytes, a cache line
 
@@ -130,7 +129,7 @@ class PythonProgram:
             arguments = [_viewed(values[v.index], v) if isinstance(v, Buffer) else v for v in call.arguments]
             if not isinstance(call.out, Buffer):
                 call.function(*arguments, backend=self._backend, out=call.out)
-            elif isinstance(call.function, FusedOp):
+            elif is_op(call.function):
                 values[call.out.index] = call.function(*arguments, backend=self._backend)
             else:
                 values[call.out.index] = call.function(*arguments)
@@ -171,7 +170,7 @@ class NativeProgram:
 
         self._inputs, self._output = [tensor(buffer) for buffer in inputs], tensor(output)
         self._stages: list[Callable[[], Any]] = []
-        for by_kernels, group in itertools.groupby(calls, lambda call: isinstance(call.function, FusedOp)):
+        for by_kernels, group in itertools.groupby(calls, lambda call: is_op(call.function)):
             bound = [(call.function, tuple(map(tensor, call.arguments)), tensor(call.out)) for call in group]
             if by_kernels:
                 ops: Any = [(op, arguments, out if isinstance(out, tuple) else (out,)) for op, arguments, out in bound]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from .backend import KERNELS
 from .execution import Outs
 from .fused_op import FusedOp
+
+
+def is_op(function: Callable[..., Any]) -> TypeGuard[FusedOp]:
+    """Return whether a function is an op, which has a CPU kernel."""
+    return isinstance(function, FusedOp)
 
 
 def in_one_region(calls: Sequence[tuple[FusedOp, tuple[Any, ...], Outs]], threads: int) -> Callable[[], None]:
