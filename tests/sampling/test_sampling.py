@@ -315,7 +315,6 @@ class Labelled(nn.Module):
             {"x_T": torch.zeros(4, 1, 8, 8).to_sparse()},
             InvalidType("sample", "x_T", "to be a dense tensor", "a tensor of layout torch.sparse_coo"),
         ),
-        ({"cuda_graph": "no"}, InvalidType("sample", "cuda_graph", "to be a bool or None", "str")),
         ({"device": "foo"}, InvalidValue("sample", "device", "to be a torch.device or its name", "'foo'")),
         ({"device": "meta"}, InvalidValue("sample", "device", "to be one that computes", "meta")),
         (
