@@ -91,6 +91,7 @@ def fuse(model: nn.Module) -> FuseReport:
     _check_model("fuse", model)
     unfuse(model)
     fused: dict[str, str] = {}
+    left: dict[str, str] = {}
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         for known, kind in _kinds(module):
@@ -104,8 +105,12 @@ def fuse(model: nn.Module) -> FuseReport:
             fused |= dict.fromkeys(norms, type(module).__name__)
             for path, mixin in kind.swaps.items():
                 swap(module.get_submodule(path), mixin)
-    left = [name for name, module in model.named_modules() if _is_plain_norm(module) and name not in fused]
-    return FuseReport(fused, {name: reasons.get(name) or _why_unknown(model, name) for name in left})
+    for name, module in model.named_modules():
+        norm = is_group_norm(module) or (isinstance(module, nn.GroupNorm) and not isinstance(module, GroupNormSiLU))
+        if norm and name not in fused:
+            parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            left[name] = reasons.get(name) or f"no known SiLU follows it in {parent}"
+    return FuseReport(fused, left)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -239,13 +244,3 @@ def _why_not(known: type, kind: _Kind, module: nn.Module, model: nn.Module) -> s
     except Exception as failure:  # foreign code may raise anything
         return f"{name} could not be tried: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
     return None
-
-
-def _is_plain_norm(module: nn.Module) -> bool:
-    """Return whether a module is a group norm, and not one of this package, which is fused already."""
-    return is_group_norm(module) or (isinstance(module, nn.GroupNorm) and not isinstance(module, GroupNormSiLU))
-
-
-def _why_unknown(model: nn.Module, name: str) -> str:
-    """Return why no kind has the norm of this name."""
-    return f"no known SiLU follows it in {type(model.get_submodule(name.rpartition('.')[0])).__name__}"

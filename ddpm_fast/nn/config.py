@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from ..checks import as_json
@@ -198,21 +198,6 @@ class UNetConfig:
     def sinusoid_dim(self) -> int:
         """Width of the sinusoidal embedding of the timestep."""
         return self.time_input_dim or self.block_out_channels[0]
-
-    def check_image_shape(self, caller: str, name: str, shape: Sequence[int]) -> None:
-        """Raise a ValueError unless `shape` is a valid shape of the network's input.
-
-        Args:
-            caller: Name of the calling function for error messages.
-            name: Name of the checked argument for error messages.
-            shape: Shape to check. Valid is [N, in_channels, H, W] with H and W multiples of
-                2^(number of levels - 1).
-        """
-        multiple = 2 ** (len(self.block_out_channels) - 1)
-        if len(shape) != 4 or shape[1] != self.in_channels:
-            raise InvalidValue(caller, name, f"to be [N, {self.in_channels}, H, W]", tuple(shape))
-        if shape[2] % multiple or shape[3] % multiple:
-            raise InvalidValue(caller, name, f"to have H and W that are multiples of {multiple}", f"{shape[2]}x{shape[3]}")
 
     def head_dim(self, channels: int) -> int | None:
         """Return the channels per head of an attention layer of this width, or None for a single head."""

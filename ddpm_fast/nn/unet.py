@@ -165,7 +165,10 @@ class UNet(nn.Module):
             dropout_seeds = checked_seeds("UNet", dropout_seeds, x.shape[0], x.device, "dropout_seeds")
         dtype = self.conv_in.weight.dtype
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            _fix_size(x)
+            # Height and width become constants of the graph: Inductor fails on gradients of channels_last maps of a dynamic
+            # size (ValueRangeError in PyTorch 2.13). The batch stays dynamic.
+            for size in x.shape[2:]:
+                range(size)
 
         emb = timestep_embedding(t, cfg.sinusoid_dim, flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
         emb = self.time_embedding(emb.to(dtype))  # [N, emb_dim]
@@ -210,14 +213,9 @@ class UNet(nn.Module):
         """
         device = None if device is None else checked_device("from_pretrained", device)
         config, weights, file = load_checkpoint(path)
-        with torch.device("meta"), WithoutDraws():
-            model = cls(**config.to_dict())
-        expected = model.state_dict()
-        check_weights("from_pretrained", file, "its config.json", expected, weights)
-        dtype = torch.float32 if dtype is None else dtype
-        converted = {name: weights[name].to(device, dtype) for name in expected}
-        check_finite("from_pretrained", file, converted)
-        model.load_state_dict(converted, assign=True)
+        model = unet_on_weights("from_pretrained", file, "its config.json", config.to_dict(), weights, kind=cls)
+        model.to(device, torch.float32 if dtype is None else dtype)
+        check_finite("from_pretrained", file, model.state_dict())
         return model.eval()
 
     @checked()
@@ -243,10 +241,11 @@ def unet_on_weights(
     weights: Mapping[str, Tensor],
     *,
     trainable: bool = True,
+    kind: type[UNet] = UNet,
 ) -> UNet:
     """Return a `UNet` of this configuration on weights by name, which are not copied. They are checked by `check_weights`."""
     with torch.device("meta"), WithoutDraws():
-        model = UNet(**config).requires_grad_(trainable)
+        model = kind(**config).requires_grad_(trainable)
     check_weights(caller, path, owner, model.state_dict(), weights)
     model.load_state_dict(weights, assign=True)
     return model
@@ -289,7 +288,11 @@ def describe_images(model: UNet, size: Sequence[int] | None, described: Mapping[
 def checked_timesteps(caller: str, config: UNetConfig, x: Tensor, t: Tensor | float, class_labels: Tensor | None) -> Tensor:
     """Return t as [N] on x's device, or raise what `UNet.forward` documents."""
     check_float(caller, "x", x)
-    config.check_image_shape(caller, "x", x.shape)
+    if x.dim() != 4 or x.shape[1] != config.in_channels:
+        raise InvalidValue(caller, "x", f"to be [N, {config.in_channels}, H, W]", tuple(x.shape))
+    multiple = 2 ** (len(config.block_out_channels) - 1)
+    if x.shape[2] % multiple or x.shape[3] % multiple:
+        raise InvalidValue(caller, "x", f"to have H and W that are multiples of {multiple}", f"{x.shape[2]}x{x.shape[3]}")
     n = x.shape[0]
     # torch.compile and the like cannot ask for a value
     check_labels(caller, config.num_class_embeds, class_labels, x, values=class_labels is None or runs_eagerly(class_labels))
@@ -312,16 +315,6 @@ def checked_timesteps(caller: str, config: UNetConfig, x: Tensor, t: Tensor | fl
 def centered(config: UNetConfig, x: Tensor) -> Tensor:
     """Return x, mapped from [0, 1] to [-1, 1] if the configuration has `center_input_sample`."""
     return 2 * x - 1 if config.center_input_sample else x
-
-
-def _fix_size(x: Tensor) -> None:
-    """Make height and width of x constants of the graph that is compiled.
-
-    Inductor fails on gradients of channels_last maps of a dynamic size (ValueRangeError in PyTorch 2.13). The
-    batch stays dynamic.
-    """
-    for size in x.shape[2:]:
-        range(size)
 
 
 class DownBlock(nn.Module):

@@ -52,9 +52,6 @@ class FusedOp(Execution):
             LIBRARY.impl(spec.name, self._batched, "FuncTorchBatchedDecomposition")
         self._overload = getattr(torch.ops.ddpm_fast, spec.name).default
 
-    def __repr__(self) -> str:
-        return f"FusedOp({self.name})"
-
     def __call__(self, *arguments: Any, backend: str | None = None, out: Outs = ()) -> Any:
         """Compute the op.
 

@@ -95,11 +95,10 @@ def check_norm(
     if scale_shift is not None and not (isinstance(scale_shift, (tuple, list)) and len(scale_shift) == 2):
         raise InvalidType(op, "scale_shift", "to be a pair of tensors", type(scale_shift).__name__)
     scale, shift_2 = (None, None) if scale_shift is None else scale_shift
-    check_like(op, "weight", weight, "x", x, (channels,), also=(torch.float32,), optional=True)
-    check_like(op, "bias", bias, "x", x, (channels,), also=(torch.float32,), optional=True)
-    check_like(op, "shift", shift, "x", x, (n, channels), also=(torch.float32,), optional=True)
-    check_like(op, "scale_shift[0]", scale, "x", x, (n, channels), also=(torch.float32,), optional=True)
-    check_like(op, "scale_shift[1]", shift_2, "x", x, (n, channels), also=(torch.float32,), optional=True)
+    for name, value in (("weight", weight), ("bias", bias)):
+        check_like(op, name, value, "x", x, (channels,), also=(torch.float32,), optional=True)
+    for name, value in (("shift", shift), ("scale_shift[0]", scale), ("scale_shift[1]", shift_2)):
+        check_like(op, name, value, "x", x, (n, channels), also=(torch.float32,), optional=True)
     return scale, shift_2
 
 

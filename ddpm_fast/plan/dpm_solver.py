@@ -133,7 +133,6 @@ def dpm_solver_plan(
         lambda_min=lambda_min,
         start=start,
         prediction=prediction,
-        clip=clip,
         learned_variance=learned_variance,
         levels=levels,
     )
@@ -145,7 +144,7 @@ def dpm_solver_plan(
         orders[-1] = 1
     alpha, sigma = chain.alpha, chain.sigma
     # Karras's last level is timestep 0 up to rounding, which must not make a step to that level go back.
-    h = chain.log_snr.diff().clamp(min=0)
+    h = (alpha / sigma).log().diff().clamp(min=0)  # differences of lambda
     phi = -torch.expm1(-(1 + eta) * h)
     k1, std = sigma[1:] / sigma[:-1], torch.zeros_like(h)
     if eta > 0:

@@ -70,7 +70,6 @@ def heun_plan(
         lambda_min=lambda_min,
         start=start,
         prediction=prediction,
-        clip=clip,
         learned_variance=learned_variance,
     )
     alpha, sigma, t = levels.alpha, levels.sigma, levels.timesteps

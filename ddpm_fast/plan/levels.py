@@ -50,11 +50,6 @@ class Levels:
     num_steps: int
     objective: Objective
 
-    @property
-    def log_snr(self) -> Tensor:
-        """Half the log signal-to-noise ratio, lambda = ln(alpha / sigma), [S + 1]."""
-        return (self.alpha / self.sigma).log()
-
     def plan(self, level: Tensor, arrival: Tensor, clip: float | None, **columns: Tensor) -> SamplingPlan:
         """Build a plan whose steps evaluate the model at these levels.
 
@@ -83,7 +78,6 @@ def noise_levels(
     lambda_min: float,
     start: int | None,
     prediction: Prediction | None,
-    clip: float | None,
     learned_variance: bool,
     levels: Sequence[float] | None = None,
 ) -> Levels:

@@ -48,5 +48,5 @@ def plan_from_columns(
         columns["k2"] = columns["k2"] + k0 * columns["q"]
     columns["clip"] = torch.full_like(zero, torch.inf if clip is None else clip)
     coefficients = torch.stack([columns[name] for name in COLUMNS], dim=1)
-    kinds = prediction or objective.name, variance or objective.ignored_variance
+    kinds = prediction or objective.name, variance or ("learned_range" if objective.predicts_variance else "fixed")
     return SamplingPlan(objective.schedule, timesteps, coefficients, *kinds, alpha_bars_prev, alpha_bars)

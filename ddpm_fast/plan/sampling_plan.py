@@ -30,8 +30,6 @@ PlanPrediction = Prediction | Literal["previous_sample"]
 
 COLUMNS: Final = PlanRow._fields
 """The columns of `SamplingPlan.coefficients`, in order."""
-PLAN_PREDICTIONS: Final = (*TARGETS, "previous_sample")
-"""The names of what a plan's model may predict."""
 VARIANCE_TYPES: Final[tuple[str, ...]] = get_args(Variance)
 """The values of `ddpm_plan`'s argument `variance`."""
 
@@ -117,7 +115,7 @@ class SamplingPlan:
         _check_tensor(caller, "coefficients", self.coefficients, torch.float64, 2)
         total, low, high = self.schedule.num_timesteps, int(self.timesteps.min()), int(self.timesteps.max())
         expect(low >= 0 and high < total, caller, "timesteps", f"in 0..{total - 1}", f"values from {low} to {high}")
-        check_choice(caller, "prediction", self.prediction, (*PLAN_PREDICTIONS, "custom"))
+        check_choice(caller, "prediction", self.prediction, (*TARGETS, "previous_sample", "custom"))
         check_choice(caller, "variance", self.variance, VARIANCES)
         if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
             wanted, got = [self.num_steps, len(COLUMNS)], list(self.coefficients.shape)

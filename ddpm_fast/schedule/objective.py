@@ -104,11 +104,6 @@ class Objective:
         return self.prediction if isinstance(self.prediction, str) else "custom"
 
     @property
-    def ignored_variance(self) -> Literal["fixed", "learned_range"]:
-        """Variance of a plan whose sampler needs none: "learned_range" if the network has variance channels, else "fixed"."""
-        return "learned_range" if self.predicts_variance else "fixed"
-
-    @property
     def predicts_variance(self) -> bool:
         """True if the network also predicts the variance of the reverse steps."""
         return self.variance.startswith("learned")
