@@ -7,15 +7,13 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 import torch
 from torch import Tensor
 
-from . import plan
-from .checks import as_json, check_float, check_number, check_type, computing_device
+from .checks import check_float, check_number, check_type, computing_device
 from .errors import expect, renaming
 from .files.images import in_range
 from .files.models import model_folder, scheduler_file
@@ -30,8 +28,6 @@ from .plan import SamplingPlan, named_plan
 from .samplers import DEFAULT_SAMPLER, PlanOptions
 from .sampling.sampler import Sampler
 from .schedule import Objective
-from .schedule.noise_schedule import schedule_from_config
-from .schedule.objective import checked_columns
 from .training.checkpoint import Checkpoints, read_state
 from .training.export import check_is_unet
 
@@ -141,7 +137,7 @@ class Pretrained:
             if self.plan is not None and suits and not chosen:
                 if steps in (None, self.plan.num_steps):
                     return self.plan, "the model's plan"
-                fewer = None if self.plan.builder is None else _in_steps(self.plan.builder, steps)
+                fewer = None if self.plan.builder is None else self.plan.in_steps(steps)
                 if fewer is not None and fewer.num_steps <= self.plan.num_steps:
                     return fewer, "the model's plan"
             return named_plan(self.objective, clip=self.clip, **options), options.get("sampler") or DEFAULT_SAMPLER
@@ -164,12 +160,9 @@ class Pretrained:
         Raises:
             ValueError: Another plan would be read, or a fitted plan belongs to a model that was loaded in float32.
         """
-        from .schemas import SAID_ELSEWHERE
+        from .schemas import described_plan
 
-        builder, values = plan.builder, dict[str, Any]()
-        if builder is not None:
-            arguments = {name: value for name, value in builder.keywords.items() if name not in SAID_ELSEWHERE}
-            values = {"builder": builder.func.__name__, "arguments": as_json(arguments)}
+        values = described_plan(plan)
         if plan.fit is not None:
             dtype = self.model.conv_in.weight.dtype
             expect(dtype == torch.float32, "Pretrained.save_plan", "model", "to be loaded in float32, for a fitted plan", dtype)
@@ -192,9 +185,7 @@ class Pretrained:
         stored = msgspec.convert(values, Plan)
         if stored.fit is not None and stored.fit.network != self.digest():
             return None
-        built: SamplingPlan = getattr(plan, stored.builder)(self.objective, clip=self.clip, **stored.arguments)
-        object.__setattr__(built, "fit", stored.fit and replace(stored.fit, network=""))
-        return built
+        return stored.build(self.objective, self.clip)
 
     def to_data(self, images: Tensor) -> Tensor:
         """Map images from [-1, 1] to the numbers of the model's data: its `data_range`, or 0..255 for pictures.
@@ -229,14 +220,6 @@ class Pretrained:
         channels = self.interface.channels
         expect(images.shape[-3] == channels, caller, "images", f"to have {channels} channels", list(images.shape))
         return self.model.config.get("data_range") or [(0, 255)]
-
-
-def _in_steps(builder: partial[SamplingPlan], steps: int) -> SamplingPlan:
-    """Return the plan of a call in another number of steps, without what was fitted to its own."""
-    options = {name: value for name, value in builder.keywords.items() if name not in ("levels", "corrections")}
-    if (levels := builder.keywords.get("levels")) is not None:
-        options |= {"spacing": "karras", "sigma_max": levels[0], "sigma_min": levels[-1]}
-    return partial(builder.func, *builder.args, **options)(num_steps=steps)
 
 
 def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pretrained:
@@ -311,7 +294,7 @@ def load_folder(
     loaded = Pretrained(
         model=model,
         objective=objective,
-        clip=scheduler.clip_sample_range if scheduler.clip_sample else None,
+        clip=scheduler.clip,
         step=step,
     )
     if not planned:
@@ -324,16 +307,6 @@ def load_folder(
 
 
 def _read_scheduler(folder: Path) -> tuple[Objective, Scheduler]:
-    import msgspec
+    from .schemas import read_scheduler
 
-    from .schemas import Scheduler
-
-    def parse(values: dict[str, Any]) -> tuple[Objective, Scheduler]:
-        scheduler = msgspec.convert(values, Scheduler)
-        kind = checked_columns(scheduler.prediction_type), scheduler.variance_type or "fixed_small"
-        wanted = "to be learned_range or fixed, as diffusers means a variance by learned, and ddpm_plan its logarithm"
-        expect(scheduler.variance_type != "learned" or scheduler.own, "load_folder", "variance_type", wanted, "learned")
-        with renaming("", {"prediction": "prediction_type"}):
-            return Objective(schedule_from_config(values), *kind), scheduler
-
-    return read_json("load_folder", scheduler_file("load_folder", folder), parse)
+    return read_json("load_folder", scheduler_file("load_folder", folder), read_scheduler)

@@ -8,21 +8,29 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 from msgspec import field as declared
 
-from .checks import MAX_TIMESTEPS
-from .errors import ArgumentError, InvalidValue, expect
+from . import plan
+from .checks import MAX_TIMESTEPS, as_json
+from .errors import ArgumentError, InvalidValue, expect, renaming
 from .nn.config import UNetConfig
+from .plan import SamplingPlan
 from .plan.sampling_plan import Fit
 from .predictions import Prediction, Variance
 from .schedule import Objective
+from .schedule.noise_schedule import schedule_from_config
+from .schedule.objective import checked_columns
 
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 Size = Annotated[int, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
+Builder = Literal["ddpm_plan", "ddim_plan", "dpm_solver_plan", "heun_plan"]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -46,6 +54,21 @@ class Scheduler(Struct, frozen=True):
     def __post_init__(self) -> None:
         expect(not self.thresholding, "", "thresholding", "to be false", "true")
 
+    @property
+    def clip(self) -> float | None:
+        """The bound on x_0^ in a plan."""
+        return self.clip_sample_range if self.clip_sample else None
+
+
+def read_scheduler(values: Mapping[str, Any]) -> tuple[Objective, Scheduler]:
+    """Return the objective that a scheduler_config.json describes, and its other values."""
+    scheduler = msgspec.convert(values, Scheduler)
+    kind = checked_columns(scheduler.prediction_type), scheduler.variance_type or "fixed_small"
+    wanted = "to be learned_range or fixed, as diffusers means a variance by learned, and ddpm_plan its logarithm"
+    expect(scheduler.variance_type != "learned" or scheduler.own, "", "variance_type", wanted, "learned")
+    with renaming("", {"prediction": "prediction_type"}):
+        return Objective(schedule_from_config(values), *kind), scheduler
+
 
 SAID_ELSEWHERE = frozenset({"schedule", "prediction", "variance", "learned_variance", "clip"})  # by the model's other files
 
@@ -53,7 +76,7 @@ SAID_ELSEWHERE = frozenset({"schedule", "prediction", "variance", "learned_varia
 class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     """The plan.json of a model: a function that builds plans, and its arguments besides what the model's other files say."""
 
-    builder: Literal["ddpm_plan", "ddim_plan", "dpm_solver_plan", "heun_plan"]
+    builder: Builder
     arguments: dict[str, Any]
     fit: Fit | None = None
 
@@ -65,6 +88,21 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
         expect(self.fit or not self.arguments.get("corrections"), "", "corrections", wanted, "none")
         numbers = () if self.fit is None else (self.fit.guidance_scale, self.fit.error_before, self.fit.error)
         expect(all(map(math.isfinite, numbers)), "", "fit", "to have finite numbers", numbers)
+
+    def build(self, objective: Objective, clip: float | None) -> SamplingPlan:
+        """Return the plan, for what the model's other files say."""
+        built: SamplingPlan = getattr(plan, self.builder)(objective, clip=clip, **self.arguments)
+        object.__setattr__(built, "fit", self.fit and replace(self.fit, network=""))
+        return built
+
+
+def described_plan(described: SamplingPlan) -> dict[str, Any]:
+    """Return the content of a plan.json without a fit. It is empty for a plan from coefficients."""
+    builder = described.builder
+    if builder is None:
+        return {}
+    arguments = {name: value for name, value in builder.keywords.items() if name not in SAID_ELSEWHERE}
+    return {"builder": builder.func.__name__, "arguments": as_json(arguments)}
 
 
 class Dataset(Struct, frozen=True):

@@ -33,8 +33,9 @@ from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.inference import interface_of
 from ddpm_fast.interface import Interface
 from ddpm_fast.nn import UNet
-from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
+from ddpm_fast.pretrained import BUILTIN, load_folder
 from ddpm_fast.samplers import PlanOptions
+from ddpm_fast.schedule.noise_schedule import schedule_from_config
 from ddpm_fast.training.checkpoint import Checkpoints
 
 

@@ -27,7 +27,7 @@ _FREEZERS: Final = {
     "UNetModel": (".guided_diffusion", "frozen_model"),
 }
 _PLANNERS: Final = {
-    "diffusers.SchedulerMixin": (".diffusers.network", "plan_of_scheduler"),
+    "diffusers.SchedulerMixin": (".diffusers.schedulers", "plan_of_scheduler"),
     "denoising_diffusion_pytorch.GaussianDiffusion": (".denoising_diffusion_pytorch", "plan_of_process"),
     "GaussianDiffusion": (".guided_diffusion", "plan_of_diffusion"),
 }
@@ -67,8 +67,7 @@ def freeze(
     |---|---|
     | `UNet` | a `FrozenUNet` |
     | diffusers' `UNet2DModel` | a `UNet2DModel` |
-    | a diffusers pipeline with a `UNet2DModel` and a supported scheduler | a copy of the pipeline with a frozen network and a \
-scheduler of `ddpm_fast.integrations.diffusers` |
+    | a diffusers pipeline with a `UNet2DModel` | a copy of the pipeline with a frozen network and the same scheduler |
     | `UNetModel` of guided-diffusion or improved-diffusion | a network called as model(x, t, y=None) |
     | `GaussianDiffusion` of denoising-diffusion-pytorch on a `UNet` | a copy of the process with a frozen network |
 
@@ -76,8 +75,6 @@ scheduler of `ddpm_fast.integrations.diffusers` |
     gradients and no dropout, and is immutable: a change raises an error. A later change of the network of `x` does not
     reach it. Freeze `x` again then. A pipeline or process shares all other parts with its copy. A network under
     torch.compile is taken out of it.
-
-    Supported schedulers are DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler and DDIMInverseScheduler.
 
     A network of another library is read by its class, configuration and weights. What these do not show (hooks, patched
     methods, adapters, weights without values) is refused by name. Then the outputs of both are compared once, with random
@@ -95,8 +92,8 @@ scheduler of `ddpm_fast.integrations.diffusers` |
     Raises:
         TypeError: `x` is of another class, layers of a `UNet` are not those of its class, or `dtype` is not a floating
             dtype. The message names the part.
-        ValueError: `num_timesteps` is out of range, `device` is unknown, the network or the scheduler is not supported, or
-            a network of another library is not what its class and configuration describe. The message has the reason.
+        ValueError: `num_timesteps` is out of range, `device` is unknown, the network is not supported, or a
+            network of another library is not what its class and configuration describe. The message has the reason.
     """
     device = None if device is None else computing_device("freeze", device)
     x = unwrapped("x", x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
@@ -33,6 +33,7 @@ COLUMNS: Final = PlanRow._fields
 VARIANCE_TYPES: Final[tuple[str, ...]] = get_args(Variance)
 """The values of `ddpm_plan`'s argument `variance`."""
 
+_SPACED: Final = frozenset({"previous", "sigma_min", "sigma_max", "rho", "start"})  # arguments that go with other timesteps
 _PRINTED_ROWS: Final = 10  # a longer plan shows the first and the last
 
 
@@ -204,14 +205,33 @@ class SamplingPlan:
             raise InvalidValue(caller, "timestep", "to be one of the plan's", f"{timestep}; the nearest is {nearest}")
         if not self.needs_x_0_prev:
             return self[timesteps.index(timestep) :]
-        if self.builder is None:
-            raise InvalidValue(
-                caller,
-                "",
-                "a plan that remembers how it was built, as its steps use the x_0^ of earlier ones",
-                "one from coefficients",
-            )
+        wanted = "a plan that remembers how it was built, as its steps use the x_0^ of earlier ones"
+        expect(self.builder is not None, caller, "", wanted, "one from coefficients")
+        assert self.builder is not None
         return self.builder(start=timestep)
+
+    @checked("SamplingPlan.")
+    def in_steps(self, num_steps: Annotated[int | None, within(low=1)], timesteps: Sequence[int] | None = None) -> SamplingPlan:
+        """Return the plan of the same call in another number of steps, or at other timesteps.
+
+        A plan that was fitted in its own number of steps is built without the fit, between its first and last level.
+
+        Args:
+            num_steps: The number of steps that the call takes. None: that of `timesteps`.
+            timesteps: The timesteps. None: those of the call's spacing.
+
+        Raises:
+            ValueError: The plan is one from coefficients, the call lists its timesteps, or an argument is out of range.
+        """
+        caller, given = "SamplingPlan.in_steps", self.builder
+        expect(given is not None, caller, "", "a plan that remembers how it was built", "one from coefficients")
+        assert given is not None
+        options = {name: value for name, value in given.keywords.items() if name not in ("levels", "corrections")}
+        if timesteps is not None:
+            options = {name: value for name, value in options.items() if name not in _SPACED} | {"spacing": timesteps}
+        elif (levels := given.keywords.get("levels")) is not None:
+            options |= {"spacing": "karras", "sigma_max": levels[0], "sigma_min": levels[-1]}
+        return given.func(**options | {"num_steps": num_steps})
 
     def __repr__(self) -> str:
         """Return a short table: for each step its timestep, abar at its start and on arrival, and the noise's sigma."""

@@ -468,7 +468,7 @@ _DDPM_SCHEDULERS: Final = frozenset(
         *("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep"),
         *("DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete"),
         *("HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "RePaint", "SASolver"),
-        *("TCD", "UnCLIP", "UniPCMultistep"),
+        *("Plan", "TCD", "UnCLIP", "UniPCMultistep"),  # Plan: of this package
     )
 )
 

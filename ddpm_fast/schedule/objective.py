@@ -217,6 +217,30 @@ class Objective:
         config = {"schedule": self.schedule.to_config(), "prediction": prediction, "variance": self.variance}
         return config | {"loss_weight": self.loss_weight, "gamma": self.gamma}
 
+    def scheduler_config(self, clip: float | None = 1.0) -> dict[str, Any]:
+        """Return the objective as keys of a scheduler of diffusers. The key "_ddpm_fast", which it ignores, has the schedule.
+
+        Args:
+            clip: The bound on x_0^, or None.
+        """
+        schedule, own = self.schedule, self.schedule.to_config()
+        diffusers_names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+        if schedule.name in diffusers_names:
+            betas: dict[str, Any] = {"beta_schedule": diffusers_names[schedule.name]}
+            betas |= {key: own[key] for key in ("beta_start", "beta_end") if key in own}
+        else:
+            betas = {"trained_betas": schedule.betas.tolist()}
+        return {
+            "num_train_timesteps": schedule.num_timesteps,
+            **betas,
+            "prediction_type": self.to_config()["prediction"],
+            "variance_type": self.variance,
+            "clip_sample": clip is not None,
+            "clip_sample_range": 1.0 if clip is None else clip,
+            "timestep_spacing": "leading",
+            "_ddpm_fast": own,
+        }
+
     @classmethod
     @checked("Objective.")
     def from_config(cls, config: Mapping[str, Any]) -> Objective:

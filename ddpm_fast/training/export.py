@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -98,31 +98,10 @@ def check_is_unet(caller: str, name: str, folder: Path) -> None:
 
 
 def write_scheduler(folder: Path, objective: Objective) -> None:
-    """Write scheduler_config.json for diffusers' DDPMScheduler. The key "_ddpm_fast", which it ignores, has the schedule."""
-    schedule = objective.schedule
-    config = schedule.to_config()
-    diffusers_names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-    if schedule.name in diffusers_names:
-        betas: dict[str, Any] = {"beta_schedule": diffusers_names[schedule.name]}
-        betas |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
-    else:
-        betas = {"trained_betas": schedule.betas.tolist()}
+    """Write scheduler_config.json for diffusers' DDPMScheduler, if it can step such a network."""
     known = {"_class_name": "DDPMScheduler"} if _diffusers_steps(objective) else {}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "scheduler_config.json",
-        {
-            **known,
-            "num_train_timesteps": schedule.num_timesteps,
-            **betas,
-            "prediction_type": objective.to_config()["prediction"],
-            "variance_type": objective.variance,
-            "clip_sample": True,
-            "clip_sample_range": 1.0,
-            "timestep_spacing": "leading",
-            "_ddpm_fast": config,
-        },
-    )
+    write_json(folder / "scheduler_config.json", known | objective.scheduler_config())
 
 
 def _diffusers_steps(objective: Objective) -> bool:

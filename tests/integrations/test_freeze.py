@@ -1,4 +1,4 @@
-"""`freeze`: a diffusers pipeline makes the same images with a frozen network and this package's scheduler."""
+"""`freeze`: a diffusers pipeline makes the same images with a frozen network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from small_unets import SMALL, VARIANTS, make_inputs, relative_error
 from torch import Tensor, nn
 
 from ddpm_fast import freeze, fuse, plan_of
-from ddpm_fast.integrations import diffusers as schedulers
 
 processors: Any = importlib.import_module("diffusers.models.attention_processor")
 
@@ -78,20 +77,16 @@ def test_any_network_that_the_package_knows(variant: str) -> None:
         # Without a clip, x_0^ from noise divides rounding in the network by sqrt(abar) = 0.006.
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "prediction_type": "v_prediction"}),
         ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "prediction_type": "v_prediction"}),
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
+        ("DDPMScheduler", {"thresholding": True, "sample_max_value": 1.5}),
     ],
     ids=str,
 )
-def test_a_ddpm_pipeline_may_hold_any_of_the_schedulers(scheduler: str, settings: dict[str, Any]) -> None:
+def test_a_pipeline_keeps_its_scheduler_which_may_be_any(scheduler: str, settings: dict[str, Any]) -> None:
     pipe = make()
     pipe.scheduler = own = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **settings)
     expected = images(pipe)
     frozen = freeze(pipe)
-    assert_same(images(frozen), expected)
-    assert type(frozen.scheduler) is getattr(schedulers, scheduler)
-    assert frozen.scheduler.config.items() >= settings.items()
-    pipe.scheduler = getattr(schedulers, scheduler).from_config(own.config)  # one of this package already
-    assert_same(images(freeze(pipe)), expected)
-    frozen.scheduler = own  # swapped back
     assert_same(images(frozen), expected)
     assert frozen.components["scheduler"] is own
 
@@ -114,7 +109,7 @@ def test_subclasses_of_pipelines_and_the_timesteps_that_are_set_stay(scheduler: 
     pipe.scheduler = getattr(diffusers, scheduler)(**settings)
     pipe.scheduler.set_timesteps(5)
     frozen = freeze(pipe)
-    assert (type(frozen), type(frozen.scheduler)) == (Looping, getattr(schedulers, scheduler))
+    assert (type(frozen), frozen.scheduler) == (Looping, pipe.scheduler)
     for timesteps in (frozen.scheduler.timesteps, plan_of(pipe).timesteps):
         assert timesteps.tolist() == pipe.scheduler.timesteps.tolist()
     x = torch.randn(2, 2, 16, 16, generator=generator())
@@ -602,28 +597,6 @@ ERRORS: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]
         {},
         ValueError,
         f"{WEIGHTS}missing conv_in.weight",
-    ),
-    (
-        "scheduler",
-        part("scheduler", lambda pipe: diffusers.PNDMScheduler()),
-        {},
-        TypeError,
-        "freeze: expected x.scheduler to be one of DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, "
-        "DDIMInverseScheduler, got a PNDMScheduler",
-    ),
-    (
-        "scheduler's configuration",
-        part("scheduler", lambda pipe: diffusers.DPMSolverMultistepScheduler(use_lu_lambdas=True)),
-        {},
-        ValueError,
-        "freeze: expected x.scheduler to have a supported configuration, got: DPMSolverMultistepScheduler: expected",
-    ),
-    (
-        "scheduler's betas",
-        part("scheduler", lambda pipe: diffusers.DDPMScheduler(beta_end=3.0)),
-        {},
-        ValueError,
-        "freeze: expected x.scheduler to have a supported configuration, got: ",
     ),
 ]
 

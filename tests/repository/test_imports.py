@@ -50,6 +50,7 @@ ALLOWED = {
             "plan",
             "ops",
             "nn",
+            "schemas",
             "inference",
             "integrations",
         ),
@@ -152,8 +153,18 @@ def test_integrations_stand_on_public_ops_and_samplers() -> None:
     """They see nothing of how ops are dispatched, of programs and graphs, or of a training run."""
     allowed = {
         *("errors", "dtypes", "checks", "options", "plan", "plan.rows", "plan.timesteps", "plan.levels", "predictions"),
-        *("reference", "schedule", "ops", "ops.arguments", "ops.group_norm_silu", "ops.q_sample", "ops.reverse_step", "nn"),
-        *("nn.checkpoint", "nn.comparison", "nn.layers", "nn.unet", "inference", "inference.model", "interface"),
+        *(
+            "reference",
+            "schedule",
+            "schedule.objective",
+            "ops",
+            "ops.arguments",
+            "ops.group_norm_silu",
+            "ops.q_sample",
+            "ops.reverse_step",
+            "nn",
+        ),
+        *("nn.checkpoint", "nn.comparison", "nn.layers", "nn.unet", "inference", "inference.model", "interface", "schemas"),
     }
     imported = list(_names_imported_by("integrations"))
     assert {file.parent.name for file, *_ in imported} == {"integrations", "diffusers"}

@@ -1,10 +1,6 @@
-"""diffusers' schedulers on this package's kernels.
+"""diffusers: `PlanScheduler`, and what `freeze` and `plan_of` need for its networks, pipelines and schedulers."""
 
-Each is a subclass of diffusers' own class, with the same arguments, configuration, files, attributes
-and methods. A step is one `reverse_step` with a row of a `SamplingPlan`. `add_noise` and
-`get_velocity` are one kernel each. Noise comes from torch.Generator as in diffusers, or from each
-sample's own seed with `scheduler.seeds`. docs/migrating/diffusers.md lists the differences.
-"""
+from typing import NoReturn
 
 try:
     # DiffusionPipeline.from_pretrained looks for it in the module of a scheduler.
@@ -13,9 +9,16 @@ except ModuleNotFoundError as error:
     message = f"{error.name} is missing: install it with pip install 'ddpm_fast[diffusers]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-from .schedulers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from .plan_scheduler import PlanScheduler
 
-__all__ = ["DDIMInverseScheduler", "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"]
+__all__ = ["PlanScheduler"]
 
-for _scheduler in (DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler):
-    _scheduler.__module__ = __name__  # saved pipelines name it, so it does not change
+PlanScheduler.__module__ = __name__  # saved pipelines name it, so it does not change
+
+
+def __getattr__(name: str) -> NoReturn:
+    """Say what to write for a scheduler that was here once, which a saved pipeline may name."""
+    if name in ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler", "DPMSolverMultistepScheduler"):
+        # diffusers would pass over an AttributeError.
+        raise ImportError(f"{__name__} has no {name}: use diffusers.{name}, or PlanScheduler.of(scheduler, num_steps)")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,11 @@
-"""diffusers' networks and pipelines, frozen, and the plans of its schedulers."""
+"""diffusers' networks and pipelines, frozen."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import diffusers
 import torch
@@ -13,16 +13,14 @@ from diffusers.models import attention_processor
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
-from ...errors import InvalidType, InvalidValue, expect, renaming
+from ...errors import InvalidType, InvalidValue
 from ...inference import FrozenUNet
 from ...interface import OWN
 from ...nn import UNetConfig
 from ...nn.unet import unet_on_weights
-from ...plan import SamplingPlan
-from ..foreign import check_described, check_unpatched, frozen_foreign, unwrapped
+from ..foreign import check_described, frozen_foreign, unwrapped
 from ..frozen_module import FrozenModule
 from ..fused_blocks import own_class
-from .schedulers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 # Attention processors of diffusers that compute the same: a part of the heads at a time, or by another kernel.
 _PROCESSORS: Final[tuple[Any, ...]] = (
@@ -31,7 +29,6 @@ _PROCESSORS: Final[tuple[Any, ...]] = (
     attention_processor.SlicedAttnProcessor,
     attention_processor.XFormersAttnProcessor,
 )
-_SCHEDULERS: Final = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, DDIMInverseScheduler)
 
 
 class FrozenUNet2DModel(FrozenModule, diffusers.UNet2DModel):
@@ -91,60 +88,7 @@ def _why_of_another_library(unet: Any) -> str | None:
 
 def frozen_pipeline(pipe: Any, dtype: torch.dtype | None, device: Any, num_timesteps: int | None) -> Any:
     """Freeze a pipeline's network. Arguments and errors are those of `ddpm_fast.freeze`."""
-    scheduler = _own_scheduler("freeze", "x.scheduler", getattr(pipe, "scheduler", None))
-    total = scheduler.config.num_train_timesteps if num_timesteps is None else num_timesteps
-    network = frozen_network(getattr(pipe, "unet", None), dtype, device, total, "x.unet")
+    trained = getattr(getattr(pipe, "scheduler", None), "config", {}).get("num_train_timesteps")
     frozen = copy.copy(pipe)
-    frozen.unet, frozen.scheduler = network, scheduler
+    frozen.unet = frozen_network(getattr(pipe, "unet", None), dtype, device, num_timesteps or trained, "x.unet")
     return frozen
-
-
-def plan_of_scheduler(scheduler: Any, num_steps: int | None, eta: float | None) -> SamplingPlan:
-    """Return the plan of a scheduler. Arguments and errors are those of `ddpm_fast.plan_of`."""
-    own = _own_scheduler("plan_of", "x", scheduler)
-    expect(eta is None or isinstance(own, DDIMScheduler), "plan_of", "eta", f"to be None for a {type(own).__name__}", eta)
-    with renaming("plan_of", {"num_inference_steps": "num_steps"}):
-        if num_steps is not None:
-            own.set_timesteps(num_steps)
-        expect(
-            own.num_inference_steps is not None or isinstance(own, DDPMScheduler),
-            "plan_of",
-            "num_steps",
-            "to be given, or x to have timesteps that were set",
-            "neither",
-        )
-        return cast(SamplingPlan, own.sampling_plan() if eta is None else own.sampling_plan(eta))
-
-
-def _own_scheduler(caller: str, name: str, scheduler: Any) -> Any:
-    """Return this package's scheduler with the configuration and the timesteps of diffusers' or of this package's."""
-    kinds = {kind: own for own in _SCHEDULERS for kind in (own, getattr(diffusers, own.__name__))}
-    if type(scheduler) not in kinds:
-        names = ", ".join(own.__name__ for own in _SCHEDULERS)
-        raise InvalidType(caller, name, f"to be one of {names}", f"a {type(scheduler).__name__}")
-    check_unpatched(caller, name, scheduler)
-    # from_config leaves out the keys that were defaults once, even if they were changed since.
-    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
-    try:
-        own, fresh = (kind.from_config(config) for kind in (kinds[type(scheduler)], type(scheduler)))
-        options = (
-            {"timesteps": scheduler.timesteps.tolist()}
-            if getattr(scheduler, "custom_timesteps", False)
-            else {"num_inference_steps": scheduler.num_inference_steps}
-        )
-        for each in (own, fresh):
-            if options != {"num_inference_steps": None}:
-                each.set_timesteps(**options)
-    except Exception as error:  # any value may be in a configuration
-        raise InvalidValue(caller, name, "to have a supported configuration", error) from error
-    for key, value in vars(fresh).items():
-        if isinstance(value, Tensor):
-            given = torch.as_tensor(getattr(scheduler, key))
-            same = (
-                own.is_rounded(given, value)
-                if "alphas_cumprod" in key  # scripts move it, and round it to half precision
-                else given.shape == value.shape and torch.allclose(given.to(value), value, 1e-6, 1e-10, equal_nan=True)
-            )
-            expect(same, caller, name, f"to have the {key} of its configuration and set_timesteps", "others")
-    own.seeds = getattr(scheduler, "seeds", None)
-    return own
