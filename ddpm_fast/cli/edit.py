@@ -16,7 +16,6 @@ from ..errors import InvalidValue, expect
 from ..samplers import DEFAULT_SAMPLER
 from .console import Command
 from .options import (
-    SAMPLING_DTYPE_HELP,
     Function,
     PathOption,
     chosen_plan,
@@ -51,7 +50,7 @@ def _edit_options(default: str, shows: str) -> Callable[[Function], Function]:
         show_default=True,
         help=f"Write the pictures here: {shows}.",
     )
-    return lambda command: out(class_options("none")(model_options(SAMPLING_DTYPE_HELP)(command)))
+    return lambda command: out(class_options("none")(model_options()(command)))
 
 
 @click.group("edit")

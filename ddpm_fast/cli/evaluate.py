@@ -1,21 +1,21 @@
-"""`ddpm-fast evaluate`."""
+"""`ddpm-fast evaluate bound`, `psnr` and `fid`."""
 
 from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 import ddpm_fast
 
-from ..errors import InvalidValue, expect
+from ..errors import expect
 from .console import Command
-from .fid import compare
-from .options import RANGE, VARIANCES, PathOption, load_model, model_options
+from .fid import fid_command
+from .options import RANGE, VARIANCES, Function, PathOption, adding, json_option, load_model, model_options
 from .outputs import check_output, close, try_writing, write
 
 if TYPE_CHECKING:
@@ -26,24 +26,48 @@ if TYPE_CHECKING:
     from ..forms import Pairs
     from ..pretrained import Pretrained
 
-_OF_TESTS = ("data", "data_dir", "condition", "data_range", "condition_range", "samples", "variance", "labels")
-_OF_FID = ("images", "features", "inception")
 _SSIM = 6  # pixels per side that its window needs
 
 
-@click.command("evaluate", cls=Command)
-@click.option(
-    *("--num", "--num-samples", "num"),  # torchrun parses --num as one of its own options
-    type=click.IntRange(1),
-    help="Evaluate this many images, from the first.  [default: 256; with --fid all, or 50000 that --model draws]",
-)
-@click.option(
-    "--data",
-    default="fashion-mnist",
-    show_default=True,
-    help="Evaluate the test images of digits, fashion-mnist or cifar10, or all of a folder or zip file.",
-)
-@click.option("--data-dir", type=PathOption(), help="Read the data set from this folder, or download it there.")
+@click.group("evaluate")
+def evaluate_command() -> None:
+    """Measure models and images: the variational bound, PSNR or FID."""
+
+
+evaluate_command.add_command(fid_command)
+
+
+def _image_options(command: Function) -> Function:
+    """Add the options that choose the images, and how the network sees them."""
+    data = "Evaluate the test images of digits, fashion-mnist or cifar10, or all of a folder or zip file."
+    options = [
+        click.Option(
+            ["--num"], type=click.IntRange(1), default=256, show_default=True, help="Evaluate this many images, from the first."
+        ),
+        click.Option(["--data"], default="fashion-mnist", show_default=True, help=data),
+        click.Option(["--data-dir"], type=PathOption(), help="Read the data set from this folder, or download it there."),
+        click.Option(
+            ["--labels/--no-labels"], default=True, show_default=True, help="Give the network the class of each image."
+        ),
+    ]
+    return adding(options)(json_option(model_options(dtype="float32")(command)))
+
+
+@evaluate_command.command("bound", cls=Command)
+@click.option("--variance", type=click.Choice(VARIANCES), help="Choose the reverse steps' variance.  [default: the model's]")
+@_image_options
+def bound_command(variance: Any, **options: Any) -> None:
+    """Compute the variational bound of test images.
+
+    Print L_T, L_{T-1} + ... + L_1, L_0 and their sum in bits per dimension (eq. 9-11).
+    """
+    loaded = _loaded(options)
+    reads, wanted = loaded.interface.condition, "to read no condition: evaluate psnr is for models that restore images"
+    expect(not reads.channels, "bound", "model", wanted, f"{reads}")
+    _evaluate(loaded, partial(_bounded, variance=variance or loaded.objective.variance), options)
+
+
+@evaluate_command.command("psnr", cls=Command)
 @click.option(
     "--condition",
     type=PathOption(exists=True),
@@ -51,103 +75,54 @@ _SSIM = 6  # pixels per side that its window needs
 )
 @click.option(
     "--data-range",
-    help="Map these values of arrays to -1 and 1, for models that restore images: one pair, or one per channel.  "
-    "[default: those that the model keeps]",
+    help="Map these values of arrays to -1 and 1: one pair, or one per channel.  [default: those that the model keeps]",
     **RANGE,
 )
 @click.option("--condition-range", help="Map these values of the arrays of --condition to -1 and 1.", **RANGE)
 @click.option(
     "--samples", type=click.IntRange(1), default=8, show_default=True, help="Draw this many samples of each image to restore."
 )
-@click.option("--variance", type=click.Choice(VARIANCES), help="Choose the reverse steps' variance.  [default: the model's]")
-@click.option(
-    "--fid",
-    metavar="REFERENCE",
-    type=PathOption(exists=True),
-    help="Compare --images with these: a folder or an .npz of images, or an .npz with mu and sigma.",
-)
-@click.option(
-    "--images", type=PathOption(), help="Compare these with --fid: a folder or an .npz. With --model, draw them there first."
-)
-@click.option(
-    "--features",
-    type=PathOption(file_okay=False, path_type=Path),
-    default="features",
-    show_default=True,
-    help="Keep the features of --fid in this folder, so that the same command goes on if it was stopped.",
-)
-@click.option(
-    "--inception",
-    type=PathOption(exists=True, dir_okay=False),
-    help="Read Inception's weights from this file.  [default: those of torch-fidelity, downloaded]",
-)
-@click.option("--labels/--no-labels", default=True, show_default=True, help="Give the network the class of each image.")
-@click.option(
-    "--json",
-    type=PathOption(dir_okay=False, path_type=Path),
-    help="Write the figures to this JSON file.  [default: none]",
-)
-@model_options("Run the network in this dtype.  [default: float32]")
-def evaluate_command(
-    num: int | None,
-    data: str,
-    data_dir: str | None,
-    condition: str | None,
-    data_range: Pairs | None,
-    condition_range: Pairs | None,
-    samples: int,
-    variance: Any,
-    fid: str | None,
-    images: str | None,
-    features: Path,
-    inception: str | None,
-    labels: bool,
-    json: Path | None,
-    **options: Any,
+@_image_options
+def psnr_command(
+    samples: int, condition: str | None, data_range: Pairs | None, condition_range: Pairs | None, **options: Any
 ) -> None:
-    """Compute the variational bound of test images, their PSNR, or FID.
+    """Compute PSNR and SSIM of images that a model restores.
 
-    Print L_T, L_{T-1} + ... + L_1, L_0 and their sum in bits per dimension (eq. 9-11). For a model with a condition, print
-    PSNR and SSIM of the condition (bicubic, for low resolution), of one sample, and of the mean of several.
-
-    With --fid, print the Frechet Inception Distance, KID and the Inception Score of --images. torchrun can start several
-    processes, and needs --num-samples for --num.
+    Print those of the condition (bicubic, for low resolution), of one sample, and of the mean of several.
     """
+    loaded = _loaded(options)
+    reads = loaded.interface.condition
+    expect(reads.channels, "psnr", "model", "to restore images: evaluate bound is for any other", "one without a condition")
+    fits, wanted = condition is None or not reads.is_computed, f"to be left out, as the model restores {reads.kind}"
+    expect(fits, "psnr", "condition", wanted, condition)
+    read = {"condition": reads.kind if reads.is_computed else condition, "data_range": data_range}
+    _evaluate(loaded, partial(_restored, samples=samples), options, **read, condition_range=condition_range)
+
+
+def _loaded(options: dict[str, Any]) -> Pretrained:
+    """Load the model, after checking what needs none."""
+    if options["json"] is not None:
+        check_output("evaluate", "json", options["json"])
+    return load_model("evaluate", options)
+
+
+def _evaluate(
+    loaded: Pretrained,
+    compute: Callable[[Pretrained, ItemDataset, int, dict[str, Any]], tuple[str, list[str], dict[str, Any], str]],
+    options: dict[str, Any],
+    **read: Any,
+) -> None:
+    """Read the images, compute the figures, print them and write them to the JSON file."""
     from ..data.condition import evaluated_images
     from ..data.items import read_batch
     from ..data.options import DataOptions
     from ..files.writing import write_json
 
-    failures: list[str] = []
-    if json is not None:
-        check_output("evaluate", "json", json)
-        present = json.read_text(errors="replace") if json.exists() else ""
-        if present and "per_image" not in present and "frechet_distance" not in present:
-            raise InvalidValue("evaluate", "json", "to be new or of an earlier evaluation", repr(str(json)))
-    dtype = options["dtype"] = options["dtype"] or "float32"
-    source = click.get_current_context().get_parameter_source
-    for name in _OF_FID if fid is None else _OF_TESTS:
-        wanted = "to go with --fid" if fid is None else "to be left out with --fid"
-        expect(source(name) == ParameterSource.DEFAULT, "evaluate", name, wanted, "a value")
-    if fid is not None:
-        compare(fid, images, num, features, inception, json, **options)
-        return
-    num = 256 if num is None else num
-    loaded = load_model("evaluate", options)
-    interface, reads = loaded.interface, loaded.interface.condition
-    why = f"restores {reads.kind}" if reads.is_computed else "reads none"
-    fits = condition is None or (reads.channels and not reads.is_computed)
-    expect(fits, "evaluate", "condition", f"to be left out, as the model {why}", condition)
-    restored = reads.kind if reads.is_computed else condition
-    images_of = DataOptions(
-        data=data, data_dir=data_dir, condition=restored, data_range=data_range, condition_range=condition_range
-    )
-    dataset = evaluated_images(images_of, loaded.model.config, num)
+    data, num, json = options["data"], options["num"], options["json"]
+    dataset = evaluated_images(DataOptions(data=data, data_dir=options["data_dir"], **read), loaded.model.config, num)
     expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
-    classes, known = read_batch(dataset, range(num)).labels, interface.labels.classes or []
-    unused = variance is not None and reads.channels
-    expect(not unused, "evaluate", "variance", "to be left out, as the model restores images", variance)
-    labelled = bool(labels and known)
+    classes, known = read_batch(dataset, range(num)).labels, loaded.interface.labels.classes or []
+    labelled = bool(options["labels"] and known)
     fits, got = not labelled or {*classes.tolist()} <= {*known}, f"{int(classes.max())}; --no-labels evaluates without"
     expect(fits, "evaluate", "labels", f"to be in {min(known, default=0)}..{max(known, default=0)}, as the model has", got)
     if json is not None:
@@ -159,27 +134,21 @@ def evaluate_command(
         "progress": not options["quiet"],
     }
     began = time.perf_counter()
-    if reads.channels:
-        head, lines, result = _restored(loaded, dataset, num, samples, arguments, failures)
-    else:
-        head, lines, result = _bounded(loaded, dataset, num, variance or loaded.objective.variance, arguments, failures)
+    head, lines, result, failure = compute(loaded, dataset, num, arguments)
     seconds = time.perf_counter() - began
     if not options["quiet"]:
         counted = "1 test image" if num == 1 else f"{num} test images"
-        click.echo(f"{counted} of {data}, {head}, {seconds:.1f} s")
-        for line in lines:
-            click.echo(f"  {line}")
+        click.echo("\n  ".join([f"{counted} of {data}, {head}, {seconds:.1f} s", *lines]))
     if json is not None:
-        settings = {"data": data, "num": num, "labels": labelled, "seed": options["seed"], "dtype": dtype}
-        values = {**settings, **result, "seconds": seconds}
-        write(json, lambda path: write_json(path, values))
-    close("; ".join(failures))
+        settings = {"data": data, "num": num, "labels": labelled, "seed": options["seed"], "dtype": options["dtype"]}
+        write(json, lambda path: write_json(path, settings | result | {"seconds": seconds}))
+    close(failure)
 
 
 def _bounded(
-    loaded: Pretrained, dataset: ItemDataset, num: int, variance: Any, arguments: dict[str, Any], failures: list[str]
-) -> tuple[str, list[str], dict[str, Any]]:
-    """Return the head, the lines and the figures of the variational bound."""
+    loaded: Pretrained, dataset: ItemDataset, num: int, arguments: dict[str, Any], variance: Any
+) -> tuple[str, list[str], dict[str, Any], str]:
+    """Return the head, the lines and the figures of the variational bound, and what is wrong with them."""
     from ..data.items import read_batch, to_unit_range
 
     got = "numbers of another range"
@@ -192,8 +161,6 @@ def _bounded(
         **arguments,
     )
     bad = int((~bound.total.isfinite()).sum())
-    if bad:
-        failures.append(f"the bound of {bad} of {num} images is not finite")
     last = loaded.objective.schedule.num_timesteps
     parts = {
         f"L_{last}": bound.prior,
@@ -211,13 +178,14 @@ def _bounded(
     }
     errors = {name: float(bits.std(correction=0)) / math.sqrt(num) for name, bits in parts.items()}
     lines = [f"{name:<18} {float(bits.mean()):9.5f}  ({errors[name]:.5f})" for name, bits in parts.items()]
-    return f"{variance}: bits/dim (standard error of the mean)", lines, result
+    failure = f"the bound of {bad} of {num} images is not finite" if bad else ""
+    return f"{variance}: bits/dim (standard error of the mean)", lines, result, failure
 
 
 def _restored(
-    loaded: Pretrained, dataset: ItemDataset, num: int, samples: int, arguments: dict[str, Any], failures: list[str]
-) -> tuple[str, list[str], dict[str, Any]]:
-    """Return the head, the lines and the figures of restored images."""
+    loaded: Pretrained, dataset: ItemDataset, num: int, arguments: dict[str, Any], samples: int
+) -> tuple[str, list[str], dict[str, Any], str]:
+    """Return the head, the lines and the figures of restored images, and what is wrong with them."""
     import torch
 
     from ..data.condition import examples
@@ -241,8 +209,6 @@ def _restored(
     if samples > 1:
         images[f"mean of {samples}"] = (drawn / samples).float()
     bad = int((~drawn.flatten(1).isfinite().all(dim=1)).sum())
-    if bad:
-        failures.append(f"{bad} of {num} images are not finite")
     kind = loaded.model.config.get("condition") or "images"
     if (given := condition_as_image(items.condition, dataset.info.shape[0])) is not None:
         images = {"bicubic" if kind.startswith("low-resolution") else "condition": given} | images
@@ -254,7 +220,8 @@ def _restored(
         per_image[name] = {"psnr": _finite(decibels), "ssim": _finite(alike)}
         lines.append(f"{name:<12} {float(decibels.mean()):6.2f} dB  {float(alike.mean()):.4f}")
     result = {"condition": kind, "samples": samples, "sampler": sampler, "steps": plan.num_steps, "per_image": per_image}
-    return f"{kind}, {plan.num_steps} steps of {sampler}: means of PSNR and SSIM", lines, result
+    failure = f"{bad} of {num} images are not finite" if bad else ""
+    return f"{kind}, {plan.num_steps} steps of {sampler}: means of PSNR and SSIM", lines, result, failure
 
 
 def _finite(values: torch.Tensor) -> list[float | None]:

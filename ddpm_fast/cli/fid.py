@@ -1,4 +1,4 @@
-"""`ddpm-fast evaluate --fid`."""
+"""`ddpm-fast evaluate fid`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from ..errors import ArgumentError, expect, renaming
-from .options import drawing, dtype_of, load_model
-from .outputs import try_writing, write
+from .console import Command
+from .options import PathOption, drawing, dtype_of, json_option, load_model, model_options
+from .outputs import check_output, try_writing, write
 from .sample import write_each
 
 if TYPE_CHECKING:
@@ -29,38 +30,69 @@ _APART: Final = timedelta(hours=24)  # between the ends of the first process and
 _MEMORY: Final = 1 << 30  # bytes of decoded images
 
 
-def compare(
+@click.command("fid", cls=Command)
+@click.argument("reference", type=PathOption(exists=True))
+@click.argument("images", type=PathOption())
+@click.option(
+    *("--num", "--num-samples", "num"),  # torchrun parses --num as one of its own options
+    type=click.IntRange(1),
+    help="Compare this many images, from the first.  [default: all, or 50000 that --model draws]",
+)
+@click.option(
+    "--features",
+    type=PathOption(file_okay=False, path_type=Path),
+    default="features",
+    show_default=True,
+    help="Keep the features in this folder, so that the same command goes on if it was stopped.",
+)
+@click.option(
+    "--inception",
+    type=PathOption(exists=True, dir_okay=False),
+    help="Read Inception's weights from this file.  [default: those of torch-fidelity, downloaded]",
+)
+@json_option
+@click.option(
+    "--model",
+    type=PathOption(path_type=Path),
+    help="Draw IMAGES first, from this model: its folder, a training run, or a name on the Hugging Face hub.  [default: none]",
+)
+@model_options(dtype="float32", named=False)
+def fid_command(
     reference: str,
-    images: str | None,
+    images: str,
     num: int | None,
     features: Path,
     inception: str | None,
     json: Path | None,
     **options: Any,
 ) -> None:
-    """Print FID, KID and the Inception Score of images, or of a model's after drawing them."""
+    """Compute FID, KID and the Inception Score of images.
+
+    REFERENCE is a folder or an .npz of images, or an .npz with mu and sigma. IMAGES is a folder or an .npz of images. With
+    --model, they are drawn there first. torchrun can start several processes, and needs --num-samples for --num.
+    """
     from ..checks import computing_device
     from ..distributed import joined, own_device
     from ..evaluation.inception import FEATURES, load_inception, scores, write_features
     from ..files.writing import write_json
 
-    place, shown = str(images), not options["quiet"]
-    wanted = "to be given with --fid: a folder or an .npz of images, or where --model draws them"
-    expect(images is not None, "evaluate", "images", wanted, "none")
-    moments = _moments(reference)
-    known = _pictures("fid", reference) if moments is None else None
-    given = _pictures("images", place, num) if options["model"] is None else None
-    try_writing("evaluate", "features", features / "1.safetensors")
+    shown = not options["quiet"]
     if json is not None:
-        try_writing("evaluate", "json", json)
-    device, drawn_by = own_device(computing_device("evaluate", options["device"])), None
-    with joined("evaluate", _APART) as processes:
-        network = processes.machine_by_machine(lambda: load_inception("evaluate", inception, device))
+        check_output("fid", "json", json)
+    moments = _moments(reference)
+    known = _pictures("reference", reference) if moments is None else None
+    given = _pictures("images", images, num) if options["model"] is None else None
+    try_writing("fid", "features", features / "1.safetensors")
+    if json is not None:
+        try_writing("fid", "json", json)
+    device, drawn_by = own_device(computing_device("fid", options["device"])), None
+    with joined("fid", _APART) as processes:
+        network = processes.machine_by_machine(lambda: load_inception("fid", inception, device))
         if options["model"] is not None:
-            drawn_by = _draw(load_model("evaluate", options), place, num, known, options)
-        sets = [given or _pictures("images", place, num), *filter(None, [known])]
+            drawn_by = _draw(load_model("fid", options), images, num, known, options)
+        sets = [given or _pictures("images", images, num), *filter(None, [known])]
         sizes = [each.info.shape[1:] for each in sets]
-        expect(sizes[0] == sizes[-1], "evaluate", "images", f"to have {list(sizes[-1])} pixels as --fid", list(sizes[0]))
+        expect(sizes[0] == sizes[-1], "fid", "images", f"to have {list(sizes[-1])} pixels as REFERENCE", list(sizes[0]))
         features.mkdir(parents=True, exist_ok=True)
         files = [
             write_features(network, features, len(each), partial(_pixels, each), processes, progress=shown) for each in sets
@@ -70,7 +102,7 @@ def compare(
     found = scores(files[0], files[1] if moments is None else moments)
     height, width = sizes[0]
     record = {
-        "images": place,
+        "images": images,
         "num": len(sets[0]),
         "reference": reference,
         "reference_num": None if known is None else len(known),
@@ -91,7 +123,7 @@ def compare(
         against = f"the moments in {reference}" if known is None else f"{len(known)} of {reference}"
         about = f"{width}x{height} resized to {record['resizing']}, weights {network.digest[:8]}"
         said = "" if drawn_by is None else f"; {drawn_by}"
-        click.echo(f"{numbers}: {len(sets[0])} images of {place} and {against}; {about}{said}")
+        click.echo(f"{numbers}: {len(sets[0])} images of {images} and {against}; {about}{said}")
         if not enough:
             click.echo(
                 f"FID needs {FEATURES + 1} images in each set, because the covariance of {FEATURES} features needs as many. "
@@ -111,11 +143,11 @@ def _draw(loaded: Pretrained, place: str, num: int | None, reference: ItemDatase
     shape, ranges = interface.shape, loaded.model.config.get("data_range")
     pictures = shape is not None and shape[0] in (1, 3) and not interface.condition.channels and ranges is None
     wanted, got = "to draw pictures of a size, grey or in RGB, without a condition", f"shape {shape}, range {ranges}"
-    expect(pictures, "evaluate", "model", wanted, got)
+    expect(pictures, "fid", "model", wanted, got)
     size = None if reference is None else reference.info.shape[1:]
-    expect(shape and size in (None, shape[1:]), "evaluate", "model", f"to draw {size} pixels as --fid has", shape)
+    expect(shape and size in (None, shape[1:]), "fid", "model", f"to draw {size} pixels as REFERENCE has", shape)
     plan, sampler = loaded.build_plan()
-    with renaming("evaluate", {"out": "images"}):
+    with renaming("fid", {"out": "images"}):
         arguments = drawing(options) | {"share_gpu": options["device"] is not None}
         write_each(loaded.sampler(plan, dtype=dtype_of(options)), num, place, arguments)
     return f"{options['model']}, {plan.num_steps} steps ({sampler}), seed {options['seed']}"
@@ -140,7 +172,7 @@ def _moments(path: str) -> Moments | None:
     fits = mean.shape == (FEATURES,) and cov.shape == (FEATURES, FEATURES) and mean.dtype.kind == cov.dtype.kind == "f"
     fits = fits and bool(np.isfinite(mean).all() and np.isfinite(cov).all())
     wanted = f"to have finite floats mu [{FEATURES}] and sigma [{FEATURES}, {FEATURES}]"
-    expect(fits, "evaluate", "fid", wanted, f"{mean.dtype} {list(mean.shape)} and {cov.dtype} {list(cov.shape)}")
+    expect(fits, "fid", "reference", wanted, f"{mean.dtype} {list(mean.shape)} and {cov.dtype} {list(cov.shape)}")
     return Moments(*(torch.from_numpy(each.astype(np.float64)) for each in (mean, cov)))
 
 
@@ -149,17 +181,17 @@ def _pictures(name: str, path: str, num: int | None = None) -> ItemDataset:
     from ..data.load import load_dataset
     from ..data.options import DataOptions
 
-    expect(os.path.exists(path), "evaluate", name, "to be a folder or an .npz of images", f"{path!r}, which does not exist")
+    expect(os.path.exists(path), "fid", name, "to be a folder or an .npz of images", f"{path!r}, which does not exist")
     try:
         dataset = load_dataset(DataOptions(data=path, data_memory=_MEMORY), first=num)
     except ArgumentError as error:
         wanted = "to have images of one size" if error.name == "image_size" else error.expected
-        raise error.renamed(caller="evaluate", name=name, expected=wanted, got=error.got.partition(";")[0]) from None
+        raise error.renamed(caller="fid", name=name, expected=wanted, got=error.got.partition(";")[0]) from None
     least = max(_LEAST, num or 0)
-    expect(len(dataset) >= least, "evaluate", name, f"to have {least} images or more", len(dataset))
+    expect(len(dataset) >= least, "fid", name, f"to have {least} images or more", len(dataset))
     info = dataset.info
     pictures, got = info.data_range is None and info.shape[0] in (1, 3), f"{info.shape[0]} channels of {info.dtype}"
-    expect(pictures, "evaluate", name, "to be pictures of 256 levels, grey or in RGB", got)
+    expect(pictures, "fid", name, "to be pictures of 256 levels, grey or in RGB", got)
     return dataset
 
 

@@ -14,7 +14,6 @@ from ..errors import ArgumentError, expect, renaming
 from ..samplers import DEFAULT_SAMPLER
 from .console import Command
 from .options import (
-    SAMPLING_DTYPE_HELP,
     PathOption,
     class_options,
     drawing,
@@ -47,7 +46,7 @@ _GRID = 64  # images of a plan in its picture
 )
 @click.option("--data-dir", type=PathOption(), help="Read the data set from this folder, or download it there.")
 @class_options("all")
-@model_options(SAMPLING_DTYPE_HELP, named=False)
+@model_options(named=False)
 def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options: Any) -> None:
     """Fit a plan of few steps to a slower one.
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-SAMPLING_DTYPE_HELP = "Run the network in this dtype.  [default: float32 on a CPU; bfloat16 or float16 on a GPU]"
 VARIANCES = get_args(Variance)
 METAVARS: dict[type[Form], str] = {Size: "WxH", Numbers: "N,N,..."}
 # Settings of an option for ranges: a pair of numbers, repeated for each channel.
@@ -132,8 +131,10 @@ def class_options(default: str) -> Callable[[Function], Function]:
     return adding([click.Option(["--classes"], help=classes), flag(_DRAWING["guidance_scale"], "--guidance")])
 
 
-def model_options(dtype_help: str, *, named: bool = True) -> Callable[[Function], Function]:
-    """Return a decorator that adds the options that say how a model runs and, if it is `named`, which."""
+def model_options(*, dtype: str | None = None, named: bool = True) -> Callable[[Function], Function]:
+    """Return a decorator that adds the options that say how a model runs, in which dtype by default and, if `named`, which."""
+    usual = "" if dtype else "  [default: float32 on a CPU; bfloat16 or float16 on a GPU]"
+    dtypes = click.Choice(["float32", "bfloat16", "float16", "float64"])
     return adding(
         [
             click.Option(
@@ -143,11 +144,19 @@ def model_options(dtype_help: str, *, named: bool = True) -> Callable[[Function]
             ),
             flag(_DRAWING["seed"], type=int),
             flag(_DRAWING["batch_size"], type=click.IntRange(1), default=64, show_default=True),
-            click.Option(["--dtype"], type=click.Choice(["float32", "bfloat16", "float16", "float64"]), help=dtype_help),
+            click.Option(
+                ["--dtype"], type=dtypes, default=dtype, show_default=True, help=f"Run the network in this dtype.{usual}"
+            ),
             click.Option(["--device"], help="Run on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
             click.Option(["--quiet"], is_flag=True, help="Print errors only."),
         ][not named :]
     )
+
+
+def json_option(command: Function) -> Function:
+    """Add the option of a file for figures."""
+    file = PathOption(dir_okay=False, path_type=Path)
+    return adding([click.Option(["--json"], type=file, help="Write the figures to this JSON file.  [default: none]")])(command)
 
 
 def load_model(command: str, options: dict[str, Any]) -> Pretrained:

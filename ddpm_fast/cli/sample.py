@@ -18,7 +18,6 @@ from .console import Command, Refused, Stopped
 from .options import (
     METAVARS,
     RANGE,
-    SAMPLING_DTYPE_HELP,
     PathOption,
     chosen_plan,
     class_options,
@@ -81,7 +80,7 @@ _COLUMNS = 8  # at most, of a grid with conditions
     callback=reading(Numbers),
     help="Show these channels in the picture: one, three or four.  [default: all, or 0 if a picture cannot have as many]",
 )
-@model_options(SAMPLING_DTYPE_HELP)
+@model_options()
 def sample_command(num: int | None, out: str, gif: Path | None, show_channels: list[int] | None, **options: Any) -> None:
     """Draw images from a model and write them as one grid.
 

@@ -87,7 +87,7 @@ def test_help_lists_the_commands() -> None:
         "sample",
         "train",
     ]
-    assert "..." not in commands  # no description is cut
+    assert "..." not in commands + run("evaluate", "--help").partition("Commands:")[2]  # no description is cut
 
 
 # ------------------------------------------------------------------------------------------------------------ wait policy
@@ -232,7 +232,7 @@ def test_train_refuses_before_work(arguments: str, wanted: str, tmp_path: Path) 
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("command", ["train run --data .", "evaluate --data ."])  # which has an option --labels
+@pytest.mark.parametrize("command", ["train run --data .", "evaluate bound --data ."])  # which has an option --labels
 def test_names_in_files_are_not_taken_for_options(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("dataset.json").write_text('{"labels": 5}')
@@ -365,14 +365,13 @@ REFUSED = {
         ("--model ./flolder.png", r"expected --model .* got 'flolder\.png', which does not exist$"),
         ("--model=", "expected a path, got an empty text"),
     ],
-    "evaluate --data digits": [
-        ("--json config.json", "expected --json to be new or of an earlier evaluation"),
+    "evaluate psnr": [("", "expected --model to restore images: evaluate bound is for any other, got one without a condition")],
+    "evaluate bound --data digits": [
         ("--json /dev/null", "expected --json to be a file, got '/dev/null'"),
         ("--num 1000000000000", "expected --num to be at most 297, the test images of digits"),
         ("--data nothing", "expected --data to be one of"),
         ("--json file/a.json", "expected --json to be in a folder, got 'file/a.json', and '.*file' is a file"),
         ("", r"expected --labels to be in 0\.\.2, as the model has, got 9; --no-labels"),
-        ("--condition .", r"expected --condition to be left out, as the model reads none, got "),
     ],
 }
 
@@ -493,7 +492,7 @@ def test_rank_0_says_how_a_command_of_processes_ends(
         ("sample --num 2 --steps 3 --out out/a.png --gif gif/a.gif", "gif/a.gif", ["out/a.png"]),
         ("sample --num 2 --steps 3 --out out/a.png --gif gif/a.gif", "out/a.png", []),
         ("edit vary digits:0 --num 1 --steps 2 --out a.png", "a.png", []),
-        ("evaluate --data digits --no-labels --num 2 --json figures.json", "figures.json", []),
+        ("evaluate bound --data digits --no-labels --num 2 --json figures.json", "figures.json", []),
     ],
 )
 def test_a_file_that_cannot_be_written_is_an_error_of_one_line(
@@ -691,7 +690,7 @@ def test_a_stream_in_place_of_standard_output_that_fails_leaves_the_file_alone(c
     [
         ("ddpm_fast.save_trajectory", "sample --model {small} --num 1 --steps 1 --gif a.gif", "Written: samples.png."),
         ("ddpm_fast.sampling.sampler.Sampler.__call__", "sample --model {small}", "Nothing was written."),
-        ("ddpm_fast.variational_bound", "evaluate --model {small} --data digits --num 1", "Nothing was written."),
+        ("ddpm_fast.variational_bound", "evaluate bound --model {small} --data digits --num 1", "Nothing was written."),
         ("ddpm_fast.info.info", "info", "Nothing was written."),
         ("ddpm_fast.training.report.summary", "train run " + " ".join(TINY), "The last checkpoint of run: none."),
         (

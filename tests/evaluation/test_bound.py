@@ -296,6 +296,7 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
     model = tiny_unet(10)
     arguments = [
         "evaluate",
+        "bound",
         "--model",
         save_model(tmp_path, model, SCHEDULE),
         "--data",

@@ -1,4 +1,4 @@
-"""Features of Inception in fixed blocks, their files and moments, and the figures that `evaluate --fid` prints of them."""
+"""Features of Inception in fixed blocks, their files and moments, and the figures that `evaluate fid` prints of them."""
 
 from __future__ import annotations
 
@@ -206,14 +206,14 @@ def place(small: Inception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_images_are_compared_with_others_and_with_moments(small: Inception, place: Path) -> None:
-    text = run("evaluate", "--fid=b.npz", "--images=a.npz", "--json=figures.json", "--quiet")
+    text = run("evaluate", "fid", "b.npz", "a.npz", "--json=figures.json", "--quiet")
     assert text == ""
     found = json.loads(Path("figures.json").read_text())
     of_a, of_b = (read_features(written(small, pixels(2100, seed=seed), place / "again")) for seed in (0, 1))
     assert found["frechet_distance"] == pytest.approx(frechet_distance(of_a, of_b), rel=1e-6)  # roots of eigenvalues near 0
     assert found | {"num": 2100, "reference_num": 2100, "inception": "f" * 64, "size": [8, 8]} == found
     np.savez("moments.npz", mu=of_b.double().mean(0).numpy(), sigma=torch.cov(of_b.double().T).numpy())
-    text = run("evaluate", "--fid=moments.npz", "--images=a.npz", "--json=figures.json")
+    text = run("evaluate", "fid", "moments.npz", "a.npz", "--json=figures.json")
     again = json.loads(Path("figures.json").read_text())
     assert again["frechet_distance"] == pytest.approx(found["frechet_distance"], rel=1e-6)
     assert again["inception_score_mean"] == found["inception_score_mean"]
@@ -229,7 +229,7 @@ def test_images_are_compared_with_others_and_with_moments(small: Inception, plac
 def test_few_images_have_a_distance_that_is_not_called_fid(small: Inception, place: Path) -> None:
     for name, seed in (("few", 2), ("fewer", 3)):
         np.savez(f"{name}.npz", pixels(60 - 10 * seed, seed=seed).permute(0, 2, 3, 1).numpy())
-    text = run("evaluate", "--fid=few.npz", "--images=fewer.npz", "--json=figures.json")
+    text = run("evaluate", "fid", "few.npz", "fewer.npz", "--json=figures.json")
     found = json.loads(Path("figures.json").read_text())
     assert re.search(r"Frechet distance \S+, KID \S+: 30 images of fewer.npz and 40 of few.npz", text)
     assert "FID needs 65 images in each set, because the covariance of 64 features needs as many." in text
@@ -244,8 +244,8 @@ def test_a_models_images_are_drawn_first(small: Inception, place: Path) -> None:
     save_model(Path("model"), tiny_unet(), NoiseSchedule.linear(50))
     (Path("model") / "plan.json").write_text('{"builder": "ddim_plan", "arguments": {"num_steps": 1}}')
     np.savez("grey.npz", pixels(2100, 1).permute(0, 2, 3, 1).numpy())
-    arguments = ["--fid=grey.npz", "--model=model", "--images=drawn.npz", "--num=2050", "--seed=3", "--json=figures.json"]
-    text = run("evaluate", *arguments, "--dtype=float64")
+    arguments = ["grey.npz", "drawn.npz", "--model=model", "--num=2050", "--seed=3", "--json=figures.json"]
+    text = run("evaluate", "fid", *arguments, "--dtype=float64")
     assert json.loads(Path("figures.json").read_text())["dtype"] == "float64"
     assert json.loads(Path("drawn.npz.json").read_text())["dtype"] == "float64"
     assert "2050 images of drawn.npz and 2100 of grey.npz" in text
@@ -256,32 +256,29 @@ def test_a_models_images_are_drawn_first(small: Inception, place: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--fid=b.npz"], "--images to be given with --fid: a folder or an .npz of images, or where --model draws them"),
-        (["--images=a.npz"], "--images to go with --fid"),
-        (["--fid=b.npz", "--images=few.npz"], "--images to have 2 images or more, got 1"),
-        (["--fid=few.npz", "--images=a.npz"], "--fid to have 2 images or more, got 1"),
-        (["--fid=b.npz", "--images=a.npz", "--num=1"], "--images to have 2 images or more, got 1"),
-        (["--fid=b.npz", "--images=a.npz", "--num=2101"], "--images to have 2101 images or more, got 2100"),
+        (["b.npz"], "Missing argument 'IMAGES'"),
+        (["b.npz", "few.npz"], "IMAGES to have 2 images or more, got 1"),
+        (["few.npz", "a.npz"], "REFERENCE to have 2 images or more, got 1"),
+        (["b.npz", "a.npz", "--num=1"], "IMAGES to have 2 images or more, got 1"),
+        (["b.npz", "a.npz", "--num=2101"], "IMAGES to have 2101 images or more, got 2100"),
         (
-            ["--fid=b.npz", "--images=nothing.npz"],
-            "--images to be a folder or an .npz of images, got 'nothing.npz', which does not exist",
+            ["b.npz", "nothing.npz"],
+            "IMAGES to be a folder or an .npz of images, got 'nothing.npz', which does not exist",
         ),
-        (["--fid=b.npz", "--images=sizes"], "--images to have images of one size, got None with sizes"),
-        (["--fid=b.npz", "--images=a.npz", "--variance=learned"], "--variance to be left out with --fid"),
-        (["--features=f"], "--features to go with --fid"),
-        (["--fid=b.npz", "--images=wide.npz"], r"--images to have \[8, 8\] pixels as --fid, got \[8, 9\]"),
+        (["b.npz", "sizes"], "IMAGES to have images of one size, got None with sizes"),
+        (["b.npz", "wide.npz"], r"IMAGES to have \[8, 8\] pixels as REFERENCE, got \[8, 9\]"),
         (
-            ["--fid=b.npz", "--images=numbers.npz"],
-            "--images to be pictures of 256 levels, grey or in RGB, got 3 channels of torch.float32",
+            ["b.npz", "numbers.npz"],
+            "IMAGES to be pictures of 256 levels, grey or in RGB, got 3 channels of torch.float32",
         ),
-        (["--fid=b.npz", "--images=alpha.npz"], "--images to be pictures of 256 levels, grey or in RGB, got 4 channels"),
+        (["b.npz", "alpha.npz"], "IMAGES to be pictures of 256 levels, grey or in RGB, got 4 channels"),
         (
-            ["--fid=moments.npz", "--images=a.npz"],
-            r"--fid to have finite floats mu \[64\] and sigma \[64, 64\], got float64 \[3\] and float64 \[3, 3\]",
+            ["moments.npz", "a.npz"],
+            r"REFERENCE to have finite floats mu \[64\] and sigma \[64, 64\], got float64 \[3\] and float64 \[3, 3\]",
         ),
         (
-            ["--fid=wide.npz", "--images=new", "--model=model"],
-            r"--model to draw \(8, 9\) pixels as --fid has, got \(1, 8, 8\)",
+            ["wide.npz", "new", "--model=model"],
+            r"--model to draw \(8, 9\) pixels as REFERENCE has, got \(1, 8, 8\)",
         ),
     ],
 )
@@ -298,7 +295,7 @@ def test_what_cannot_be_compared_is_named_before_any_work(
         np.savez(f"{name}.npz", np.zeros(shape, np.uint8))
     np.savez("numbers.npz", np.linspace(0, 1, 2100 * 192, dtype=np.float32).reshape(2100, 8, 8, 3))
     np.savez("moments.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
-    assert re.search(wanted, " ".join(run("evaluate", *arguments, code=2).split()))
+    assert re.search(wanted, " ".join(run("evaluate", "fid", *arguments, code=2).split()))
     assert small.network.calls == 0
     assert not Path("new").exists()
 

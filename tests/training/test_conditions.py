@@ -179,8 +179,8 @@ def test_evaluation_gives_each_image_its_class_and_condition(
 ) -> None:
     drawn = Mock(side_effect=Sampler.__call__)
     monkeypatch.setattr(Sampler, "__call__", lambda *arguments, **options: drawn(*arguments, **options))
-    evaluate = ["evaluate", "--model", enlarging, "--data", "digits"]
-    run_command(*evaluate, "--num", 4, "--samples", 1, "--quiet")
+    evaluated = ["--model", enlarging, "--data", "digits"]
+    run_command("evaluate", "psnr", *evaluated, "--num", 4, "--samples", 1, "--quiet")
     images, labels, _ = read_batch(read_data("digits", split="test"), range(4))
     options = drawn.call_args_list[0].kwargs
     assert options["class_labels"].tolist() == labels.tolist()
@@ -190,8 +190,8 @@ def test_evaluation_gives_each_image_its_class_and_condition(
     assert drawn.call_args.kwargs["class_labels"] is None  # nobody knows what the images show
     with Image.open(out) as picture:
         assert picture.size == (8, 8)  # one image without its condition
-    shown = run_command(*evaluate, "--variance", "fixed_large", code=2)
-    assert "expected --variance to be left out, as the model restores images" in shown
+    shown = run_command("evaluate", "bound", *evaluated, code=2)
+    assert "expected --model to read no condition: evaluate psnr is for models that restore images, got 1 channel" in shown
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def commands_of_one(run_dir: Path, trained_on: Path, one: Path) -> dict[str, lis
     model = ["--model", run_dir, "--quiet"]
     return {
         "--condition-range": ["sample", *model, "--condition", one, "--out", run_dir / "a.png", "--steps", 2],
-        "--data-range": ["evaluate", *model, "--data", one, "--num", 1, "--samples", 1],
+        "--data-range": ["evaluate", "psnr", *model, "--data", one, "--num", 1, "--samples", 1],
     }
 
 
@@ -282,7 +282,7 @@ def test_the_command_line_restores_images(tmp_path: Path, caplog: pytest.LogCapt
         (["edit", "vary", data / "0.png", *sample[1:4]], "--model to be one without a condition"),
     ):
         assert f"expected {wanted}" in run_command(*arguments, code=2)
-    evaluate = ["evaluate", "--model", tmp_path / "run", "--data", data, "--num", 3, "--samples", 2]
+    evaluate = ["evaluate", "psnr", "--model", tmp_path / "run", "--data", data, "--num", 3, "--samples", 2]
     output = run_command(*evaluate, "--json", tmp_path / "a.json")
     figures = json.loads((tmp_path / "a.json").read_text())["per_image"]
     assert list(figures) == ["condition", "one sample", "mean of 2"]

@@ -68,7 +68,7 @@ def test_an_objective_is_resumed_exported_sampled_and_evaluated(
         assert config.items() <= dict(loaded.model.config).items()
     for sampler in samplers:
         draw(out, tmp_path / "a.png", "--sampler", *sampler.split())
-    assert evaluated in run_command("evaluate", "--model", out, "--data", "digits", "--num", 2)
+    assert evaluated in run_command("evaluate", "bound", "--model", out, "--data", "digits", "--num", 2)
 
 
 @pytest.mark.parametrize(
