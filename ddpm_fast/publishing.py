@@ -32,20 +32,37 @@ _REPLACED: Final = ["unet/*", *_COPIED, "plan.json", "config.json", "diffusion_p
 _TOLD: Final = ("data", "prediction", "variance", "schedule", "steps", "batch_size", "lr", "ema_decay", "precision", "seed")
 
 _CARD: Final = """---
-{metadata}
+{{ card_data }}
 ---
-# {title}
+# {{ name.partition("/")[2] }}
 
-A diffusion model of {size}images{classes}.
-{picture}
+A diffusion model of {{ size }}images{{ classes }}.
+{%- if picture %}
+
+![16 images that it draws]({{ picture }})
+{%- endif %}
+
 ```python
 import ddpm_fast
 
-model = ddpm_fast.load_folder("{name}")
-{given}images = model.sampler()(16{arguments})  # float, in [-1, 1]
+model = ddpm_fast.load_folder("{{ name }}")
+{%- if reads %}
+c = ...  # conditions, float [16, {{ reads }}, H, W]
+{%- endif %}
+images = model.sampler()(16{{ ", condition=c" if reads }})  # float, in [-1, 1]
 ddpm_fast.save_grid(images, "samples.png")
 ```
-{tables}"""
+{%- for title, rows in tables.items() if rows %}
+
+## {{ title }}
+
+| | |
+|---|---|
+{%- for key, value in rows.items() %}
+| {{ quoted(key) }} | {{ quoted(value) }} |
+{%- endfor %}
+{%- endfor %}
+"""
 
 
 @checked()
@@ -111,36 +128,33 @@ def push_to_hub(
             tags=["ddpm_fast", "diffusion"],
             license=license,
         )
-        write_text(out / "README.md", _card(loaded, out, name, about.to_yaml(), quality))
+        write_text(out / "README.md", _card(loaded, out, name, about, quality))
         with hub_errors("push_to_hub", "name", wanted, got):
             commit = {"commit_message": "Upload a model of ddpm_fast", "delete_patterns": _REPLACED}
             return str(hub.HfApi().upload_folder(repo_id=name, folder_path=out, **commit).commit_url)
 
 
-def _card(loaded: Pretrained, folder: Path, name: str, metadata: str, quality: Mapping[str, Any]) -> str:
+def _card(loaded: Pretrained, folder: Path, name: str, about: Any, quality: Mapping[str, Any]) -> str:
     """Return the text of README.md."""
+    from huggingface_hub import ModelCard
+
     interface = loaded.interface
     trained = read_json("push_to_hub", folder / _RECORD, dict) if (folder / _RECORD).is_file() else {}
     options = {**trained.get("options", {}), "prediction": loaded.objective.name, "variance": loaded.objective.variance}
     training = {key: options[key] for key in _TOLD if trained and options.get(key) is not None}
-    tables = {"Training": training, "Quality": dict(_figures(quality))}
-    reads, shape, labels = interface.condition.channels, interface.shape, interface.labels.about()
-    return _CARD.format(
-        metadata=metadata.strip(),
-        title=name.partition("/")[2],
+    shape, labels = interface.shape, interface.labels.about()
+    card = ModelCard.from_template(
+        about,
+        template_str=_CARD,
+        name=name,
         size="" if shape is None else f"{shape[2]}x{shape[1]} ",
         classes=f" of {_quoted(labels)}" * bool(labels),
-        picture=f"\n![16 images that it draws]({_PICTURE})\n" * (folder / _PICTURE).is_file(),
-        name=name,
-        given=f"c = ...  # conditions, float [16, {reads}, H, W]\n" * bool(reads),
-        arguments=", condition=c" * bool(reads),
-        tables="".join(
-            f"\n## {title}\n\n| | |\n|---|---|\n"
-            + "".join(f"| {_quoted(key)} | {_quoted(value)} |\n" for key, value in rows.items())
-            for title, rows in tables.items()
-            if rows
-        ),
+        picture=_PICTURE * (folder / _PICTURE).is_file(),
+        reads=interface.condition.channels,
+        tables={"Training": training, "Quality": dict(_figures(quality))},
+        quoted=_quoted,
     )
+    return str(card)
 
 
 def _quoted(value: object) -> str:

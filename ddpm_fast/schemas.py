@@ -165,7 +165,7 @@ class Checkpoint(Struct, frozen=True):
 
 
 class SampleManifest(Struct, frozen=True):
-    """The manifest of images that `write_samples` has written: manifest.json in a folder, or the .json next to an .npz."""
+    """The manifest of images that `write_samples` has written: manifest.json in a folder, or the comment of an .npz."""
 
     format: Literal[1]
     kind: Literal["folder", "npz"]

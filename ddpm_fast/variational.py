@@ -75,14 +75,40 @@ def variational_loss(
     m, log_variance = split_variance(model_output.to(wide), x_0.shape[1], bounds, objective.variance)
     # x_t is not needed: it cancels.
     distance = error * ((m.detach() if detach_mean else m) - (a * x_0 + b * noise))  # x_0 - x_0^
+    return reduced(bound_terms(x_0.to(wide), t, distance, c_0, bounds[0], log_variance), reduction)
+
+
+def bound_terms(
+    x_0: Tensor,
+    t: Tensor,
+    distance: Tensor,
+    c_0: Tensor,
+    log_variance_q: Tensor,
+    log_variance_p: Tensor,
+    *,
+    exact_cdf: bool = False,
+) -> Tensor:
+    """Return the terms L_t in bits per dimension [N]: the KL divergence of a step, or the reconstruction at t = 0.
+
+    The means of q and p have the same x_t part (eq. 7), so they differ by the weight of x_0 times the distance. At t = 0 that
+    weight is 1.
+
+    Args:
+        x_0: Images of 256 grey levels in [-1, 1], [N, ...].
+        t: int64 [N].
+        distance: x_0 - x_0^, like x_0.
+        c_0: Weight of x_0 in the posterior mean, broadcastable over x_0. So are the others.
+        log_variance_q: Log variance of q(x_{t-1} | x_t, x_0).
+        log_variance_p: Log variance of p(x_{t-1} | x_t).
+        exact_cdf: As in `reconstruction_bits`.
+    """
     # Each branch gets a plain variance where the other is taken: infinity times 0 is no gradient.
     first = per_sample(t, x_0) == 0
-    terms = torch.where(
+    return torch.where(
         t == 0,
-        reconstruction_bits(x_0.to(wide), distance, torch.where(first, log_variance, 0.0)),
-        transition_bits(c_0 * distance, bounds[0], torch.where(first, bounds[0], log_variance)),
+        reconstruction_bits(x_0, distance, torch.where(first, log_variance_p, 0.0), exact_cdf=exact_cdf),
+        transition_bits(c_0 * distance, log_variance_q, torch.where(first, log_variance_q, log_variance_p)),
     )
-    return reduced(terms, reduction)
 
 
 def split_variance(output: Tensor, channels: int, bounds: Tensor | list[Tensor], variance: Variance) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
-from pathlib import Path
+from contextlib import redirect_stderr, suppress
 from typing import Any, TextIO, cast
 
 import click
@@ -45,40 +43,23 @@ _ALIASES = {
 _SIZES = ("num", "batch_size", "micro_batch_size", "image_size", "channels", "data_memory")
 
 
-class _Stream:
-    """A text stream of this process.
+class _Unfailing:
+    """Standard error. What cannot be written, as the terminal is closed or the disk full, is dropped: training goes on."""
 
-    Args:
-        stream: The stream.
-        fails: A function to call with the error if text cannot be written. If it returns, the text is dropped.
-    """
-
-    def __init__(self, stream: TextIO, fails: Callable[[Exception], None]) -> None:
-        self._stream, self._fails = stream, fails
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
 
     def write(self, text: str) -> int:
-        try:
-            return 0 if text == "" else self._stream.write(text)  # click writes "" as a trial, and catches errors
-        except (OSError, ValueError) as error:
-            self._fails(error)
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        try:
+        with suppress(OSError, ValueError):
             self._stream.flush()
-        except (OSError, ValueError) as error:
-            self._fails(error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-class _OutputFails(Exception):
-    """Raised if standard output, and no other file, cannot be written."""
-
-
-def _raise_output_fails(error: Exception) -> None:
-    raise _OutputFails(str(error)) from error
 
 
 class Command(click.Command):
@@ -97,6 +78,8 @@ class Command(click.Command):
         except ArgumentError as error:
             name = error.name if error.file else names.get(error.name, error.name)  # a file has its own names
             raise Refused(str(error.renamed(caller=self.name or "", name=name))) from error
+        except BrokenPipeError:  # a reader that has left, such as `head`
+            raise
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise Refused(str(error)) from error
         except FloatingPointError as error:
@@ -119,7 +102,7 @@ class Command(click.Command):
 
 
 class Commands(click.Group):
-    """The group of commands. Its streams may be closed or full, and Ctrl-C may come at any time.
+    """The group of commands. Its streams may be closed, and Ctrl-C may come at any time.
 
     The context's object is the list of the files that the command has written.
     """
@@ -127,38 +110,25 @@ class Commands(click.Group):
     command_class = Command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a command with streams that may fail."""
-        written = kwargs.setdefault("obj", [])
+        """Run a command with streams that may be closed."""
+        kwargs.setdefault("obj", [])
         for number in range(3):
             try:
                 os.fstat(number)
             except OSError:  # a closed stream: the next file that is opened would receive what is meant for it
                 os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-        with ExitStack() as stack:
-            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stderr(cast("TextIO", _Stream(sys.stderr or null, lambda error: None))))
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-            stack.enter_context(redirect_stdout(cast("TextIO", _Stream(sys.stdout or null, _raise_output_fails))))
-            try:
-                return super().main(*args, **kwargs)
-            except (OSError, _OutputFails) as error:  # an OSError is of bytes, such as those of shell completion
-                if not kwargs.get("standalone_mode", True):
-                    raise
-                with suppress(OSError, ValueError):
-                    os.dup2(null.fileno(), sys.stdout.fileno())  # or Python would try to write the rest when it ends
-                if not isinstance(error.__cause__ or error, BrokenPipeError):  # a reader that has left, such as `head`
-                    click.echo(f"Error: standard output: {error}. {files_written(written)}", err=True)
-                sys.exit(1)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+        with (
+            open(os.devnull, "w", encoding="utf-8") as null,
+            redirect_stderr(cast("TextIO", _Unfailing(sys.stderr or null))),
+        ):
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command, and say at Ctrl-C what it has written."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Stopped(f"Stopped by Ctrl-C. {files_written(ctx.obj)}") from None
-
-
-def files_written(written: list[Path]) -> str:
-    """Return a sentence that names the files."""
-    return f"Written: {', '.join(map(str, written))}." if written else "Nothing was written."
+            written = f"Written: {', '.join(map(str, ctx.obj))}." if ctx.obj else "Nothing was written."
+            raise Stopped(f"Stopped by Ctrl-C. {written}") from None

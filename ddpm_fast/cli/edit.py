@@ -26,7 +26,7 @@ from .options import (
     model_options,
     plan_options,
 )
-from .outputs import check_output, close, grey_for_bad, try_writing, write
+from .outputs import check_output, close, grey_for_bad, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,17 +72,13 @@ def vary_command(sources: tuple[str, ...], strength: float, num: int, **options:
     """Draw variations of images (SDEdit)."""
     import torch
 
-    loaded, images = _opened("vary", sources, options)
+    loaded, images, labels = _opened("vary", sources, options, num + 1)
     plan, _ = loaded.build_plan(**chosen_plan(options))
-    labels = _labels("vary", loaded, options, len(images))
-    _make_ready("vary", images, options["out"], num + 1)
     each = torch.as_tensor(labels).repeat_interleave(num) if isinstance(labels, list) else labels
     copies, seeds = images.repeat_interleave(num, dim=0), ddpm_fast.sample_seeds(options["seed"], num).repeat(len(images))
     arguments = drawing(options) | {"class_labels": each, "seed": seeds}
     varied = ddpm_fast.vary(loaded.sampler(plan, dtype=dtype_of(options)), copies, strength, **arguments)
-    rows = torch.cat([images[:, None], varied.cpu().float().unflatten(0, (len(sources), num))], dim=1)
-    _write(rows, options)
-    _say(rows, options)
+    _write(torch.cat([images[:, None], varied.cpu().float().unflatten(0, (len(sources), num))], dim=1), options)
 
 
 @edit_command.command("interpolate", cls=Command)
@@ -97,15 +93,11 @@ def interpolate_command(sources: tuple[str, ...], strength: float, num: int, **o
     """Interpolate between two images through noise."""
     import torch
 
-    loaded, images = _opened("interpolate", sources, options)
+    loaded, images, labels = _opened("interpolate", sources, options, num + 2, classes=1)
     plan, _ = loaded.build_plan(**chosen_plan(options))
-    arguments = drawing(options) | {"class_labels": _labels("interpolate", loaded, options, 1)}
-    _make_ready("interpolate", images, options["out"], num + 2)
     sampler, (a, b) = loaded.sampler(plan, dtype=dtype_of(options)), images[:, None]
-    between = ddpm_fast.interpolate(sampler, a, b, num, strength=strength, **arguments)
-    rows = torch.cat([a[None], between.cpu().float(), b[None]], dim=1)
-    _write(rows, options)
-    _say(rows, options)
+    between = ddpm_fast.interpolate(sampler, a, b, num, strength=strength, **drawing(options), class_labels=labels)
+    _write(torch.cat([a[None], between.cpu().float(), b[None]], dim=1), options)
 
 
 @edit_command.command("invert", cls=Command)
@@ -121,24 +113,19 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
 
     guidance = options.pop("guidance_scale")
     expect(guidance in (None, 1), "invert", "guidance_scale", "to be 1, as inversion has none", guidance)
-    loaded, images = _opened("invert", sources, options)
+    loaded, images, labels = _opened("invert", sources, options, 3)
     # With a clip the two plans derive epsilon in different ways, and more steps return less exactly.
     objective = loaded.objective
     evaluate_at: Any = "start" if objective.name == "sample" else "arrival"  # an image alone does not determine epsilon
     forth = ddpm_fast.ddim_inversion_plan(objective, steps, evaluate_at=evaluate_at, clip=None)
     back = ddpm_fast.ddim_plan(objective, steps, clip=None)
-    arguments = drawing(options) | {"class_labels": _labels("invert", loaded, options, len(images))}
-    del arguments["seed"]
-    _make_ready("invert", images, options["out"], 3)
+    arguments = {name: value for name, value in drawing(options).items() if name != "seed"}
     sampler = loaded.sampler(forth, dtype=dtype_of(options))
-    x_T = ddpm_fast.invert(sampler, images, **arguments)
-    if arguments["class_labels"] is None:
-        arguments["class_labels"] = loaded.interface.labels.none
+    x_T = ddpm_fast.invert(sampler, images, class_labels=labels, **arguments)
+    arguments["class_labels"] = loaded.interface.labels.none if labels is None else labels
     again = sampler.with_plan(back)(len(sources), x_T=x_T, **arguments)
     x_T, again = x_T.cpu().float(), again.cpu().float()
-    rows = torch.stack([images, (x_T / 3).clamp(-1, 1), again], dim=1)
-    _write(rows, options)
-    _say(rows, options)
+    _write(torch.stack([images, (x_T / 3).clamp(-1, 1), again], dim=1), options)
     if options["quiet"]:
         return
     for source, image, drawn in zip(sources, images, again, strict=True):
@@ -177,38 +164,43 @@ def inpaint_command(
     if (mask is None) == (box is None):
         given = "neither" if mask is None else "both"
         raise InvalidValue("inpaint", "", "either --mask or --box to be given", given)
-    loaded, images = _opened("inpaint", sources, options, inputs=() if mask is None else (mask,))
+    loaded, images, labels = _opened("inpaint", sources, options, 3, inputs=() if mask is None else (mask,))
     painted = _box(box or "", images) if mask is None else _mask(mask, images)
     jumps = jump_length or max(1, steps // 10), jump_samples if steps > 1 else 1
     plan = ddpm_fast.repaint_plan(loaded.objective, steps, *jumps, clip=loaded.clip)
-    arguments = drawing(options) | {"class_labels": _labels("inpaint", loaded, options, len(images))}
-    _make_ready("inpaint", images, options["out"], 3)
-    result = ddpm_fast.inpaint(loaded.sampler(plan, dtype=dtype_of(options)), images, painted, **arguments).cpu().float()
+    sampler, arguments = loaded.sampler(plan, dtype=dtype_of(options)), drawing(options) | {"class_labels": labels}
+    result = ddpm_fast.inpaint(sampler, images, painted, **arguments).cpu().float()
     kept = torch.where(painted > 0, torch.zeros_like(images), images)
-    rows = torch.stack([images, kept, result], dim=1)
-    _write(rows, options)
-    _say(rows, options)
+    _write(torch.stack([images, kept, result], dim=1), options)
 
 
 def _opened(
-    command: str, sources: tuple[str, ...], options: dict[str, Any], *, inputs: tuple[str, ...] = ()
-) -> tuple[Pretrained, Tensor]:
+    command: str,
+    sources: tuple[str, ...],
+    options: dict[str, Any],
+    columns: int,
+    *,
+    classes: int | None = None,
+    inputs: tuple[str, ...] = (),
+) -> tuple[Pretrained, Tensor, list[int] | str | None]:
     """Check what needs no model, then load the model and read the images. Nothing is written.
 
     Args:
         command: The command's name, for errors.
         sources: The images to read.
         options: The options that all editing commands have.
+        columns: Images in each row of the picture.
+        classes: The number of labels. None: one for each image.
         inputs: Further files that the command reads. `--out` must be another file.
 
     Returns:
-        The model, and the images, float32 [N, C, H, W] in [-1, 1] on the CPU.
+        The model, the images, float32 [N, C, H, W] in [-1, 1] on the CPU, and their labels, or None for no class.
     """
     import torch
 
     from ..data.items import to_unit_range
     from ..data.published import DATASETS
-    from ..files.images import image_format
+    from ..files.images import grid_shape, image_format
 
     out = options["out"]
     check_output(command, "out", out)
@@ -230,7 +222,11 @@ def _opened(
         raise InvalidValue(command, "model", "to be one that draws grey, RGB or RGBA pictures of one size", got)
     interface.condition.expect_none(command, "model", " (ddpm_fast.vary and its like take one)")
     datasets: dict[str, ItemDataset] = {}
-    return loaded, to_unit_range(torch.stack([_read(command, source, shape, datasets) for source in sources]))
+    images = to_unit_range(torch.stack([_read(command, source, shape, datasets) for source in sources]))
+    labels = interface.labels.listed(command, options["classes"], classes or len(images), each=True)
+    grid = (len(images) * columns, *shape)
+    image_format(out, grid_shape(grid, columns=columns, scale=_scale(images)), "out")
+    return loaded, images, labels
 
 
 def _read(command: str, source: str, shape: tuple[int, int, int], datasets: dict[str, ItemDataset]) -> Tensor:
@@ -249,11 +245,6 @@ def _read(command: str, source: str, shape: tuple[int, int, int], datasets: dict
     channels = f"{shape[0]} channel{'s' * (shape[0] > 1)}"
     expect(image.shape[0] == shape[0], command, "IMAGE", f"to have {channels}, as the model", repr(source))
     return image
-
-
-def _labels(command: str, loaded: Pretrained, options: dict[str, Any], count: int) -> list[int] | str | None:
-    """Return a label for each of so many images, or None for no class."""
-    return loaded.interface.labels.listed(command, options["classes"], count, each=True)
 
 
 def _mask(path: str, images: Tensor) -> Tensor:
@@ -285,27 +276,14 @@ def _scale(images: Tensor) -> int:
     return max(1, 96 // max(images.shape[-2:]))
 
 
-def _make_ready(command: str, images: Tensor, out: Path, columns: int) -> None:
-    """Raise unless the format and the disk can hold the picture."""
-    from ..files.images import grid_shape, image_format
-
-    count = len(images) * columns
-    image_format(out, grid_shape((count, *images.shape[1:]), columns=columns, scale=_scale(images)), "out")
-    try_writing(command, "out", out)
-
-
 def _write(rows: Tensor, options: dict[str, Any]) -> None:
-    """Write a picture with a row for each image, [rows, columns, C, H, W]."""
+    """Write a picture with a row for each image, [rows, columns, C, H, W], and print its name."""
     images, failure = grey_for_bad(rows.flatten(0, 1))
     columns, scale = rows.shape[1], _scale(images)
     write(options["out"], lambda path: ddpm_fast.save_grid(images, path, columns=columns, scale=scale))
     close(failure)
-
-
-def _say(rows: Tensor, options: dict[str, Any]) -> None:
-    """Print which file is written."""
     if not options["quiet"]:
-        click.echo(f"{options['out']}: {len(rows)} row{'s' * (len(rows) > 1)} of {rows.shape[1]} images.")
+        click.echo(f"{options['out']}: {len(rows)} row{'s' * (len(rows) > 1)} of {columns} images.")
 
 
 def _whole_number(text: str) -> int:

@@ -16,7 +16,7 @@ from ..errors import expect
 from .console import Command
 from .fid import fid_command
 from .options import RANGE, VARIANCES, Function, PathOption, adding, json_option, load_model, model_options
-from .outputs import check_output, close, try_writing, write
+from .outputs import check_output, close, write
 
 if TYPE_CHECKING:
     import torch
@@ -125,8 +125,6 @@ def _evaluate(
     labelled = bool(options["labels"] and known)
     fits, got = not labelled or {*classes.tolist()} <= {*known}, f"{int(classes.max())}; --no-labels evaluates without"
     expect(fits, "evaluate", "labels", f"to be in {min(known, default=0)}..{max(known, default=0)}, as the model has", got)
-    if json is not None:
-        try_writing("evaluate", "json", json)
     arguments: dict[str, Any] = {
         "class_labels": classes if labelled else None,
         "seed": options["seed"],

@@ -14,7 +14,7 @@ import click
 from ..errors import ArgumentError, expect, renaming
 from .console import Command
 from .options import PathOption, drawing, dtype_of, json_option, load_model, model_options
-from .outputs import check_output, try_writing, write
+from .outputs import check_output, write
 from .sample import write_each
 
 if TYPE_CHECKING:
@@ -82,9 +82,7 @@ def fid_command(
     moments = _moments(reference)
     known = _pictures("reference", reference) if moments is None else None
     given = _pictures("images", images, num) if options["model"] is None else None
-    try_writing("fid", "features", features / "1.safetensors")
-    if json is not None:
-        try_writing("fid", "json", json)
+    check_output("fid", "features", features / "1.safetensors")
     device, drawn_by = own_device(computing_device("fid", options["device"])), None
     with joined("fid", _APART) as processes:
         network = processes.machine_by_machine(lambda: load_inception("fid", inception, device))

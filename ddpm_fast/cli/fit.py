@@ -21,7 +21,7 @@ from .options import (
     load_model,
     model_options,
 )
-from .outputs import check_output, try_writing, write
+from .outputs import check_output, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,6 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
     labels = loaded.interface.labels
     for path in (model / "plan.json", model / "fit" / "fitted.png"):
         check_output("fit", "model", path)
-        try_writing("fit", "model", path)
     with renaming("fit", {"steps": "teacher_steps"}):
         teacher = _without_noise(loaded, teacher_steps, 0.06, 80.0)
     sampler = loaded.sampler(_without_noise(loaded, steps, 0.07, 40.0), dtype=dtype_of(options))

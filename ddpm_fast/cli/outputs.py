@@ -18,13 +18,9 @@ if TYPE_CHECKING:
 
 
 def check_output(command: str, name: str, path: Path) -> None:
-    """Raise if no file can be written there, as far as that can be known without writing."""
+    """Raise if no file can be written there. Nothing is left there."""
     check_writable(command, name, path, path.parent)
     expect(not path.exists() or path.is_file(), command, name, "to be a file", f"{str(path)!r}, which is a folder or a device")
-
-
-def try_writing(command: str, name: str, path: Path) -> None:
-    """Raise OSError if no file can be written where a result will go. Nothing is left there."""
     folder = existing_folder(path.parent)
     try:
         remove_leftovers(folder)

@@ -28,7 +28,7 @@ from .options import (
     plan_options,
     reading,
 )
-from .outputs import check_output, check_pictures, close, grey_for_bad, try_writing, write
+from .outputs import check_output, check_pictures, close, grey_for_bad, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,13 +126,12 @@ def _counted(number: int, what: str) -> str:
 def _check_places(out: str, gif: Path | None, size: int) -> bool:
     """Return whether images go to a folder or an archive, one by one. Raise unless `out` and `gif` can be written."""
     from ..files.images import image_format
+    from ..sampling.sample_formats import kind_of
 
-    separators = tuple(filter(None, (os.sep, os.altsep)))
-    if out.endswith(separators) or out.lower().endswith(".npz") or os.path.isdir(out):
+    if kind_of(out):
         expect(gif is None, "sample", "gif", "to go with --out as one picture", f"{str(gif)!r} and {out!r}")
         return True
     expect(size <= 1, "sample", "out", f"to be a folder (dir/) or .npz with {size} processes", repr(out))
-    expect(Path(out).suffix, "sample", "out", "to be a picture (.png), a folder (dir/) or .npz", repr(out))
     for name, path in (("out", Path(out)), ("gif", gif)):
         if path is not None:
             check_output("sample", name, path)
@@ -216,9 +215,6 @@ def _write_grid(
     pixels = max(height, width)
     scale, gif_scale = 1 if num == 1 else max(1, 128 // pixels), max(1, 64 // pixels)  # one image can be edited as it is
     check_pictures((count, len(shown), height, width), frames, out, scale, gif, gif_scale)
-    for name, path in (("out", out), ("gif", gif)):
-        if path is not None:
-            try_writing("sample", name, path)
     began = time.perf_counter()
     if gif is None:
         images = states = sampler(num, **arguments)

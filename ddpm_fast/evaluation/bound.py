@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import (
-    check_dtype,
-    check_map,
-    computing_device,
-)
+from ..checks import check_dtype, check_map, computing_device
 from ..dtypes import opmath
 from ..errors import InvalidValue, expect, renaming
 from ..inference import adapted, interface_of
@@ -26,7 +22,7 @@ from ..sampling.arguments import check_model, resolve_labels, resolve_seeds
 from ..sampling.options import ClassLabels
 from ..sampling.progress import progress_bar
 from ..schedule import NoiseSchedule, Objective
-from ..variational import prior_bits, reconstruction_bits, split_variance, transition_bits
+from ..variational import bound_terms, prior_bits, split_variance
 
 
 @dataclass(frozen=True, repr=False)
@@ -187,12 +183,8 @@ def variational_bound(
                 x_0_mse[chunk, t] = (x_0_hat - x).square().flatten(1).mean(dim=1)
                 # The mean of p(x_{t-1} | x_t) is mu~(x_t, x_0^): a model that gives the mean itself is not clipped.
                 distance = x.double() - (unclipped if gives_mean else x_0_hat)
-                if t > 0:
-                    # The two means have the same x_t part (eq. 7): they differ by the weight of x_0.
-                    terms[chunk, t] = transition_bits(weights_of_x_0[t] * distance, bounds[0, t], log_variance)
-                else:
-                    # mu~_1's weights of x_0 and x_t are 1 and 0.
-                    terms[chunk, t] = reconstruction_bits(x.double(), distance, log_variance, exact_cdf=exact_cdf)
+                q_p = bounds[0, t], log_variance
+                terms[chunk, t] = bound_terms(x.double(), step, distance, weights_of_x_0[t], *q_p, exact_cdf=exact_cdf)
             bar.update()
     prior = prior_bits(x_0, schedule).cpu()
     x_0_mse = x_0_mse.cpu()

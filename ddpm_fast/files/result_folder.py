@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Final
+
+from filelock import FileLock, Timeout
 
 from ..errors import UnusablePath
 from .writing import PREFIX
@@ -20,8 +20,7 @@ from .writing import PREFIX
 LOCK: Final = f"{PREFIX}lock"
 """Name of the file that is locked while a process writes. It stays until the results are whole."""
 
-_NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without locks
-_held: Final[set[int]] = set()  # descriptors of locks
+_NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without locks; filelock knows ENOSYS
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -66,69 +65,24 @@ class ResultFolder:
         If the file system has no locks, a warning is logged.
 
         Raises:
-            BlockingIOError: Another process holds the lock. The message names it.
+            BlockingIOError: Another process holds the lock.
             UnusablePath: The folder cannot be made or locked.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:  # such as in /proc, where all looks writable
             raise UnusablePath(self.caller, self.argument, "to be a path whose folders can be made", error) from error
+        lock = FileLock(self.path / LOCK, timeout=0)
         try:
-            file = self._lock()
-        except BlockingIOError:
-            raise
+            lock.acquire()
+        except Timeout:
+            wanted = f"{self.caller}: expected no other process to write to {str(self.result)!r}"
+            raise BlockingIOError(f"{wanted}, got one that holds {lock.lock_file}") from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise UnusablePath(self.caller, self.argument, f"to be a folder whose {LOCK} can be locked", error) from error
             _log.warning("%s is not locked, so no other process may write to it meanwhile: %s", self.result, error)
-            yield
-            return
-        _held.add(file)
         try:
             yield
         finally:
-            if file in _held:  # a forked child has closed it
-                import fcntl
-
-                _held.remove(file)
-                fcntl.flock(file, fcntl.LOCK_UN)  # also if a child that was just forked has not closed it yet
-                os.close(file)
-
-    def _lock(self) -> int:
-        """Return the descriptor of the lock, which this process holds, with the process's name as text."""
-        try:
-            import fcntl
-        except ImportError as error:
-            raise OSError(errno.ENOSYS, "the operating system has no flock") from error
-        flags = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        try:
-            file = os.open(self.path / LOCK, os.O_RDWR | flags, 0o666)
-        except PermissionError:  # another user has made it
-            file = os.open(self.path / LOCK, os.O_RDONLY | flags, 0o666)
-        try:
-            if os.fstat(file).st_nlink > 1:
-                raise OSError(errno.EMLINK, "it is also another file's name")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(file, 200).decode(errors="replace").strip() or "a process without a name"
-            os.close(file)
-            wanted = f"{self.caller}: expected no other process to write to {str(self.result)!r}"
-            raise BlockingIOError(f"{wanted}, got {holder}") from None
-        except OSError:
-            os.close(file)
-            raise
-        with suppress(OSError):  # a full disk; the name is for messages alone
-            os.ftruncate(file, 0)
-            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        return file
-
-
-def _close_locks() -> None:
-    """Close the locks in a forked child, such as a worker of a DataLoader, as it may outlive this process."""
-    for file in _held:
-        os.close(file)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_locks)
+            lock.release()

@@ -27,10 +27,10 @@ from ..options import checked, taking
 from ..plan import SamplingPlan
 from .options import EditOptions
 from .progress import progress_bar
-from .sample_formats import Pixels, SampleFormat, files_of
+from .sample_formats import Pixels, SampleFiles
 from .sampler import Sampler
 
-_CALLER: Final = SampleFormat.caller
+_CALLER: Final = SampleFiles.caller
 _FORMAT: Final = 1  # a manifest's
 _COUNTER: Final = "ddpm_fast/images_written"  # a key of the processes' store
 _APART: Final = timedelta(hours=24)  # between the ends of the first process and the last
@@ -61,8 +61,8 @@ def write_samples(
 
     If a call was interrupted or killed, the same call continues: it draws the blocks of `batch_size` images that are not whole
     yet. A manifest has the arguments and SHA-256 digests of the plan, the weights, the labels and the condition:
-    `manifest.json` in the folder, or `<out>.json` next to an npz. Until an npz is whole, its blocks are in the folder
-    `<out>.parts`. A whole one is not drawn again.
+    `manifest.json` in the folder, or the comment of the zip file that an npz is. Until an npz is whole, its blocks are in the
+    folder `<out>.parts`. A whole one is not drawn again.
 
     A model whose weights are unknown, such as a function, starts a new `out` and cannot continue one.
 
@@ -102,7 +102,7 @@ def write_samples(
     if labels is not None and (labels == sampler.interface.labels.none).all():  # "none"
         labels = None
     ranges = model_config(sampler.network).get("data_range")
-    files = files_of(out, num_samples, shape, labels, pictures=ranges is None)
+    files = SampleFiles(out, num_samples, shape, labels, pictures=ranges is None)
     blocks = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
     with ExitStack() as locks, joined(_CALLER, _APART) as processes:
         _check_own_gpu(processes, sampler.device, share_gpu)
@@ -162,7 +162,7 @@ def _values(images: Tensor, block: range, ranges: Pairs | None) -> Pixels:
 
 
 def _missing(
-    processes: Processes, files: SampleFormat, manifest: Mapping[str, Any], blocks: Sequence[range], locks: ExitStack
+    processes: Processes, files: SampleFiles, manifest: Mapping[str, Any], blocks: Sequence[range], locks: ExitStack
 ) -> list[range]:
     """Return the blocks that are not written, the same in all processes. Rank 0 locks the folder, and begins what is new."""
 
@@ -225,7 +225,7 @@ def _wait(arrival: Future[int], written: Callable[[int], None]) -> None:
 
 @contextmanager
 def _interruptible(
-    processes: Processes, files: SampleFormat, blocks: Sequence[range], manifest: Mapping[str, Any]
+    processes: Processes, files: SampleFiles, blocks: Sequence[range], manifest: Mapping[str, Any]
 ) -> Iterator[None]:
     """Say at Ctrl-C how many images are written, in rank 0."""
     try:

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -104,6 +105,14 @@ def pictures(folder: Path, files: list[str]) -> np.ndarray:
     return np.stack([np.atleast_3d(np.asarray(Image.open(folder / name))) for name in files])
 
 
+def manifest_of(out: Path) -> dict[str, Any]:
+    """Return the manifest in a folder or in an npz."""
+    if out.is_dir():
+        return json.loads((out / "manifest.json").read_text())
+    with zipfile.ZipFile(out) as archive:
+        return json.loads(archive.comment)
+
+
 def expected(**changes: Any) -> np.ndarray:
     images = d.sample(**{"model": MODEL, "plan": PLAN, "num_samples": NUM, "batch_size": BATCH, "progress": False} | changes)
     return d.to_uint8(images).permute(0, 2, 3, 1).numpy()
@@ -121,9 +130,11 @@ def test_files_hold_the_images_of_sample(whole: Path) -> None:
         assert {name: arrays[name].dtype for name in arrays} == {"arr_0": np.uint8, "arr_1": np.int64}
         assert np.array_equal(arrays["arr_0"], images)
         assert arrays["arr_1"].tolist() == LABELS
-    manifest = json.loads((whole / "a.npz.json").read_text())
-    assert manifest == json.loads((folder / "manifest.json").read_text()) | {"kind": "npz"}
-    assert sorted(path.name for path in whole.iterdir()) == ["a.npz", "a.npz.json", "folder"]  # no parts
+    assert manifest_of(whole / "a.npz") == manifest_of(folder) | {"kind": "npz"}
+    assert sorted(path.name for path in whole.iterdir()) == ["a.npz", "folder"]  # no parts
+    rows, labels, _ = read_batch(read_data(str(whole / "a.npz")), range(NUM))
+    assert (rows.permute(0, 2, 3, 1).numpy() == images).all()
+    assert labels.tolist() == LABELS
 
 
 def test_files_are_data_to_train_on(whole: Path) -> None:
@@ -146,7 +157,7 @@ def test_modes_of_pictures_and_models_without_labels(channels: int, mode: str, t
 
 @pytest.mark.parametrize(("index", "name"), [(123, "000000/000123.png"), (49_999, "049000/049999.png")])
 def test_a_folder_has_folders_of_1000_images(index: int, name: str) -> None:
-    assert sample_formats._folder_name(index).as_posix() == name
+    assert sample_formats._png_name(index).as_posix() == name
 
 
 @pytest.mark.parametrize(
@@ -161,10 +172,10 @@ def test_labels_guidance_and_seed_reach_the_sampler(changes: Any, same: Any, lab
     with np.load(write(tmp_path / "a.npz", **changes), allow_pickle=False) as arrays:
         assert np.array_equal(arrays["arr_0"], expected(**same))
         assert (arrays["arr_1"].tolist() if "arr_1" in arrays else None) == labels
-    manifest = json.loads((tmp_path / "a.npz.json").read_text())
+    manifest = manifest_of(tmp_path / "a.npz")
     assert manifest["guidance_scale"] == changes.get("guidance_scale")
     folder = write(tmp_path / "v1.5", **changes, batch_size=None)  # a number is no ending
-    assert json.loads((folder / "manifest.json").read_text()) == manifest | {"batch_size": 64, "kind": "folder"}
+    assert manifest_of(folder) == manifest | {"batch_size": 64, "kind": "folder"}
 
 
 # -------------------------------------------------------------------------------------------------------------- processes
@@ -190,7 +201,7 @@ def test_files_do_not_depend_on_the_number_of_processes(size: int, others: str, 
     done = run_ranks(size, ["-W", "error", "-c", DRAW + others], tmp_path)
     assert [each.returncode for each in done] == [0] * size, done[0].stderr
     found = digests(tmp_path)
-    names = [f"other/{name}.npz{ending}" for name in ("frozen", "function") for ending in ("", ".json")]
+    names = [f"other/{name}.npz" for name in ("frozen", "function")]
     assert found == digests(whole) | {name: found.get(name) for name in names if others}
     assert f"{NUM}/{NUM}" in done[0].stderr  # one bar, of the images of all processes
     assert not [each for each in done[1:] if "sampling" in each.stderr]
@@ -300,8 +311,7 @@ def test_a_call_draws_what_is_missing(stopped: Path, whole: Path, drawn: list[in
     assert digests(stopped) == digests(whole / stopped.name)
     write(stopped)
     assert drawn == [2]
-    beside = [f"{stopped.name}.json"] if stopped.suffix else []
-    assert sorted(path.name for path in stopped.parent.iterdir()) == [stopped.name, *beside]
+    assert [path.name for path in stopped.parent.iterdir()] == [stopped.name]
 
 
 def block_file(out: Path) -> Path:
@@ -424,10 +434,10 @@ def test_a_model_without_weights_starts_files_and_continues_none(
     ],
 )
 def test_a_difference_of_an_interrupted_archive_is_named(old: str, new: str, changes: Any, wanted: str, tmp_path: Path) -> None:
-    write(tmp_path / "a.npz").unlink()
+    manifest = json.dumps(manifest_of(write(tmp_path / "a.npz")))
+    (tmp_path / "a.npz").unlink()
     (tmp_path / "a.npz.parts").mkdir()
-    record = (tmp_path / "a.npz.json").rename(tmp_path / "a.npz.parts" / "manifest.json")
-    record.write_text(record.read_text().replace(old, new))
+    (tmp_path / "a.npz.parts" / "manifest.json").write_text(manifest.replace(old, new))
     with pytest.raises(ValueError, match=f"^write_samples: expected {wanted}"):
         write(tmp_path / "a.npz", **changes)
 
@@ -444,7 +454,7 @@ def test_other_archives_are_no_folders(name: str, tmp_path: Path) -> None:
     [
         ("folder", "folder/mine.txt", "'.*folder', which has 'mine.txt'"),
         ("a.npz", "a.npz.parts/mine.txt", "'.*a.npz.parts', which has 'mine.txt'"),
-        ("c.npz", "c.npz", "'.*c.npz' without 'c.npz.json'"),
+        ("c.npz", "c.npz", "'.*c.npz': File is not a zip file"),
     ],
 )
 def test_files_of_others_are_left_alone(name: str, file: str, wanted: str, tmp_path: Path, drawn: list[int]) -> None:
@@ -461,7 +471,7 @@ def test_files_of_others_are_left_alone(name: str, file: str, wanted: str, tmp_p
 def test_a_second_call_is_refused_while_one_writes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "draw", lambda *_, **__: write(tmp_path / name))
-        with pytest.raises(BlockingIOError, match=r"expected no other process to write to '.*', got process \d+ on "):
+        with pytest.raises(BlockingIOError, match=r"expected no other process to write to '.*', got one that holds .*lock"):
             write(tmp_path / name)
     assert write(tmp_path / name).exists()
 

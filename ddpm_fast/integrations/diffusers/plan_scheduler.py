@@ -264,7 +264,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # they 
         with renaming("PlanScheduler.step"):
             self.plan = builder(**options)
         self._options = options
-        self._run(self.plan[self.begin_index or 0 :])
+        self._run(self.plan)  # its steps are looked up, so a chain may go on in the middle
 
     def _next(self, timestep: int | Tensor) -> int:
         """Return the row of the next step. The first one starts where its timestep says."""
