@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import traced
 from torch.profiler import ProfilerActivity, profile
+from trainer_step import trainer_step
 
 import ddpm_fast
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = ddpm_fast.ddpm_plan(idioms.SCHEDULE, STEPS)
     sampler = ddpm_fast.Sampler(idioms.random_unet(config), plan, dtype=torch.bfloat16, device=args.device)
     calls = {f"sampling, batch {n}": (partial(sampler, n, progress=False), STEPS) for n in args.batches}
-    calls[f"training, batch {args.batches[-1]}"] = traced.trainer_step(config, args.batches[-1], args.device), 1
+    calls[f"training, batch {args.batches[-1]}"] = trainer_step(config, args.batches[-1], args.device), 1
     for name, (call, steps) in calls.items():
         with run.going_on(name):
             rows = kernels(call, steps, args.device)

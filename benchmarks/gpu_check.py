@@ -349,15 +349,16 @@ def sanitizer(check: Check, seconds: float) -> Outcome:
 def launch_every_op(device: str) -> int:
     """Call every case's native kernels once, forward and backward, and return how many calls there were."""
     import common
-    from benchmark_ops import DIRECTIONS, product
+    from benchmark_ops import DIRECTIONS, why_missing
     from op_calls import make_call
     from op_cases import CASES
     from peers import OPS
+    from works import product
 
     calls = 0
     for work in product(case for case in CASES if not case.benchmark):
         is_empty = work.direction == "backward" and not work.case.shape[0]
-        if is_empty or work.why_missing("native", device) is not None:
+        if is_empty or why_missing(work, "native", device) is not None:
             continue
         call = make_call(work.case, common.DTYPES[work.dtype], device, channels_last=work.layout == "channels_last")
         DIRECTIONS[work.direction](OPS["native"].build(call, work.case), call)()
@@ -411,20 +412,20 @@ def goals_phase(check: Check, seconds: float) -> Outcome:
     return Outcome("passed", f"{met} of {measured} goals met, {len(found) - measured} not measured")
 
 
-# Wanted shares of what a kernel's instructions allow. An elementwise kernel is to fill 85 % of its issue slots, as predict.py
+# Wanted shares of what a kernel's instructions allow. An elementwise kernel is to fill 85 % of its issue slots, as cards.py
 # assumes. In a norm, the threads of a block wait for each other between the sweeps over their elements.
 SHARES = {"elementwise": 0.85, "forward": 0.80, "backward": 0.70}
 
 
 def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
     """Compare results with the project's goals for an H100 or H200. On another card those of single ops are not measured."""
-    import predict
-    from benchmark_ops import deciding
+    import cards
+    from works import deciding
 
     found: list[dict[str, object]] = []
     works = {tuple(work.columns().values()): work for work in deciding()}
-    cards = {card.device: card for card in predict.CARDS}
-    budgets = json.loads(predict.BUDGETS.read_text(encoding="utf-8"))["native"]["kernels"]
+    known_cards = {card.device: card for card in cards.CARDS}
+    budgets = json.loads(cards.BUDGETS.read_text(encoding="utf-8"))["native"]["kernels"]
 
     def rows(prefix: str, **wanted: object) -> list[dict[str, Any]]:
         sections = [section for name, section in results.items() if name.startswith(prefix)]
@@ -435,11 +436,11 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
         """Return measured shares of copy, of the shares that the instructions allow on a card with known figures."""
         shares = []
         for row in rows:
-            card = cards.get(row["device"])
+            card = known_cards.get(row["device"])
             work = works.get(tuple(row.get(key) for key in ("op", "case", "shape", "dtype", "layout", "direction")))
-            # predict.py asks a program that it compiles how a norm is cut.
+            # cards.py asks a program that it compiles how a norm is cut.
             if card is not None and work is not None and (row["op"] != "group_norm_silu" or program("g++")):
-                shares.append(row["share of copy"] / predict.allowed_share(work, card, budgets))
+                shares.append(row["share of copy"] / cards.allowed_share(work, card, budgets))
         return shares
 
     def ratios(rows: list[dict[str, Any]], peer: str = "", *, compiled: bool = False) -> list[float]:
@@ -470,7 +471,7 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
     goal(f"sampling: times faster than {peer}, eager", 2.0, ratios(sampled, peer))
     compiled = [row for row in sampled if row["model"] == SMALL and ratios([row], compiled=True)]
     # The prediction for a card asks a compiled program, too.
-    known = [row for row in compiled if row["device"] in cards] if program("g++") else []
+    known = [row for row in compiled if row["device"] in known_cards] if program("g++") else []
     steps = ask(EXPECT, SMALL, known[0]["device"], *(str(row["batch"]) for row in known)) if known else []
     for row, (predicted, ratio) in zip(known, steps, strict=True):
         what = f"sampling, batch {row['batch']}: times faster than torch.compile"
@@ -485,9 +486,9 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
 
 # Prints the milliseconds that a step should take on a card at some batches, and torch.compile as a multiple of them.
 EXPECT = """
-import json, sys, predict, traced
+import cards, json, sys, traced
 network, device, *batches = sys.argv[1:]
-card, budgets = next(card for card in predict.CARDS if card.device == device), json.loads(predict.BUDGETS.read_text())
+card, budgets = next(card for card in cards.CARDS if card.device == device), json.loads(cards.BUDGETS.read_text())
 print(json.dumps(traced.expected(network, card, [int(n) for n in batches], budgets["native"]["kernels"])))
 """
 

@@ -379,7 +379,7 @@ def _trainer(kind: str, *, compile: bool = False) -> Callable[[Job], Callable[[]
         import common
         import idioms
         import torch
-        import traced
+        from trainer_step import trainer_step
 
         import ddpm_fast
 
@@ -389,7 +389,7 @@ def _trainer(kind: str, *, compile: bool = False) -> Callable[[Job], Callable[[]
         config, memory_format = idioms.NETWORKS[job.network_name], common.FORMATS[job.memory_format]
         if kind == TRAINER:
             options = {"precision": job.dtype, "channels_last": job.memory_format == "channels_last"}
-            step = traced.trainer_step(config, job.batch, job.device, **options)
+            step = trainer_step(config, job.batch, job.device, **options)
         else:
             network = {DIFFUSERS: idioms.diffusers_unet, PLAIN: idioms.plain}.get(kind, lambda model: model)
             model = network(idioms.random_unet(config)).to(job.device, memory_format=memory_format).train()

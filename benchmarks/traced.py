@@ -1,36 +1,26 @@
 """The calls of a step of sampling, traced on a CPU as a GPU would get them, and the time that they should take there.
 
 A step is one evaluation of the frozen network in half precision. Bytes and operations are counted. How fast a card works them
-off is assumed: no card has confirmed it. `trainer_step` is the step of training that other benchmarks time.
+off is assumed: no card has confirmed it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import idioms
 import torch
-from benchmark_ops import Work
+from cards import ATTAINABLE, ISSUE_EFFICIENCY, LAUNCH, Budgets, Card, busy_seconds, launches
 from op_cases import Case
-from predict import ATTAINABLE, ISSUE_EFFICIENCY, LAUNCH, Budgets, Card, busy_seconds, launches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from works import Work
 
 import ddpm_fast
-from ddpm_fast.data.items import DatasetInfo, Item, collate
-from ddpm_fast.distributed import Processes
-from ddpm_fast.interface import Labels
 from ddpm_fast.ops.backend import native_error
-from ddpm_fast.training.options import TrainOptions
-from ddpm_fast.training.rng import TrainingRng
-from ddpm_fast.training.run import Run, RunFolder
-from ddpm_fast.training.state import State
-from ddpm_fast.training.step import take_step
-from ddpm_fast.training.task import Task
 
 BATCHES = (1, 16, 128)
 KINDS = {  # the op's name decides; what is not here is "rest"
@@ -62,7 +52,7 @@ class Geometry(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call that a GPU would get as one kernel, or a norm, whose kernels predict.py knows.
+    """A call that a GPU would get as one kernel, or a norm, whose kernels cards.py knows.
 
     Attributes:
         kind: One of `KINDS`, "bias" or "rest".
@@ -146,39 +136,6 @@ def sampling_step(config: dict[str, Any]) -> list[Call]:
         network(x, torch.zeros(TRACED, dtype=torch.int64))
     # Under a tracer the network is planned again, with conversions of its weights that a call does not have.
     return [call for call in tracer.calls if call.moved]
-
-
-class Images(list[Item]):
-    """A data set for machines without Pillow."""
-
-    info: DatasetInfo
-
-
-def trainer_step(config: dict[str, Any], batch: int, device: str, **options: Any) -> Callable[[], object]:
-    """Return a step of `Trainer`, without its folder. `options` are those of `TrainOptions`."""
-    image = torch.zeros(3, config["sample_size"], config["sample_size"], dtype=torch.uint8)
-    dataset = Images([Item(image, 0)] * batch)
-    dataset.info = DatasetInfo("images", tuple(image.shape))
-    settings = TrainOptions(**{"batch_size": batch, "micro_batch_size": batch, "precision": "bf16"} | options)
-    run = Run(
-        folder=RunFolder("none"),
-        options=settings,
-        data=None,
-        network=None,
-        objective=ddpm_fast.Objective(idioms.SCHEDULE),
-        loss_weights=None,
-        processes=Processes(),
-        device=torch.device(device),
-        rng=TrainingRng(0, batch),
-        stored=None,
-    )
-    task = Task(
-        run,
-        model=idioms.random_unet(config),
-        labels=Labels(),
-        dataset=dataset,  # type: ignore[arg-type]
-    )
-    return partial(take_step, task, State.initial(task), collate(dataset))
 
 
 def predicted(calls: Iterable[Call], card: Card, batch: int, budgets: Budgets) -> dict[str, float]:

@@ -18,10 +18,11 @@ from typing import Any
 
 import common
 import pytest
-from benchmark_ops import DIRECTIONS, check, product
+from benchmark_ops import DIRECTIONS, check, why_missing
 from op_calls import make_call
 from op_cases import CASES
 from peers import OPS, has_idiom
+from works import product
 
 from ddpm_fast.ops import BACKENDS
 
@@ -53,7 +54,7 @@ def until_idle(run: Callable[[], object]) -> Callable[[], None]:
 @pytest.mark.parametrize(("op", "case", "dtype", "layout", "direction", "by"), parameters())
 def test_speed(op: str, case: str, dtype: str, layout: str, direction: str, by: str, benchmark: Any) -> None:
     work = WORKS[op, case, dtype, layout, direction]
-    missing = work.why_missing(by, DEVICE)
+    missing = why_missing(work, by, DEVICE)
     if missing is not None:
         pytest.skip(missing)
     call = make_call(work.case, common.DTYPES[dtype], DEVICE, channels_last=layout == "channels_last")

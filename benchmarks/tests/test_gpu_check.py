@@ -13,15 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cards
 import common
 import gpu_check
 import peers
-import predict
 import pytest
 import torch
 import traced
-from benchmark_ops import Work, deciding
 from gpu_check import PHASES, TOTAL_SECONDS, TUNING, TUNING_SECONDS, Check, Outcome, Phase
+from works import Work, deciding
 
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -273,7 +273,7 @@ def results(share: float, ratio: float, device: str = H100, scale: Callable[[Wor
 
 
 def allowed(work: Work) -> float:
-    return predict.allowed_share(work, predict.CARDS[1], json.loads(predict.BUDGETS.read_text())["native"]["kernels"])
+    return cards.allowed_share(work, cards.CARDS[1], json.loads(cards.BUDGETS.read_text())["native"]["kernels"])
 
 
 @needs_gpp
@@ -297,8 +297,8 @@ def test_goals_are_met_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_predicted_of_a_step_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ratio to torch.compile is that of the two sums, and the sum is printed beside the measured time."""
     monkeypatch.setattr(gpu_check, "SMALL", "tiny")
-    budgets = json.loads(predict.BUDGETS.read_text())["native"]["kernels"]
-    ((ours, ratio),) = traced.expected("tiny", predict.CARDS[1], [128], budgets)
+    budgets = json.loads(cards.BUDGETS.read_text())["native"]["kernels"]
+    ((ours, ratio),) = traced.expected("tiny", cards.CARDS[1], [128], budgets)
     found = results(0.9, 1.6)
     for row in found["sample_speed cifar10-32 bf16 batch 64"]["rows"][:1]:
         row["model"] = "tiny"

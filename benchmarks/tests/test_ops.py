@@ -10,10 +10,10 @@ import benchmark_ops
 import common
 import pytest
 import torch
-from benchmark_ops import Work
 from kernel_calls import MATRIX_OPS
 from op_cases import Case
 from peers import OPS, Peer
+from works import LISTS, Work, deciding, deciding_compiled
 
 from ddpm_fast.ops import OPS as ALL
 
@@ -21,7 +21,7 @@ H100_L2 = 50 * 2**20
 
 
 def test_shapes_that_decide_are_few_and_larger_than_l2() -> None:
-    works = list(benchmark_ops.deciding())
+    works = list(deciding())
     assert {work.case.op for work in works} == {name for name in ALL if not name.endswith("_backward")} - {*MATRIX_OPS}
     assert len(works) <= 40
     assert min(work.moved for work in works) > 2 * H100_L2
@@ -30,7 +30,7 @@ def test_shapes_that_decide_are_few_and_larger_than_l2() -> None:
     is_norm = [work.case.op == "group_norm_silu" for work in works]
     assert is_norm == sorted(is_norm)  # the others come first
     assert not any("compile" in work.peers for work in works)
-    assert {(work.peers, work.layout, work.direction) for work in benchmark_ops.deciding_compiled()} == {
+    assert {(work.peers, work.layout, work.direction) for work in deciding_compiled()} == {
         (("native", "compile"), "channels_last", direction) for direction in ("forward", "backward")
     }
 
@@ -42,7 +42,7 @@ WORDS = ["deciding", "--each", "0.001"]
 
 
 def test_results_are_kept_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setitem(benchmark_ops.LISTS, "deciding", lambda tiny: [NORM, UINT8])
+    monkeypatch.setitem(LISTS, "deciding", lambda tiny: [NORM, UINT8])
     out = tmp_path / "out.json"
     benchmark_ops.main([*WORDS, "--out", str(out)])
     assert benchmark_ops.make_inputs(NORM, "cpu").arguments["x"].is_contiguous(memory_format=torch.channels_last)
@@ -62,7 +62,7 @@ def test_a_wrong_peer_fails_and_the_others_go_on(
     """The second is within the tolerance, but the last sample differs from its copy."""
     native = OPS["native"].build
     monkeypatch.setitem(OPS, "native", Peer(lambda call, case: lambda **x: wrong(native(call, case)(**x))))
-    monkeypatch.setitem(benchmark_ops.LISTS, "deciding", lambda tiny: [replace(NORM, direction="forward"), UINT8])
+    monkeypatch.setitem(LISTS, "deciding", lambda tiny: [replace(NORM, direction="forward"), UINT8])
     out = tmp_path / "out.json"
     with pytest.raises(SystemExit, match="1"):
         benchmark_ops.main([*WORDS, "--out", str(out)])

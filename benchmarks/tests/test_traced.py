@@ -9,7 +9,7 @@ import idioms
 import pytest
 import torch
 import traced
-from predict import ATTAINABLE, LAUNCH, Card
+from cards import ATTAINABLE, LAUNCH, Card
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from traced import DENSE_SHARE, SHORTEST, Call

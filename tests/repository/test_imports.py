@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,14 @@ def test_imports_point_one_way() -> None:
     for path, module in modules.items():
         extra = _imports((PACKAGE / path).read_text(), path.parts[:-1]) - ALLOWED[module] - {"errors"}
         assert not extra, f"{path} imports {extra}"
+
+
+def test_benchmarks_import_no_circle() -> None:
+    files = {file.stem: file for file in (PACKAGE.parent / "benchmarks").glob("*.py")}
+    sources = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    imported = {name: {module[0] for module in _modules(source)} & {*files} for name, source in sources.items()}
+    order = [*TopologicalSorter(imported).static_order()]  # raises a CycleError
+    assert {"peers", "traced", "predict"} <= {*order}
 
 
 def _names_imported_by(folder: str) -> Iterator[tuple[Path, str, str]]:
