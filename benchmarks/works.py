@@ -1,4 +1,4 @@
-"""What is compared: an op at a shape, a dtype, a layout and a direction, and the lists of them that decide."""
+"""The comparisons: an op at a shape, a dtype, a layout and a direction, and the lists of them that decide."""
 
 from __future__ import annotations
 

@@ -1,48 +1,18 @@
 """Fused kernels for denoising diffusion probabilistic models (Ho et al. 2020) in PyTorch.
 
-The public names below are imported when they are first used, so that `ddpm-fast --help` need not wait for PyTorch.
+The public names of `__init__.pyi` are imported when they are first used, so that `ddpm-fast --help` need not wait for PyTorch.
 """
 
+import re
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .version import __version__ as __version__
 
-_NAMES_BY_MODULE = {
-    "data.options": ("DataOptions",),
-    "pretrained": ("Pretrained", "load_builtin", "load_folder"),
-    "sampling.editing": ("inpaint", "interpolate", "invert", "load_image", "vary"),
-    "evaluation": ("Moments", "VariationalBound", "frechet_distance", "variational_bound"),
-    "files.images": ("image_grid", "save_grid", "save_trajectory", "to_uint8"),
-    "integrations.freezing": ("freeze", "plan_of"),
-    "integrations.fuse": ("FuseReport", "fuse", "unfuse"),
-    "allocator": ("kept_memory",),
-    "inference": ("FrozenUNet",),
-    "nn": ("UNet",),
-    "ops": (
-        *("BackendUnavailable", "attention", "conv3x3", "denoising_loss", "group_norm_affine", "group_norm_silu"),
-        *("initial_noise", "noise", "q_sample", "reverse_step", "sample_seeds"),
-    ),
-    "plan": (
-        *("SamplingPlan", "ddim_inversion_plan", "ddim_plan", "ddpm_plan", "default_plan", "dpm_solver_plan", "heun_plan"),
-        *("named_plan", "repaint_plan"),
-    ),
-    "publishing": ("push_to_hub",),
-    "reference": ("STREAM_DROPOUT", "STREAM_KNOWN", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
-    "samplers": ("SAMPLERS", "PlanOptions"),
-    "sampling.fitting": ("fit_plan",),
-    "sampling.options": ("BatchOptions", "DrawOptions", "EditOptions"),
-    "sampling.sample_files": ("write_samples",),
-    "sampling.sampler": ("Sampler", "sample"),
-    "schedule": ("NoiseSchedule", "Objective"),
-    "training.export": ("export_checkpoint",),
-    "training.log": ("Logger",),
-    "training.loop": ("TrainResult",),
-    "training.options": ("ModelOptions", "TrainOptions"),
-    "training.trainer": ("Trainer", "train"),
-    "variational": ("variational_loss",),
-}
-_MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
+# Each name of the stub, which type checkers read, and its module.
+_STUB = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+_MODULE_BY_NAME = {name: module for module, name in re.findall(r"^from \.(\S+) import ([A-Za-z]\w*) as ", _STUB, re.MULTILINE)}
 
 __all__ = sorted(_MODULE_BY_NAME)
 

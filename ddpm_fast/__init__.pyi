@@ -1,4 +1,4 @@
-"""Public names for type checkers. `__init__.py` imports each from the same module when it is first used."""
+"""The public names. `__init__.py` reads this file, and imports each from its module when it is first used."""
 
 from .allocator import kept_memory as kept_memory
 from .data.options import DataOptions as DataOptions

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..errors import expect
+from ..errors import InvalidValue, expect
 from .condition import Condition
 from .labels import Labels, count_of
 
@@ -70,7 +70,7 @@ class Interface:
             predicted_channels=gives,
             predicts_variance=predicts_variance,
             size=(known[0], known[1]) if len(known) == len(sides) == 2 else None,
-            multiple=2 ** (len(config.get("block_out_channels") or [1]) - 1) if halves else 1,
+            multiple=side_multiple(config.get("block_out_channels") or [1]) if halves else 1,
             labels=Labels.from_config(config, no_label),
             condition=Condition.from_config(config, conditions),
         )
@@ -91,6 +91,16 @@ class Interface:
         wanted = f"to be (C, H, W) with C at most {reads}, which the model reads"
         expect(reads is None or channels <= reads, caller, name, wanted, tuple(shape))
         expect(self.predicted_channels is None or len(sides) == 2, caller, name, "to be (C, H, W)", tuple(shape))
-        wanted = f"to have H and W that are multiples of {self.multiple}"
-        fits = all(side % self.multiple == 0 for side in sides)
-        expect(fits, caller, name, wanted, "x".join(map(str, sides)))
+        check_sides(caller, name, sides, self.multiple)
+
+
+def side_multiple(widths: Sequence[int]) -> int:
+    """Return the number of which H and W are multiples: each level of a network with these widths halves them, but the last."""
+    return 1 << len(widths) - 1
+
+
+def check_sides(caller: str, name: str, sides: Sequence[int], multiple: int) -> None:
+    """Raise a ValueError unless the sides of images are multiples of a number."""
+    if any(side % multiple for side in sides):  # torch.compile cannot write sides that it does not know into a message
+        wanted = f"to have H and W that are multiples of {multiple}"
+        raise InvalidValue(caller, name, wanted, "x".join(map(str, sides)))

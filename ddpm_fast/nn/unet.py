@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..checks import check_float, check_strided, checked_device, checked_seeds
 from ..errors import InvalidType, InvalidValue
+from ..interface import check_sides, side_multiple
 from ..interface.labels import check_labels
 from ..ops.modes import runs_eagerly
 from ..options import checked
@@ -290,9 +291,7 @@ def checked_timesteps(caller: str, config: UNetConfig, x: Tensor, t: Tensor | fl
     check_float(caller, "x", x)
     if x.dim() != 4 or x.shape[1] != config.in_channels:
         raise InvalidValue(caller, "x", f"to be [N, {config.in_channels}, H, W]", tuple(x.shape))
-    multiple = 2 ** (len(config.block_out_channels) - 1)
-    if x.shape[2] % multiple or x.shape[3] % multiple:
-        raise InvalidValue(caller, "x", f"to have H and W that are multiples of {multiple}", f"{x.shape[2]}x{x.shape[3]}")
+    check_sides(caller, "x", x.shape[2:], side_multiple(config.block_out_channels))
     n = x.shape[0]
     # torch.compile and the like cannot ask for a value
     check_labels(caller, config.num_class_embeds, class_labels, x, values=class_labels is None or runs_eagerly(class_labels))

@@ -93,7 +93,9 @@ def noise_levels(
     objective = objective_of(caller, schedule, prediction, "learned_range" if learned_variance else None)
     schedule = objective.schedule
     ratios = noise_ratios(schedule.alpha_bars)  # ascending
-    last = count_levels(caller, schedule, lambda_min)
+    expect(len(ratios) >= 2, caller, "schedule", "to have at least 2 timesteps", len(ratios))
+    last = count_levels(schedule, lambda_min)
+    expect(last >= 2, caller, "lambda_min", f"to be at most {-ratios[1].log():.4g}, lambda at timestep 1", lambda_min)
     if levels is not None:
         ratio = _listed(caller, schedule, levels)
         timesteps = fractional_timesteps(schedule, ratio).round().long()
@@ -137,13 +139,9 @@ def level_range(schedule: NoiseSchedule) -> tuple[float, float]:
     return float(ratios[0]), float(ratios[ratios.isfinite()][-1])
 
 
-def count_levels(caller: str, schedule: NoiseSchedule, lambda_min: float) -> int:
-    """Return how many timesteps have lambda >= lambda_min. They are the first ones. Raise if they are fewer than two."""
-    log_snr = -noise_ratios(schedule.alpha_bars).log()
-    expect(len(log_snr) >= 2, caller, "schedule", "to have at least 2 timesteps", len(log_snr))
-    last = int((log_snr >= lambda_min).sum())
-    expect(last >= 2, caller, "lambda_min", f"to be at most {log_snr[1]:.4g}, lambda at timestep 1", lambda_min)
-    return last
+def count_levels(schedule: NoiseSchedule, lambda_min: float) -> int:
+    """Return how many timesteps have lambda >= lambda_min. They are the first ones."""
+    return int((-noise_ratios(schedule.alpha_bars).log() >= lambda_min).sum())
 
 
 def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing | Sequence[int]) -> Tensor:

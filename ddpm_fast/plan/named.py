@@ -11,6 +11,7 @@ from ..errors import InvalidValue, expect, renaming
 from ..options import checked, checked_options, taking, within
 from ..samplers import DEFAULT_SAMPLER, LAMBDA_MIN, SAMPLERS, NamedSampler, PlanOptions
 from ..schedule import NoiseSchedule, Objective
+from .levels import count_levels
 from .sampling_plan import Clip, SamplingPlan
 
 
@@ -85,6 +86,5 @@ def _most_steps(named: NamedSampler, schedule: NoiseSchedule, spacing: str) -> i
     """Return the largest number of steps. Solvers leave out timesteps with too little signal."""
     if "lambda_min" not in named.fixed:
         return schedule.num_timesteps
-    abar = schedule.alpha_bars
-    levels = int(((abar / (1 - abar)).log() / 2 >= LAMBDA_MIN).sum())
+    levels = count_levels(schedule, LAMBDA_MIN)
     return levels - 1 if spacing in ("linspace", "leading") else levels

@@ -21,7 +21,7 @@ from ..data.published import DATASETS
 from ..errors import InvalidValue, expect, renaming
 from ..inference import interface_of
 from ..inference.model import device_and_dtype, evaluation_mode, predict
-from ..interface import Interface, Labels
+from ..interface import Interface, Labels, check_sides, side_multiple
 from ..nn import UNet
 from ..nn.unet import describe_images
 from ..schedule import NoiseSchedule, Objective
@@ -168,9 +168,7 @@ def _check_fit(model: UNet, info: DatasetInfo, objective: Objective) -> None:
         ("in_channels", interface.read_channels, reads, f"{of} and their conditions" if reads > channels else of),
     ):
         expect(found == number, "Trainer", "model", f"to have {name} = {number}, as {whose}", found)
-    factor = interface.multiple
-    wanted = f"to have images whose sides are multiples of {factor} for the levels of model"
-    expect(height % factor == 0 and width % factor == 0, "Trainer", "dataset", wanted, f"{height}x{width}")
+    check_sides("Trainer", "dataset", (height, width), interface.multiple)
     Labels.of_classes(info.classes).check_trained("Trainer", interface.labels)
 
 
@@ -201,7 +199,7 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective,
     channels, height, width = info.shape
     labels = Labels.of_classes(info.classes) if options.conditional and len(info.classes) > 1 else Labels()
     widths = options.channels
-    factor = 2 ** (len(widths) - 1)
+    factor = side_multiple(widths)
     wanted = f"images whose sides are multiples of {factor} for {len(widths)} levels of channels"
     fitting = [-(-side // factor) * factor for side in (height, width)]
     got = f"{width}x{height}; choose another image_size, such as {size_of(fitting)}, or fewer numbers in channels"

@@ -463,7 +463,7 @@ own = partial(read_data, "digits")
         (
             lambda: network(**DEEP),
             Digits,
-            "dataset to have images whose sides are multiples of 16 for the levels of model, got 8x8",
+            "dataset to have H and W that are multiples of 16, got 8x8",
         ),
         (
             lambda: network(num_class_embeds=12),
