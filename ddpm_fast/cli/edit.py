@@ -13,6 +13,7 @@ import click
 import ddpm_fast
 
 from ..errors import InvalidValue, expect
+from ..forms import Numbers
 from ..samplers import DEFAULT_SAMPLER
 from .console import Command
 from .options import (
@@ -25,6 +26,7 @@ from .options import (
     load_model,
     model_options,
     plan_options,
+    reading,
 )
 from .outputs import check_output, close, grey_for_bad, write
 
@@ -138,7 +140,7 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
 @click.option(
     "--mask", type=PathOption(exists=True, dir_okay=False), help="Paint where this image is white, and keep the rest."
 )
-@click.option("--box", metavar="X,Y,W,H", help="Paint this box, in pixels from the top left corner.")
+@click.option("--box", metavar="X,Y,W,H", callback=reading(Numbers), help="Paint this box, in pixels from the top left corner.")
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Use this many timesteps.")
 @click.option("--jump-length", type=click.IntRange(1), help="Go back this many steps in a jump.  [default: a tenth of --steps]")
 @click.option(
@@ -152,7 +154,7 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
 def inpaint_command(
     sources: tuple[str, ...],
     mask: str | None,
-    box: str | None,
+    box: tuple[int, ...] | None,
     steps: int,
     jump_length: int | None,
     jump_samples: int,
@@ -165,7 +167,7 @@ def inpaint_command(
         given = "neither" if mask is None else "both"
         raise InvalidValue("inpaint", "", "either --mask or --box to be given", given)
     loaded, images, labels = _opened("inpaint", sources, options, 3, inputs=() if mask is None else (mask,))
-    painted = _box(box or "", images) if mask is None else _mask(mask, images)
+    painted = _box(box or (), images) if mask is None else _mask(mask, images)
     jumps = jump_length or max(1, steps // 10), jump_samples if steps > 1 else 1
     plan = ddpm_fast.repaint_plan(loaded.objective, steps, *jumps, clip=loaded.clip)
     sampler, arguments = loaded.sampler(plan, dtype=dtype_of(options)), drawing(options) | {"class_labels": labels}
@@ -257,15 +259,14 @@ def _mask(path: str, images: Tensor) -> Tensor:
     return mask.float() / 255
 
 
-def _box(box: str, images: Tensor) -> Tensor:
-    """Return a mask that is 1 in a box "X,Y,W,H", float32 [1, 1, H, W]."""
+def _box(box: tuple[int, ...], images: Tensor) -> Tensor:
+    """Return a mask that is 1 in a box (x, y, width, height), float32 [1, 1, H, W]."""
     import torch
 
     rows, columns = images.shape[2:]
-    numbers = [_whole_number(part) for part in box.split(",")]
-    x, y, width, height = numbers if len(numbers) == 4 else (-1, -1, 0, 0)
+    x, y, width, height = box if len(box) == 4 else (-1, -1, 0, 0)
     fits = min(x, y) >= 0 and min(width, height) >= 1 and x + width <= columns and y + height <= rows
-    expect(fits, "inpaint", "box", f"to be X,Y,W,H within {columns}x{rows} pixels", repr(box))
+    expect(fits, "inpaint", "box", f"to be X,Y,W,H within {columns}x{rows} pixels", box)
     painted = torch.zeros(1, 1, rows, columns)
     painted[..., y : y + height, x : x + width] = 1
     return painted

@@ -99,7 +99,7 @@ def sample_command(num: int | None, out: str, gif: Path | None, show_channels: l
     shown = _shown(loaded, show_channels)
     arguments = drawing(options) | {
         "class_labels": loaded.interface.labels.listed("sample", options["classes"], num),
-        "condition": _repeated(restored, num),
+        "condition": None if restored is None else restored[[i % len(restored) for i in range(num)]],
     }
     sampler = loaded.sampler(plan, dtype=dtype_of(options))
     if writes_each:
@@ -160,13 +160,6 @@ def _conditions(loaded: Pretrained, path: str | None, seed: int, num: int | None
     if shape is None:
         raise InvalidValue("sample", "model", "to have a sample_size in its config.json", "null")
     return read_conditions(path, loaded.model.config, shape, seed, first=num, condition_range=ranges)
-
-
-def _repeated(restored: Tensor | None, num: int) -> Tensor | None:
-    """Return a condition for each image, all in turn."""
-    import torch
-
-    return None if restored is None else restored[torch.arange(num) % len(restored)]
 
 
 def _shown(loaded: Pretrained, channels: list[int] | None) -> list[int]:

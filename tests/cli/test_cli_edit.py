@@ -310,9 +310,10 @@ INPAINT = [
     (["--mask=text.png", "--box=0,0,1,1"], "expected either --mask or --box to be given, got both"),
     (["--box=0,0,4,4", "--steps=4", "--jump-length=4"], "expected --jump-length to be an integer in 1..3, got 4"),
     *(
-        (["--box", box], f"expected --box to be X,Y,W,H within 8x8 pixels, got {box!r}")
-        for box in ("0,0,9,8", "0,0,8,9", "8,0,1,1", "-1,0,2,2", "0,0,0,4", "0,0,4", "0,0,4,4,4", "a,0,1,1", "")
+        (["--box", box], f"expected --box to be X,Y,W,H within 8x8 pixels, got ({box.replace(',', ', ')})")
+        for box in ("0,0,9,8", "0,0,8,9", "8,0,1,1", "-1,0,2,2", "0,0,0,4", "0,0,4", "0,0,4,4,4")
     ),
+    *((["--box", box], f"expected whole numbers separated by commas, got {box!r}") for box in ("a,0,1,1", "")),
 ]
 REFUSED: list[tuple[list[str], str]] = [
     *(([command, *COMMANDS[command], option], message) for command in COMMANDS for option, message in COMMON),
