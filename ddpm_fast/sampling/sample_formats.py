@@ -78,7 +78,7 @@ class SampleFiles(ResultFolder):
             with zipfile.ZipFile(self.result) as archive:
                 return _fields(json.loads(archive.comment))
         except Exception as error:  # damaged archives raise errors of many types
-            wanted, got = "to be new or written by the same call", f"{str(self.result)!r}: {error}"
+            wanted, got = "to be new or written by the same call", f"{str(self.result)!r} without a manifest: {error}"
             raise UnusablePath(self.caller, "out", wanted, got) from error
 
     def agrees(self, wanted: Mapping[str, Any]) -> bool:

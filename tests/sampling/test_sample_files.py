@@ -454,7 +454,7 @@ def test_other_archives_are_no_folders(name: str, tmp_path: Path) -> None:
     [
         ("folder", "folder/mine.txt", "'.*folder', which has 'mine.txt'"),
         ("a.npz", "a.npz.parts/mine.txt", "'.*a.npz.parts', which has 'mine.txt'"),
-        ("c.npz", "c.npz", "'.*c.npz': File is not a zip file"),
+        ("c.npz", "c.npz", "'.*c.npz' without a manifest: File is not a zip file"),
     ],
 )
 def test_files_of_others_are_left_alone(name: str, file: str, wanted: str, tmp_path: Path, drawn: list[int]) -> None:
