@@ -95,8 +95,9 @@ def psnr_command(
     expect(reads.channels, "psnr", "model", "to restore images: evaluate bound is for any other", "one without a condition")
     fits, wanted = condition is None or not reads.is_computed, f"to be left out, as the model restores {reads.kind}"
     expect(fits, "psnr", "condition", wanted, condition)
-    read = {"condition": reads.kind if reads.is_computed else condition, "data_range": data_range}
-    _evaluate(loaded, partial(_restored, samples=samples), options, **read, condition_range=condition_range)
+    ranges = {"data_range": data_range, "condition_range": condition_range}
+    restores = reads.kind if reads.is_computed else condition
+    _evaluate(loaded, partial(_restored, samples=samples), options, condition=restores, **ranges)
 
 
 def _loaded(options: dict[str, Any]) -> Pretrained:

@@ -18,8 +18,6 @@ from .outputs import check_output, write
 from .sample import write_each
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..data.items import ItemDataset
     from ..evaluation import Moments
     from ..pretrained import Pretrained
@@ -72,6 +70,7 @@ def fid_command(
     --model, they are drawn there first. torchrun can start several processes, and needs --num-samples for --num.
     """
     from ..checks import computing_device
+    from ..data.items import read_batch
     from ..distributed import joined, own_device
     from ..evaluation.inception import FEATURES, load_inception, scores, write_features
     from ..files.writing import write_json
@@ -93,7 +92,15 @@ def fid_command(
         expect(sizes[0] == sizes[-1], "fid", "images", f"to have {list(sizes[-1])} pixels as REFERENCE", list(sizes[0]))
         features.mkdir(parents=True, exist_ok=True)
         files = [
-            write_features(network, features, len(each), partial(_pixels, each), processes, progress=shown) for each in sets
+            write_features(
+                network,
+                features,
+                len(each),
+                partial(lambda images, part: read_batch(images, part).images, each),
+                processes,
+                progress=shown,
+            )
+            for each in sets
         ]
         if not processes.is_first:
             return
@@ -191,9 +198,3 @@ def _pictures(name: str, path: str, num: int | None = None) -> ItemDataset:
     pictures, got = info.data_range is None and info.shape[0] in (1, 3), f"{info.shape[0]} channels of {info.dtype}"
     expect(pictures, "fid", name, "to be pictures of 256 levels, grey or in RGB", got)
     return dataset
-
-
-def _pixels(dataset: ItemDataset, part: range) -> Tensor:
-    from ..data.items import read_batch
-
-    return read_batch(dataset, part).images

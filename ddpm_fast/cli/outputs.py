@@ -42,21 +42,6 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
     click.get_current_context().obj.append(path)
 
 
-def check_pictures(
-    shape: tuple[int, int, int, int], frames: int, out: Path, scale: int, gif: Path | None, gif_scale: int
-) -> None:
-    """Raise unless the formats can hold pictures of images of this shape [N, C, H, W]. C is the number of channels to show."""
-    from ..files.images import ANIMATED, STRIP, grid_shape, image_format
-
-    num, shown, *sides = shape
-    image_format(out, grid_shape(shape, scale=scale), "out")
-    if gif is not None and image_format(gif, (1, 1, shown), "gif") in ANIMATED:
-        image_format(gif, grid_shape(shape, scale=gif_scale), "gif")
-    elif gif is not None:
-        strip = min(STRIP, frames)
-        image_format(gif, grid_shape((num * strip, shown, *sides), columns=strip, scale=gif_scale), "gif")
-
-
 def grey_for_bad(images: Tensor) -> tuple[Tensor, str]:
     """Replace images [N, C, H, W] that are not finite by grey ones. Return the images, and a sentence about them."""
     bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()

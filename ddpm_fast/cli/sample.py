@@ -28,7 +28,7 @@ from .options import (
     plan_options,
     reading,
 )
-from .outputs import check_output, check_pictures, close, grey_for_bad, write
+from .outputs import check_output, close, grey_for_bad, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,13 +114,10 @@ def sample_command(num: int | None, out: str, gif: Path | None, show_channels: l
         trained = "" if loaded.step is None else f", from step {loaded.step} of {options['model']}"
         rate = "" if writes_each else f", {num / seconds:.3g} images/s"  # some images may be there already
         part = "" if writes_each or len(shown) == sampler.shape[0] else f" Shown channels: {', '.join(map(str, shown))}."
-        files, steps = ", ".join(map(str, click.get_current_context().obj)), _counted(plan.num_steps, "step")
-        click.echo(f"{files}: {_counted(num, 'image')}{labels} in {steps} ({name}){trained}, {seconds:.1f} s{rate}.{part}")
+        files, drawn = ", ".join(map(str, click.get_current_context().obj)), f"{num} image{'s' * (num != 1)}{labels}"
+        steps = f"{plan.num_steps} step{'s' * (plan.num_steps != 1)}"
+        click.echo(f"{files}: {drawn} in {steps} ({name}){trained}, {seconds:.1f} s{rate}.{part}")
     close(failure)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _check_places(out: str, gif: Path | None, size: int) -> bool:
@@ -199,7 +196,7 @@ def _write_grid(
     sampler: Sampler, num: int, out: Path, gif: Path | None, shown: list[int], arguments: dict[str, Any]
 ) -> tuple[float, str]:
     """Draw images, write the grid and the animation. Return the seconds of drawing, and what is wrong with images."""
-    from ..files.images import in_bands
+    from ..files.images import ANIMATED, STRIP, grid_shape, image_format, in_bands
 
     frames = 0 if gif is None else min(_FRAMES, sampler.plan.num_steps + 1)
     (_, height, width), condition = sampler.shape, arguments["condition"]
@@ -207,7 +204,12 @@ def _write_grid(
     count = num if columns is None else 2 * columns * -(-num // columns)  # images in the grid
     pixels = max(height, width)
     scale, gif_scale = 1 if num == 1 else max(1, 128 // pixels), max(1, 64 // pixels)  # one image can be edited as it is
-    check_pictures((count, len(shown), height, width), frames, out, scale, gif, gif_scale)
+    image_format(out, grid_shape((count, len(shown), height, width), scale=scale), "out")
+    if gif is not None:
+        animated = image_format(gif, (1, 1, len(shown)), "gif") in ANIMATED
+        strip = None if animated else min(STRIP, frames)
+        pictures = num * (strip or 1), len(shown), height, width
+        image_format(gif, grid_shape(pictures, columns=strip, scale=gif_scale), "gif")
     began = time.perf_counter()
     if gif is None:
         images = states = sampler(num, **arguments)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -61,35 +62,33 @@ class ResnetBlock2D(Swapped):
 
     def forward(self: Any, input_tensor: Tensor, temb: Any = None) -> Tensor:
         """Return the block's output as diffusers' forward does."""
-        x, h = input_tensor, _norm_silu(self.norm1, input_tensor)
-        if self.upsample is not None and len(x) >= 64:
-            # PyTorch's nearest interpolation of large channels_last batches was wrong, so diffusers does this
-            x, h = x.contiguous(), h.contiguous()
+        time = self.time_emb_proj and self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
+        # PyTorch's nearest interpolation of large channels_last batches was wrong, so diffusers makes them contiguous. It also
+        # does so before the shortcut in training: DistributedDataParallel warns of gradients in another memory format.
+        is_large = self.upsample is not None and len(input_tensor) >= 64
         resample = self.downsample if self.upsample is None else self.upsample
-        if resample is not None:
-            x, h = resample(x), resample(h)
-        if self.time_emb_proj is not None:
-            temb = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
-        h = _norm_silu(self.norm2, self.conv1(h), temb, modulates=self.time_embedding_norm == "scale_shift")
-        if self.conv_shortcut is not None:
-            # contiguous in training, as in diffusers: DistributedDataParallel warns of gradients in another memory format
-            x = self.conv_shortcut(x.contiguous() if self.training else x)
-        return (x + self.conv2(self.dropout(h))) / self.output_scale_factor  # type: ignore[no-any-return]
+        out = _residual(
+            *(input_tensor, self.norm1, self.conv1, self.norm2, time),
+            tail=lambda h: self.conv2(self.dropout(h)),
+            skip=self.conv_shortcut and (lambda x: self.conv_shortcut(x.contiguous() if self.training else x)),
+            resample=resample and [lambda each: resample(each.contiguous() if is_large else each)] * 2,
+            modulates=self.time_embedding_norm == "scale_shift",
+        )
+        return out / self.output_scale_factor  # type: ignore[no-any-return]
 
 
 class ResBlock(Swapped):
     """Block of openai/guided-diffusion, guided_diffusion/unet.py. improved-diffusion's has no resampling."""
 
     def _forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
-        norm, _, conv = self.in_layers
-        h = _norm_silu(norm, x)
-        if getattr(self, "updown", False):
-            x, h = self.x_upd(x), self.h_upd(h)
-        norm, _, *layers = self.out_layers
-        h = _norm_silu(norm, conv(h), self.emb_layers(emb), modulates=self.use_scale_shift_norm)
-        for layer in layers:
-            h = layer(h)
-        return self.skip_connection(x) + h  # type: ignore[no-any-return]
+        (first, _, conv), (second, _, *tail) = self.in_layers, self.out_layers
+        return _residual(
+            *(x, first, conv, second, self.emb_layers(emb)),
+            tail=lambda h: reduce(lambda h, layer: layer(h), tail, h),
+            skip=self.skip_connection,
+            resample=(self.x_upd, self.h_upd) if getattr(self, "updown", False) else None,
+            modulates=self.use_scale_shift_norm,
+        )
 
 
 class UNetBlock(Swapped):
@@ -97,10 +96,12 @@ class UNetBlock(Swapped):
 
     def forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
         """Return the block's output as EDM's forward does."""
-        h = self.conv0(_norm_silu(self.norm0, x))
-        h = _norm_silu(self.norm1, h, self.affine(emb), modulates=self.adaptive_scale)
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        x = self.skip_scale * _residual(
+            *(x, self.norm0, self.conv0, self.norm1, self.affine(emb)),
+            tail=lambda h: self.conv1(F.dropout(h, self.dropout, self.training)),
+            skip=self.skip,
+            modulates=self.adaptive_scale,
+        )
         return self._attend(x) if self.num_heads else x
 
     def _attend(self: Any, x: Tensor) -> Tensor:
@@ -108,6 +109,26 @@ class UNetBlock(Swapped):
         qkv = self.qkv(self.norm2(x)).reshape(n * self.num_heads, c // self.num_heads, 3, height * width).transpose(1, 3)
         h = F.scaled_dot_product_attention(*qkv.unbind(2))  # q, k and v are each [N heads, HW, C / heads]
         return (self.proj(h.transpose(1, 2).reshape(n, c, height, width)) + x) * self.skip_scale  # type: ignore[no-any-return]
+
+
+def _residual(
+    x: Tensor,
+    first: Any,
+    conv: Any,
+    second: Any,
+    time: Tensor | None,
+    *,
+    tail: Callable[[Tensor], Tensor],
+    skip: Any,
+    modulates: bool,
+    resample: Sequence[Any] | None = None,
+) -> Tensor:
+    """Return the output of a residual block with two norms. `resample` has the layers that resize x and h, if there are any."""
+    h = _norm_silu(first, x)
+    if resample:
+        x, h = resample[0](x), resample[1](h)
+    h = tail(_norm_silu(second, conv(h), time, modulates=modulates))
+    return h + (x if skip is None else skip(x))
 
 
 class FusedSequential(Swapped):
