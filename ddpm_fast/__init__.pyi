@@ -1,11 +1,12 @@
 """The public names. `__init__.py` reads this file, and imports each from its module when it is first used."""
 
 from .allocator import kept_memory as kept_memory
+from .data.items import collate as collate
+from .data.load import load_dataset as load_dataset
 from .data.options import DataOptions as DataOptions
 from .evaluation import Moments as Moments
 from .evaluation import VariationalBound as VariationalBound
 from .evaluation import frechet_distance as frechet_distance
-from .evaluation import variational_bound as variational_bound
 from .files.images import image_grid as image_grid
 from .files.images import save_grid as save_grid
 from .files.images import save_trajectory as save_trajectory
@@ -57,6 +58,7 @@ from .sampling.fitting import fit_plan as fit_plan
 from .sampling.options import BatchOptions as BatchOptions
 from .sampling.options import DrawOptions as DrawOptions
 from .sampling.options import EditOptions as EditOptions
+from .sampling.options import SeededOptions as SeededOptions
 from .sampling.sample_files import write_samples as write_samples
 from .sampling.sampler import Sampler as Sampler
 from .sampling.sampler import sample as sample

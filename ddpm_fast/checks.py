@@ -25,35 +25,35 @@ _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 # ------------------------------------------------------------------------------------------------------------ plain values
 
 
-def check_type(caller: str, name: str, value: Any, kind: type, *, optional: bool = False) -> None:
+def check_type(name: str, value: Any, kind: type, *, optional: bool = False) -> None:
     """Raise a TypeError unless `value` is a `kind`, or None with `optional`."""
     if not isinstance(value, kind) and not (optional and value is None):
         or_none = " or None" if optional else ""
         article = "an" if kind.__name__.startswith("O") else "a"  # an Objective
-        raise InvalidType(caller, name, f"to be {article} {kind.__name__}{or_none}", type(value).__name__)
+        raise InvalidType(name, f"to be {article} {kind.__name__}{or_none}", type(value).__name__)
 
 
-def check_callable(caller: str, name: str, value: Any) -> None:
+def check_callable(name: str, value: Any) -> None:
     """Raise a TypeError unless `value` is callable or None."""
     if value is not None and not callable(value):
-        raise InvalidType(caller, name, "to be callable or None", type(value).__name__)
+        raise InvalidType(name, "to be callable or None", type(value).__name__)
 
 
-def check_path(caller: str, name: str, value: Any) -> None:
+def check_path(name: str, value: Any) -> None:
     """Raise a TypeError unless `value` is a str or an os.PathLike, and a ValueError for an empty text.
 
-    Such as that of an unset variable, which would be the current folder.
+    An unset variable gives one, which would mean the current folder.
     """
     if not isinstance(value, (str, os.PathLike)):
-        raise InvalidType(caller, name, "to be a path (str or os.PathLike)", type(value).__name__)
-    expect(value != "", caller, name, "to be a path", "an empty text")
+        raise InvalidType(name, "to be a path (str or os.PathLike)", type(value).__name__)
+    expect(value != "", name, "to be a path", "an empty text")
 
 
-def check_dtype(caller: str, name: str, value: Any, *, optional: bool = False) -> None:
+def check_dtype(name: str, value: Any, *, optional: bool = False) -> None:
     """Raise a TypeError unless `value` is a dtype that the package computes in."""
     if value not in FLOATS if isinstance(value, torch.dtype) else not (optional and value is None):
         wanted = "float32, float64, float16, bfloat16 or None" if optional else "float32, float64, float16 or bfloat16"
-        raise InvalidType(caller, name, f"to be {wanted}", repr(value))
+        raise InvalidType(name, f"to be {wanted}", repr(value))
 
 
 def dtype_names(dtypes: Sequence[torch.dtype]) -> list[str]:
@@ -61,13 +61,13 @@ def dtype_names(dtypes: Sequence[torch.dtype]) -> list[str]:
     return [str(dtype).removeprefix("torch.") for dtype in dtypes]
 
 
-def check_one_of(caller: str, a_name: str, a: Any, b_name: str, b: Any) -> None:
+def check_one_of(a_name: str, a: Any, b_name: str, b: Any) -> None:
     """Raise a ValueError unless exactly one of two arguments is given. None means not given."""
     if (a is None) == (b is None):
-        raise InvalidValue(caller, "", f"exactly one of {a_name} and {b_name}", "neither" if a is None else "both")
+        raise InvalidValue("", f"exactly one of {a_name} and {b_name}", "neither" if a is None else "both")
 
 
-def check_choice(caller: str, name: str, value: Any, choices: Collection[Any]) -> None:
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """Raise a TypeError unless `value` has the type of a choice, and a ValueError unless it is one of the choices."""
     if type(value) is str and value in choices:
         return
@@ -77,14 +77,13 @@ def check_choice(caller: str, name: str, value: Any, choices: Collection[Any]) -
         named = ", ".join(str(choice) for choice in choices if choice is not None)
         some = [f"one of {named}" if ", " in named else named] if named else []
         wanted = " or ".join([*some, *(["None"] if None in choices else [])])
-        raise kind(caller, name, f"to be {wanted}", repr(value))
+        raise kind(name, f"to be {wanted}", repr(value))
 
 
-def check_ints(caller: str, name: str, value: Any, low: int, form: str) -> None:
+def check_ints(name: str, value: Any, low: int, form: str) -> None:
     """Raise a TypeError unless `value` is a sequence of ints, and a ValueError unless it has one and none is below `low`.
 
     Args:
-        caller: Name of the calling function.
         name: Name of the argument.
         value: The argument. A bool is not an int, and neither str nor bytes is a sequence.
         low: The least value.
@@ -92,18 +91,15 @@ def check_ints(caller: str, name: str, value: Any, low: int, form: str) -> None:
     """
     is_sequence = isinstance(value, (tuple, list, Sequence)) and not isinstance(value, (str, bytes))
     if not is_sequence or [each for each in value if not isinstance(each, (int, torch.SymInt)) or isinstance(each, bool)]:
-        raise InvalidType(caller, name, f"to be {form}", repr(value))
+        raise InvalidType(name, f"to be {form}", repr(value))
     if len(value) == 0 or [each for each in value if each < low]:
-        raise InvalidValue(caller, name, f"to be {form}, each at least {low}", list(value))
+        raise InvalidValue(name, f"to be {form}, each at least {low}", list(value))
 
 
-def check_int(
-    caller: str, name: str, value: Any, low: int | None = None, high: int | None = None, *, optional: bool = False
-) -> None:
+def check_int(name: str, value: Any, low: int | None = None, high: int | None = None, *, optional: bool = False) -> None:
     """Raise a TypeError unless `value` is an int, and a ValueError unless it is in low..high.
 
     Args:
-        caller: Name of the calling function.
         name: Name of the argument.
         value: The argument. A bool is not an int.
         low: The least value. None: any.
@@ -122,11 +118,10 @@ def check_int(
     else:
         wanted = "a positive integer" if low == 1 else f"an integer of at least {low}"
     kind = InvalidValue if is_int else InvalidType
-    raise kind(caller, name, f"to be {wanted}{' or None' if optional else ''}", repr(value))
+    raise kind(name, f"to be {wanted}{' or None' if optional else ''}", repr(value))
 
 
 def check_number(
-    caller: str,
     name: str,
     value: Any,
     low: float | None = None,
@@ -142,7 +137,6 @@ def check_number(
     NaN is within no bounds.
 
     Args:
-        caller: Name of the calling function.
         name: Name of the argument.
         value: The argument. A bool is not a number.
         low: The least value. None: any.
@@ -157,9 +151,9 @@ def check_number(
     or_none = " or None" if optional else ""
     if type(value) is not float:
         if not isinstance(value, _NUMBERS) or isinstance(value, bool):
-            raise InvalidType(caller, name, f"to be a number{or_none}", type(value).__name__)
+            raise InvalidType(name, f"to be a number{or_none}", type(value).__name__)
         if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-            raise InvalidValue(caller, name, f"to be a number that fits in 64 bits{or_none}", repr(value))
+            raise InvalidValue(name, f"to be a number that fits in 64 bits{or_none}", repr(value))
     high_enough = (low is None or value >= low) and (above is None or value > above)
     low_enough = (high is None or value <= high) and (below is None or value < below)
     if not (high_enough and low_enough and (not finite or -math.inf < value < math.inf)):
@@ -167,14 +161,13 @@ def check_number(
         bounds = [f"{word} {bound}" for word, bound in words.items() if bound is not None]
         bounds += ["finite"] * (finite and len(bounds) < 2)
         wanted = " and ".join("positive" if bound == "above 0" else bound for bound in bounds)
-        raise InvalidValue(caller, name, f"to be {wanted}{or_none}", repr(value))
+        raise InvalidValue(name, f"to be {wanted}{or_none}", repr(value))
 
 
-def check_same(caller: str, got: Mapping[str, Any], wanted: Mapping[str, Any], source: str, hint: str = "") -> None:
+def check_same(got: Mapping[str, Any], wanted: Mapping[str, Any], source: str, hint: str = "") -> None:
     """Raise a ValueError for the first value that differs from that of the same name elsewhere.
 
     Args:
-        caller: Name of the calling function.
         got: The values.
         wanted: The others. A name that is not there stands for None.
         source: Where the others are from.
@@ -182,7 +175,7 @@ def check_same(caller: str, got: Mapping[str, Any], wanted: Mapping[str, Any], s
     """
     for name, value in got.items():
         if wanted.get(name) != value:
-            raise InvalidValue(caller, name, f"to be {wanted.get(name)!r:.200}, as in {source}", f"{value!r:.200}{hint}")
+            raise InvalidValue(name, f"to be {wanted.get(name)!r:.200}, as in {source}", f"{value!r:.200}{hint}")
 
 
 def as_json(value: Any) -> Any:
@@ -199,7 +192,7 @@ def listed(values: Collection[Any]) -> str:
 # ----------------------------------------------------------------------------------------------------------------- tensors
 
 
-def check_storage(op: str, name: str, x: Tensor) -> None:
+def check_storage(name: str, x: Tensor) -> None:
     """Raise a ValueError for a tensor without memory. Tensors of tracers and transforms are not checked."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta:
         return
@@ -207,112 +200,109 @@ def check_storage(op: str, name: str, x: Tensor) -> None:
         return
     if x.data_ptr() == 0 and x.numel():
         raise InvalidValue(
-            op,
             name,
             "to have memory",
             f"a tensor of {x.numel()} elements without (its storage was freed, or it is a zero tensor)",
         )
 
 
-def check_strided(op: str, name: str, x: Tensor) -> None:
+def check_strided(name: str, x: Tensor) -> None:
     """Raise a TypeError unless `x` is a tensor, and neither sparse nor nested nor of mkldnn."""
     if not isinstance(x, Tensor):
-        raise InvalidType(op, name, "to be a tensor", type(x).__name__)
+        raise InvalidType(name, "to be a tensor", type(x).__name__)
     if x.layout != torch.strided or x.is_nested:
-        got = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
-        raise InvalidType(op, name, "to be a dense tensor", got)
+        raise InvalidType(name, "to be a dense tensor", "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}")
 
 
-def checked_device(op: str, device: Any) -> torch.device:
+def checked_device(device: Any) -> torch.device:
     """Return the device, or raise if it is unknown or this PyTorch cannot use it."""
     if not isinstance(device, (str, torch.device)):
-        raise InvalidType(op, "device", "to be a torch.device or its name", type(device).__name__)
+        raise InvalidType("device", "to be a torch.device or its name", type(device).__name__)
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise InvalidValue(op, "device", "to be a torch.device or its name", repr(device)) from error
+        raise InvalidValue("device", "to be a torch.device or its name", repr(device)) from error
     if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
-        raise InvalidValue(op, "device", "to be available", f"{found}: PyTorch sees {count or 'no'} GPU")
+        raise InvalidValue("device", "to be available", f"{found}: PyTorch sees {count or 'no'} GPU")
     if found.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
         try:
             torch.empty(0, device=found)
         except (AssertionError, RuntimeError) as error:
             reason = str(error).splitlines()[0].partition(". ")[0]
-            raise InvalidValue(op, "device", "to be available", f"{found}: PyTorch cannot use it: {reason}") from error
+            raise InvalidValue("device", "to be available", f"{found}: PyTorch cannot use it: {reason}") from error
     return found
 
 
-def computing_device(op: str, device: Any) -> torch.device:
+def computing_device(device: Any) -> torch.device:
     """Return the device. None means the GPU if there is one, or the CPU. Raise if nothing can run there."""
-    found = checked_device(op, ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    found = checked_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if found.type == "meta":
-        raise InvalidValue(op, "device", "to be one that computes", "meta")
+        raise InvalidValue("device", "to be one that computes", "meta")
     return found
 
 
-def check_float(op: str, name: str, x: Tensor, min_dim: int = 1, also: tuple[torch.dtype, ...] = ()) -> None:
+def check_float(name: str, x: Tensor, min_dim: int = 1, also: tuple[torch.dtype, ...] = ()) -> None:
     """Raise a TypeError or ValueError unless x is a floating tensor of at least min_dim dimensions.
 
     `also` are other dtypes that the caller takes.
     """
     if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:
-        check_strided(op, name, x)
+        check_strided(name, x)
     if x.dtype not in FLOATS and x.dtype not in also:
         *names, last = ("float32", "float64", "float16", "bfloat16", *dtype_names(also))
-        raise InvalidType(op, name, f"to be {', '.join(names)} or {last}", x.dtype)
+        raise InvalidType(name, f"to be {', '.join(names)} or {last}", x.dtype)
     if x.dim() < min_dim:
-        raise InvalidValue(op, name, f"to have at least {min_dim} dimensions [N, ...]", f"shape {list(x.shape)}")
+        raise InvalidValue(name, f"to have at least {min_dim} dimensions [N, ...]", f"shape {list(x.shape)}")
 
 
-def check_map(op: str, name: str, x: Tensor) -> None:
+def check_map(name: str, x: Tensor) -> None:
     """Raise a TypeError or ValueError unless x is a floating tensor [N, C, H, W]."""
-    check_float(op, name, x)
+    check_float(name, x)
     if x.dim() != 4:
-        raise InvalidValue(op, name, "to be [N, C, H, W]", f"shape {list(x.shape)}")
+        raise InvalidValue(name, "to be [N, C, H, W]", f"shape {list(x.shape)}")
 
 
-def check_finite_maps(caller: str, name: str, x: Any, wanted: list[int]) -> None:
+def check_finite_maps(name: str, x: Any, wanted: list[int]) -> None:
     """Raise a TypeError or ValueError unless x is a floating tensor of the shape `wanted`, finite if it is on a CPU."""
     if not isinstance(x, Tensor):
-        raise InvalidType(caller, name, "to be a tensor or None", type(x).__name__)
-    check_values(caller, name, x)
-    fits = x.dtype in FLOATS and list(x.shape) == wanted
-    expect(fits, caller, name, f"to be floating {wanted}", f"{x.dtype} {list(x.shape)}")
+        raise InvalidType(name, "to be a tensor or None", type(x).__name__)
+    check_values(name, x)
+    expect(x.dtype in FLOATS and list(x.shape) == wanted, name, f"to be floating {wanted}", f"{x.dtype} {list(x.shape)}")
     if x.device.type == "cpu" and not x.isfinite().all():  # a GPU would have to be waited for
-        raise InvalidValue(caller, name, "to be finite", "NaN or infinity")
+        raise InvalidValue(name, "to be finite", "NaN or infinity")
 
 
-def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """Raise a ValueError unless x is on the device of `like`."""
     if x.device != like.device:
-        raise InvalidValue(op, name, f"on the device of {like_name}, {like.device}", x.device)
+        raise InvalidValue(name, f"on the device of {like_name}, {like.device}", x.device)
 
 
-def checked_seeds(op: str, seeds: Tensor, n: int, device: torch.device, name: str = "seeds") -> Tensor:
+def checked_seeds(seeds: Tensor, n: int, device: torch.device, name: str = "seeds") -> Tensor:
     """Return int64 seeds [n] on the device, or raise."""
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
         got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
-        raise InvalidType(op, name, "to be an int64 tensor (see sample_seeds)", got)
+        raise InvalidType(name, "to be an int64 tensor (see sample_seeds)", got)
     if seeds.layout is not torch.strided:
-        check_strided(op, name, seeds)
+        check_strided(name, seeds)
     try:
         if seeds.shape == (n,):
             return seeds.to(device).contiguous()
     except RuntimeError:
-        check_values(op, name, seeds)
+        check_values(name, seeds)
         raise
-    raise InvalidValue(op, name, f"to have shape [{n}], one per sample", list(seeds.shape))
+    raise InvalidValue(name, f"to have shape [{n}], one per sample", list(seeds.shape))
 
 
-def check_values(op: str, name: str, x: Tensor) -> None:
+def check_values(name: str, x: Tensor) -> None:
     """Raise if `x` cannot be read or moved because it has no shape, no values or no memory."""
-    check_strided(op, name, x)
+    check_strided(name, x)
     if x.is_meta:
-        raise InvalidValue(op, name, "to have values", "a tensor on the meta device")
-    check_storage(op, name, x)
+        raise InvalidValue(name, "to have values", "a tensor on the meta device")
+    check_storage(name, x)
 
 
-def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
+def check_range(name: str, index: Tensor, bound: int) -> None:
     """Raise a ValueError if a CPU tensor has a value outside 0..bound-1.
 
     Kernels read tables at these indices. Inside torch.func transforms values are not available, and
@@ -322,7 +312,7 @@ def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
         return
     if index.device.type == "cpu" and index.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(index):
         if index.data_ptr() == 0:
-            check_storage(op, name, index)
+            check_storage(name, index)
         low, high = torch.aminmax(index)
         if low < 0 or high >= bound:
-            raise InvalidValue(op, name, f"in 0..{bound - 1}", f"values from {int(low)} to {int(high)}")
+            raise InvalidValue(name, f"in 0..{bound - 1}", f"values from {int(low)} to {int(high)}")

@@ -1,40 +1,47 @@
-"""Errors about arguments. They carry their parts, so that another caller can word them by its own names."""
+"""Errors about arguments. They carry their parts, so that a function or command can word them by its own names."""
 
 from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import wraps
+from inspect import currentframe
+from types import FunctionType
+from typing import Any, Final, TypeVar, cast
 
 E = TypeVar("E", bound="ArgumentError")
+T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_PACKAGE: Final = f"{__package__}."
 
 
 class ArgumentError(Exception):
     """An argument that is not as expected.
 
     Args:
-        caller: Name of the function that was called, or "".
         name: Name of the argument, or "" for a condition on several.
         expected: What was expected of it, such as "to be a positive integer".
         got: What came instead, then how to mend it if that is not obvious. Or the error that says so.
         file: The file that holds the value, if it was read from one.
 
     Attributes:
-        caller: As given. So are `name`, `expected` and `file`.
-        got: As text.
+        caller: Name of the public function that the user called, which `public` sets. Until then "".
+        got: As text. `name`, `expected` and `file` are as given.
     """
 
-    def __init__(self, caller: str, name: str, expected: str, got: object, file: str | None = None) -> None:
+    def __init__(self, name: str, expected: str, got: object, file: str | None = None) -> None:
         # No call of super(): torch.compile cannot trace it, and OSError's takes the parts for an errno and its text.
-        self.caller = caller
+        self.caller = ""
         self.name = name
         self.expected = expected
         self.got = str(got)
         self.file = file
         self._quotes = isinstance(got, BaseException)
-        self.args = (caller, name, expected, self.got, file)  # `got` itself may be large
+        self.args = (name, expected, self.got, file)  # `got` itself may be large
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), self.args, vars(self)
@@ -49,7 +56,7 @@ class ArgumentError(Exception):
         """Return the same error with other parts."""
         other = copy.copy(self)
         vars(other).update(parts)
-        other.args = (other.caller, other.name, other.expected, other.got, other.file)
+        other.args = (other.name, other.expected, other.got, other.file)
         return other.with_traceback(self.__traceback__)
 
 
@@ -70,13 +77,60 @@ class MissingPath(UnusablePath, FileNotFoundError):
 
 
 @contextmanager
-def renaming(caller: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Raise the body's argument errors as those of `caller`. `names` maps the body's argument names to the caller's."""
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Raise the body's argument errors with the names that the function around it has for the body's arguments."""
     try:
         yield
     except ArgumentError as error:
-        name = error.name if names is None else names.get(error.name, error.name)
-        raise error.renamed(caller=caller, name=name) from error.__cause__
+        raise error.renamed(name=names.get(error.name, error.name)) from error.__cause__
+
+
+def public(name: str = "", *, traced: bool = False) -> Callable[[Function], Function]:
+    """Return a decorator of a public function, which its argument errors then name.
+
+    They name the function that the user's own code called, not one that the package calls in turn. So an error in a user's
+    callback names what the callback called.
+
+    Args:
+        name: What errors call the function. By default its name after its class's, and for `__init__` and the like the class's.
+        traced: torch.compile traces the function. A tracer sees no callers, so errors name it whoever called it.
+    """
+
+    def decorate(function: Function) -> Function:
+        called = name or re.sub(r"\.__\w+__$", "", function.__qualname__)
+
+        @wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except ArgumentError as error:
+                if not error.caller and (traced or _is_called_by_user()):
+                    error.caller = called
+                raise
+
+        return cast("Function", wrapped)
+
+    return decorate
+
+
+def _is_called_by_user() -> bool:
+    """Return whether code outside of the package called the function that calls this one."""
+    frame = currentframe()
+    frame = frame and frame.f_back and frame.f_back.f_back
+    while frame is not None and frame.f_globals.get("__name__") in ("functools", "dataclasses", "contextlib"):
+        frame = frame.f_back
+    return frame is None or not str(frame.f_globals.get("__name__")).startswith(_PACKAGE)
+
+
+def public_methods(kind: type[T]) -> type[T]:
+    """Make the constructor and the public methods of a class `public`, but for those that a decorator has wrapped."""
+    for name, member in [*vars(kind).items()]:
+        function = member.__func__ if isinstance(member, classmethod) else member
+        named = not name.startswith("_") or name in ("__init__", "__call__", "__getitem__")
+        if named and isinstance(function, FunctionType) and not hasattr(function, "__wrapped__"):
+            wrapped = public()(function)
+            setattr(kind, name, classmethod(wrapped) if isinstance(member, classmethod) else wrapped)
+    return kind
 
 
 def suggested(name: str, known: Iterable[str]) -> str:
@@ -85,7 +139,7 @@ def suggested(name: str, known: Iterable[str]) -> str:
     return f"{name!r}; did you mean {close[0]!r}?" if close else repr(name)
 
 
-def expect(holds: object, caller: str, name: str, expected: str, got: object, file: str | None = None) -> None:
+def expect(holds: object, name: str, expected: str, got: object, file: str | None = None) -> None:
     """Raise an `InvalidValue` with these parts unless `holds` is true."""
     if not holds:
-        raise InvalidValue(caller, name, expected, got, file)
+        raise InvalidValue(name, expected, got, file)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, wraps
 from inspect import Parameter, Signature
 from types import NoneType, UnionType
@@ -29,7 +29,7 @@ from typing import (
     is_typeddict,
 )
 
-from .errors import InvalidType, suggested
+from .errors import InvalidType, public, public_methods, suggested
 from .forms import Form
 
 PathLike = str | os.PathLike[str]
@@ -132,13 +132,17 @@ class Options:
 
     def __post_init__(self) -> None:
         for declared in options_of(type(self)):
-            value = checked_option(type(self).__name__, declared, getattr(self, declared.name))
+            value = checked_option(declared, getattr(self, declared.name))
             object.__setattr__(self, declared.name, value)
 
     @classmethod
     def from_values(cls: type[AnyOptions], values: Mapping[str, Any]) -> AnyOptions:
         """Return the struct with those of the values that it has."""
         return cls(**{option.name: values[option.name] for option in options_of(cls) if option.name in values})
+
+    def changed(self: AnyOptions, values: Mapping[str, Any]) -> AnyOptions:
+        """Return the struct with those of the values that it has in place of its own."""
+        return replace(self, **{option.name: values[option.name] for option in options_of(type(self)) if option.name in values})
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that config.json has, as JSON gives them back."""
@@ -177,7 +181,7 @@ def described(struct: type[AnyOptions]) -> type[AnyOptions]:
     """Add the help of the options to the docstring of their struct, and leave it out of the signature."""
     document(struct)
     struct.__signature__ = Signature(_parameters(struct))  # type: ignore[attr-defined]
-    return struct
+    return public_methods(struct)
 
 
 def taking(struct: type) -> Callable[[Function], Function]:
@@ -197,29 +201,29 @@ def _is_class(kind: Any) -> bool:
     return isinstance(kind, type) and kind.__module__.startswith(("ddpm_fast", "torch")) and kind.__name__ != "Tensor"
 
 
-def checked(owner: str = "") -> Callable[[Function], Function]:
-    """Return a decorator that checks the arguments of a function that declare a range or choices.
+def checked(name: str = "") -> Callable[[Function], Function]:
+    """Return a decorator of a `public` function that also checks the arguments whose annotations declare a range or choices.
 
     It also checks those of a class of this package or of PyTorch.
 
     Args:
-        owner: What stands before the function's name in errors, such as "NoiseSchedule.". For `__init__`, the class.
+        name: See `public`.
     """
 
     def decorate(function: Function) -> Function:
         signature, declared, kinds = inspect.signature(function), [], {}
         # Without the type of the result, which may be a class that is not made yet.
-        arguments = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
+        arguments = {each: kind for each, kind in function.__annotations__.items() if each != "return"}
         struct = type("", (), {"__annotations__": arguments, "__module__": function.__module__})
-        for name, hint in get_type_hints(struct, include_extras=True).items():
+        for argument, hint in get_type_hints(struct, include_extras=True).items():
             kind, option = get_args(hint) if get_origin(hint) is Annotated else (hint, within())
-            each, kinds[name] = Declared(name, kind, None, option), kind
+            each, kinds[argument] = Declared(argument, kind, None, option), kind
             if kind is not hint or (each.is_checked and not {int, float} & {*each.kinds}):  # a number has a range elsewhere
                 declared.append(each)
         parameters = {
-            name: each.replace(annotation=kinds.get(name, each.annotation)) for name, each in signature.parameters.items()
+            each: parameter.replace(annotation=kinds.get(each, parameter.annotation))
+            for each, parameter in signature.parameters.items()
         }
-        caller = owner if function.__name__ == "__init__" else f"{owner}{function.__name__}"
 
         @wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -229,16 +233,16 @@ def checked(owner: str = "") -> Callable[[Function], Function]:
                 return function(*args, **kwargs)
             for each in declared:
                 if each.name in given:
-                    checked_option(caller, each, given[each.name])
+                    checked_option(each, given[each.name])
             return function(*args, **kwargs)
 
         wrapped.__signature__ = signature.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]
-        return cast("Function", wrapped)
+        return public(name)(cast("Function", wrapped))
 
     return decorate
 
 
-def checked_options(caller: str, struct: type, given: Mapping[str, Any]) -> dict[str, Any]:
+def checked_options(struct: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options of a call: those that are given, checked as far as they are declared, and the defaults of the others.
 
     Raises:
@@ -248,14 +252,14 @@ def checked_options(caller: str, struct: type, given: Mapping[str, Any]) -> dict
     declared = {each.name: each for each in options_of(struct)}
     for name in given:
         if name not in declared:
-            raise InvalidType(caller, "", f"arguments among {', '.join(declared)}", suggested(name, declared))
+            raise InvalidType("", f"arguments among {', '.join(declared)}", suggested(name, declared))
     return {
-        name: checked_option(caller, each, given[name]) if name in given and each.is_checked else given.get(name, each.default)
+        name: checked_option(each, given[name]) if name in given and each.is_checked else given.get(name, each.default)
         for name, each in declared.items()
     }
 
 
-def checked_option(caller: str, declared: Declared, value: Any) -> Any:
+def checked_option(declared: Declared, value: Any) -> Any:
     """Return an option in its plain form: a path as text, numbers as a tuple. Raise unless it is as declared."""
     from torch import dtype
 
@@ -268,24 +272,24 @@ def checked_option(caller: str, declared: Declared, value: Any) -> Any:
         return None
     low, high = cast("tuple[int | None, int | None]", (option.low, option.high))
     if option.form is not None:
-        value = option.form.parse(caller, name, value)
+        value = option.form.parse(name, value)
         for each in value if isinstance(value, tuple) else (value,):
             if choices:
-                check_choice(caller, name, each, choices)
+                check_choice(name, each, choices)
             elif low is not None:
-                check_int(caller, name, each, low, high)
+                check_int(name, each, low, high)
     elif choices:
-        check_choice(caller, name, value, [None, *choices] if optional else choices)
+        check_choice(name, value, [None, *choices] if optional else choices)
     elif int in kinds:
-        check_int(caller, name, value, low, high, optional=optional)
+        check_int(name, value, low, high, optional=optional)
     elif float in kinds:
         bounds = {"low": low, "high": high, "above": option.above, "below": option.below}
-        check_number(caller, name, value, **bounds, finite=option.finite, optional=optional)
+        check_number(name, value, **bounds, finite=option.finite, optional=optional)
     elif os.PathLike[str] in kinds:
-        check_path(caller, name, value)
+        check_path(name, value)
         return os.fspath(value)
     elif dtype in kinds:
-        check_dtype(caller, name, value, optional=optional)
+        check_dtype(name, value, optional=optional)
     else:
-        check_type(caller, name, value, *(kind for kind in kinds if kind is not NoneType), optional=optional)
+        check_type(name, value, *(kind for kind in kinds if kind is not NoneType), optional=optional)
     return value

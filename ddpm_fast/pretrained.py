@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_float, check_number, check_type, computing_device
-from .errors import expect, renaming
+from .errors import MissingPath, expect, public, public_methods, renaming
 from .files.images import in_range
 from .files.models import model_folder, scheduler_file
 from .files.writing import read_json, write_json
@@ -41,6 +41,7 @@ BUILTIN: Final = Path(__file__).parent / "builtin"
 _logger = logging.getLogger(__name__)
 
 
+@public_methods
 @dataclass(frozen=True)
 class Pretrained:
     """A trained model with its sampling settings.
@@ -108,10 +109,9 @@ class Pretrained:
             ValueError: An option is out of range, or is given with a plan.
         """
         given = ", ".join(name for name, value in options.items() if value is not None)
-        expect(plan is None or not given, "sampler", "plan", "to be None with options that choose one", given)
-        with renaming("sampler"):
-            plan = self.build_plan(guidance_scale=guidance_scale, **options)[0] if plan is None else plan
-            return Sampler(self.model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph, no_label=no_label)
+        expect(plan is None or not given, "plan", "to be None with options that choose one", given)
+        plan = self.build_plan(guidance_scale=guidance_scale, **options)[0] if plan is None else plan
+        return Sampler(self.model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph, no_label=no_label)
 
     @taking(PlanOptions)
     def build_plan(self, *, guidance_scale: float | None = None, **options: Unpack[PlanOptions]) -> tuple[SamplingPlan, str]:
@@ -128,8 +128,8 @@ class Pretrained:
             TypeError: An option has an unsupported type, or is unknown.
             ValueError: An option is out of range.
         """
-        with renaming("build_plan", {"num_steps": "steps"}):
-            check_number("", "guidance_scale", guidance_scale, -1e4, 1e4, optional=True)
+        with renaming({"num_steps": "steps"}):
+            check_number("guidance_scale", guidance_scale, -1e4, 1e4, optional=True)
             steps = options.get("steps")
             chosen = [name for name, value in options.items() if name != "steps" and value is not None]
             fit = None if self.plan is None else self.plan.fit
@@ -146,7 +146,7 @@ class Pretrained:
         """Return the SHA-256 of the network, its objective and the clip, to which a fitted plan belongs."""
         return weights_digest(self.model, self.objective.to_config(), self.clip) or ""
 
-    @checked("Pretrained.")
+    @checked()
     def save_plan(self, plan: SamplingPlan, folder: str | os.PathLike[str]) -> None:
         """Write a plan to the plan.json of the model's folder, where `load_folder` finds it.
 
@@ -165,15 +165,14 @@ class Pretrained:
         values = described_plan(plan)
         if plan.fit is not None:
             dtype = self.model.conv_in.weight.dtype
-            expect(dtype == torch.float32, "Pretrained.save_plan", "model", "to be loaded in float32, for a fitted plan", dtype)
+            expect(dtype == torch.float32, "model", "to be loaded in float32, for a fitted plan", dtype)
             values["fit"] = vars(plan.fit) | {"network": self.digest()}
         try:
             read = self._read_plan(json.loads(json.dumps(values)))
             same, got = read is not None and torch.equal(read.coefficients, plan.coefficients), "another plan"
         except (TypeError, ValueError) as error:  # among them those of msgspec
             same, got = False, str(error)
-        wanted = "to be built by a plan's function from plain values, for what this model predicts"
-        expect(same, "Pretrained.save_plan", "plan", wanted, got)
+        expect(same, "plan", "to be built by a plan's function from plain values, for what this model predicts", got)
         write_json(Path(folder) / _PLAN, values)
 
     def _read_plan(self, values: dict[str, Any]) -> SamplingPlan | None:
@@ -196,7 +195,7 @@ class Pretrained:
         Returns:
             Floating like `images`. Nothing is rounded or clipped.
         """
-        return in_range(images, self._ranges("to_data", images)).to(images.dtype)
+        return in_range(images, self._ranges(images)).to(images.dtype)
 
     def from_data(self, images: Tensor) -> Tensor:
         """Map images from the numbers of the model's data to [-1, 1], the inverse of `to_data`.
@@ -207,21 +206,22 @@ class Pretrained:
         Returns:
             Floating: float32 for integers.
         """
-        check_type("from_data", "images", images, Tensor)
-        expect(not images.is_complex(), "from_data", "images", "to be real", images.dtype)
+        check_type("images", images, Tensor)
+        expect(not images.is_complex(), "images", "to be real", images.dtype)
         images = images if images.is_floating_point() else images.float()
-        low, high = images.new_tensor(self._ranges("from_data", images), dtype=torch.float64).T[:, :, None, None]  # [C, 1, 1]
+        low, high = images.new_tensor(self._ranges(images), dtype=torch.float64).T[:, :, None, None]  # [C, 1, 1]
         mapped: Tensor = (images - low) * (2 / (high - low)) - 1
         return mapped.to(images.dtype)
 
-    def _ranges(self, caller: str, images: Tensor) -> Sequence[Sequence[float]]:
+    def _ranges(self, images: Tensor) -> Sequence[Sequence[float]]:
         """Return what -1 and 1 stand for. Raise unless the images have the model's channels."""
-        check_float(caller, "images", images, 3)
+        check_float("images", images, 3)
         channels = self.interface.channels
-        expect(images.shape[-3] == channels, caller, "images", f"to have {channels} channels", list(images.shape))
+        expect(images.shape[-3] == channels, "images", f"to have {channels} channels", list(images.shape))
         return self.model.config.get("data_range") or [(0, 255)]
 
 
+@public()
 def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pretrained:
     """Load the built-in model. No internet access is needed.
 
@@ -232,8 +232,7 @@ def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | 
         device: Device of the weights. None: the CPU.
         dtype: Dtype of the weights. None: float32.
     """
-    with renaming("load_builtin"):
-        return load_folder(BUILTIN, device, dtype)
+    return load_folder(BUILTIN, device, dtype)
 
 
 @checked()
@@ -257,28 +256,28 @@ def load_folder(
         ImportError: huggingface_hub is missing.
         ValueError: A file is damaged, or describes a model that is not supported. The message names it.
     """
-    device = None if device is None else computing_device("load_folder", device)
+    device = None if device is None else computing_device(device)
 
     def check(folder: Path) -> None:
-        read_config(folder, "load_folder")
+        read_config(folder)
         _read_scheduler(folder)
 
-    folder = model_folder("load_folder", "path", path, check)
+    folder = model_folder("path", path, check)
     planned = (folder / _PLAN).is_file()
 
     def read(folder: Path, network: Path) -> tuple[UNet, Objective, Scheduler]:
-        check_is_unet("load_folder", "path", folder)
+        check_is_unet("path", folder)
         own = None if planned else dtype  # a fitted plan belongs to weights in float32
         return UNet.from_pretrained(network, dtype=own, device=device), *_read_scheduler(folder)
 
     def read_checkpoint(checkpoint: Path) -> tuple[int, tuple[UNet, Objective, Scheduler]]:
-        return read_state("load_folder", checkpoint).step, read(checkpoint, checkpoint / "unet_ema")
+        return read_state(checkpoint).step, read(checkpoint, checkpoint / "unet_ema")
 
     checkpoints = Checkpoints(folder)
     if checkpoints.path.is_dir():
         found = checkpoints.read_newest("unet_ema/", read_checkpoint)
         if found is None:
-            raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(checkpoints.path)!r}, got none")
+            raise MissingPath("", f"a whole checkpoint in {str(checkpoints.path)!r}", "none")
         step, (model, objective, scheduler) = found
     else:
         step, (model, objective, scheduler) = None, read(folder, folder)
@@ -288,7 +287,7 @@ def load_folder(
     if scheduler.variance_type is None and (kept or gives == 2 * reads):  # the scheduler is one that ignores variances
         objective = replace(objective, variance=kept or "learned_range")
     fits = gives is not None and (gives % 2 == 0 if objective.predicts_variance else gives != 2 * reads)
-    expect(fits, "load_folder", "variance_type", f"to suit a network of {gives} output channels", objective.variance)
+    expect(fits, "variance_type", f"to suit a network of {gives} output channels", objective.variance)
     if objective.predicts_variance:  # the scheduler alone may say so
         describe_images(model, None, {"variance": objective.variance})
     loaded = Pretrained(
@@ -299,7 +298,7 @@ def load_folder(
     )
     if not planned:
         return loaded
-    sampling = read_json("load_folder", folder / _PLAN, loaded._read_plan)
+    sampling = read_json(folder / _PLAN, loaded._read_plan)
     if sampling is None:
         _logger.warning("%s was fitted to another network, so it is not used: fit again", folder / _PLAN)
     model.to(dtype=dtype or torch.float32)
@@ -309,4 +308,4 @@ def load_folder(
 def _read_scheduler(folder: Path) -> tuple[Objective, Scheduler]:
     from .schemas import read_scheduler
 
-    return read_json("load_folder", scheduler_file("load_folder", folder), read_scheduler)
+    return read_json(scheduler_file(folder), read_scheduler)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from .checks import check_type
-from .errors import expect, renaming
+from .errors import expect
 from .files.images import save_grid, shown_channels
 from .files.models import SCHEDULER, hub_errors, is_hub_name, model_folder
 from .files.writing import read_json, write_text
@@ -99,14 +99,13 @@ def push_to_hub(
         ImportError: huggingface_hub is missing.
     """
     for key, text in (("name", name), ("license", "" if license is None else license)):
-        check_type("push_to_hub", key, text, str)
-    expect(is_hub_name(name), "push_to_hub", "name", "to be owner/name", repr(name))
+        check_type(key, text, str)
+    expect(is_hub_name(name), "name", "to be owner/name", repr(name))
     hub = import_extra("huggingface_hub", "hub")
-    quality = {} if evaluation is None else read_json("push_to_hub", Path(evaluation), dict)
-    with renaming("push_to_hub"):
-        loaded, source = load_folder(path, device), model_folder("", "path", path)
+    quality = {} if evaluation is None else read_json(Path(evaluation), dict)
+    loaded, source = load_folder(path, device), model_folder("path", path)
     wanted, got = "to be a repository that you may write to", f"{name!r}: "
-    with hub_errors("push_to_hub", "name", wanted, got):
+    with hub_errors("name", wanted, got):
         hub.HfApi().create_repo(name, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
@@ -129,7 +128,7 @@ def push_to_hub(
             license=license,
         )
         write_text(out / "README.md", _card(loaded, out, name, about, quality))
-        with hub_errors("push_to_hub", "name", wanted, got):
+        with hub_errors("name", wanted, got):
             commit = {"commit_message": "Upload a model of ddpm_fast", "delete_patterns": _REPLACED}
             return str(hub.HfApi().upload_folder(repo_id=name, folder_path=out, **commit).commit_url)
 
@@ -139,7 +138,7 @@ def _card(loaded: Pretrained, folder: Path, name: str, about: Any, quality: Mapp
     from huggingface_hub import ModelCard
 
     interface = loaded.interface
-    trained = read_json("push_to_hub", folder / _RECORD, dict) if (folder / _RECORD).is_file() else {}
+    trained = read_json(folder / _RECORD, dict) if (folder / _RECORD).is_file() else {}
     options = {**trained.get("options", {}), "prediction": loaded.objective.name, "variance": loaded.objective.variance}
     training = {key: options[key] for key in _TOLD if trained and options.get(key) is not None}
     shape, labels = interface.shape, interface.labels.about()

@@ -12,11 +12,10 @@ from types import ModuleType
 from .errors import UnusablePath
 
 
-def check_writable(caller: str, name: str, path: Path, folder: Path) -> None:
+def check_writable(name: str, path: Path, folder: Path) -> None:
     """Raise an UnusablePath if a folder cannot be made, or files in it.
 
     Args:
-        caller: Name of the calling function.
         name: Name of the argument.
         path: The argument.
         folder: The folder: `path`, or the one that will hold it. It need not exist, and is not made.
@@ -26,13 +25,12 @@ def check_writable(caller: str, name: str, path: Path, folder: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # such as a name that is too long
-        raise UnusablePath(caller, name, "to be a path that can be written", error) from error
+        raise UnusablePath(name, "to be a path that can be written", error) from error
     existing = existing_folder(folder)
     if not existing.is_dir():
-        raise UnusablePath(caller, name, "to be in a folder", f"{str(path)!r}, and {str(existing)!r} is a file")
+        raise UnusablePath(name, "to be in a folder", f"{str(path)!r}, and {str(existing)!r} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
-        got = f"{str(path)!r}, and {str(existing)!r} may not"
-        raise UnusablePath(caller, name, "to be in a folder that may be written to", got)
+        raise UnusablePath(name, "to be in a folder that may be written to", f"{str(path)!r}, and {str(existing)!r} may not")
 
 
 def no_folder(path: str | os.PathLike[str]) -> str:

@@ -52,7 +52,7 @@ class Scheduler(Struct, frozen=True):
     own: dict[str, Any] | None = declared(default=None, name="_ddpm_fast")
 
     def __post_init__(self) -> None:
-        expect(not self.thresholding, "", "thresholding", "to be false", "true")
+        expect(not self.thresholding, "thresholding", "to be false", "true")
 
     @property
     def clip(self) -> float | None:
@@ -65,8 +65,8 @@ def read_scheduler(values: Mapping[str, Any]) -> tuple[Objective, Scheduler]:
     scheduler = msgspec.convert(values, Scheduler)
     kind = checked_columns(scheduler.prediction_type), scheduler.variance_type or "fixed_small"
     wanted = "to be learned_range or fixed, as diffusers means a variance by learned, and ddpm_plan its logarithm"
-    expect(scheduler.variance_type != "learned" or scheduler.own, "", "variance_type", wanted, "learned")
-    with renaming("", {"prediction": "prediction_type"}):
+    expect(scheduler.variance_type != "learned" or scheduler.own, "variance_type", wanted, "learned")
+    with renaming({"prediction": "prediction_type"}):
         return Objective(schedule_from_config(values), *kind), scheduler
 
 
@@ -82,12 +82,12 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         known = SAID_ELSEWHERE & self.arguments.keys()
-        expect(not known, "", "arguments", "to leave out what the model's other files say", ", ".join(known))
+        expect(not known, "arguments", "to leave out what the model's other files say", ", ".join(known))
         # Corrections for another network would spoil the images.
         wanted = "to go with a fit, which says to which network they belong"
-        expect(self.fit or not self.arguments.get("corrections"), "", "corrections", wanted, "none")
+        expect(self.fit or not self.arguments.get("corrections"), "corrections", wanted, "none")
         numbers = () if self.fit is None else (self.fit.guidance_scale, self.fit.error_before, self.fit.error)
-        expect(all(map(math.isfinite, numbers)), "", "fit", "to have finite numbers", numbers)
+        expect(all(map(math.isfinite, numbers)), "fit", "to have finite numbers", numbers)
 
     def build(self, objective: Objective, clip: float | None) -> SamplingPlan:
         """Return the plan, for what the model's other files say."""
@@ -118,7 +118,7 @@ class Dataset(Struct, frozen=True):
     data_range: list[list[Finite]] | None = None
 
     def __post_init__(self) -> None:
-        expect(len(set(self.classes)) == len(self.classes), "", "classes", "to be without repetitions", self.classes)
+        expect(len(set(self.classes)) == len(self.classes), "classes", "to be without repetitions", self.classes)
 
 
 class RunConfig(Struct, frozen=True):
@@ -134,7 +134,7 @@ class RunConfig(Struct, frozen=True):
     network: str | None = None  # the class of a network that is no `UNet`
 
     def __post_init__(self) -> None:
-        expect((self.unet is None) != (self.network is None), "", "unet", "to be there, or network", "both or neither")
+        expect((self.unet is None) != (self.network is None), "unet", "to be there, or network", "both or neither")
         for field, parse in (("unet", UNetConfig.from_dict), ("objective", Objective.from_config)):
             try:
                 parse(getattr(self, field) or {})
@@ -161,7 +161,7 @@ class Checkpoint(Struct, frozen=True):
     def __post_init__(self) -> None:
         for name in self.files:
             if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name:
-                raise InvalidValue("", "files", "to lie in the checkpoint's folder", repr(name))
+                raise InvalidValue("files", "to lie in the checkpoint's folder", repr(name))
 
 
 class SampleManifest(Struct, frozen=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 from .checks import check_float, check_range, check_type
 from .dtypes import opmath
-from .errors import renaming
+from .errors import public
 from .ops.denoising_loss import checked_loss, reduced
 from .predictions import Prediction, Variance
 from .reference import STREAM_Q_SAMPLE, per_sample, ranged_log_variance
@@ -20,6 +20,7 @@ from .schedule import NoiseSchedule, Objective, objective_of
 _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]
 
 
+@public(traced=True)
 def variational_loss(
     model_output: Tensor,
     x_0: Tensor,
@@ -59,15 +60,13 @@ def variational_loss(
             timestep of the schedule.
         TypeError: An argument has an unsupported type or dtype.
     """
-    caller = "variational_loss"
-    check_float(caller, "x_0", x_0, min_dim=2)
-    check_type(caller, "detach_mean", detach_mean, bool)
-    objective = objective_of(caller, schedule, prediction, variance)
+    check_float("x_0", x_0, min_dim=2)
+    check_type("detach_mean", detach_mean, bool)
+    objective = objective_of(schedule, prediction, variance)
     total, factor = objective.schedule.num_timesteps, objective.out_channels(1)
-    model_output, t, seeds = checked_loss(caller, model_output, x_0, t, total, noise, seeds, reduction, factor)
-    check_range(caller, "t", t, total)
-    with renaming(caller):
-        columns = objective.bound_columns.to(x_0.device, wide := opmath(x_0.dtype))
+    model_output, t, seeds = checked_loss(model_output, x_0, t, total, noise, seeds, reduction, factor)
+    check_range("t", t, total)
+    columns = objective.bound_columns.to(x_0.device, wide := opmath(x_0.dtype))
     if noise is None:
         noise = ops.noise(x_0.shape, cast(Tensor, seeds), stream=STREAM_Q_SAMPLE, dtype=wide)
 

@@ -51,7 +51,8 @@ class Spaced(torch.nn.Module):
 
 
 objective = ddpm_fast.Objective(spaced, garments.objective.prediction)
-bound = ddpm_fast.variational_bound(Spaced(), to_unit_range(images), objective)
+sampler = ddpm_fast.Sampler(Spaced(), ddpm_fast.ddpm_plan(objective))
+bound = ddpm_fast.VariationalBound.of(sampler, to_unit_range(images))
 
 # Columns in reverse time. Once x_t is known, L_T and the terms of all larger t have been sent.
 sent = torch.cat([bound.prior[:, None], bound.terms[:, 1:].flip(1)], dim=1)

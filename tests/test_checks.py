@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import pytest
 import torch
-from refusals import refused
+from refusals import by, refused
 
 from ddpm_fast.checks import (
     check_callable,
@@ -54,73 +54,73 @@ from ddpm_fast.options import checked, within
     ],
 )
 def test_right_arguments_pass(check: Callable[..., None], value: object, options: dict[str, Any]) -> None:
-    check("f", "x", value, **options)
+    check("x", value, **options)
 
 
 @pytest.mark.parametrize(
     ("check", "value", "options", "error"),
     [
-        (check_int, 0, {"low": 1}, InvalidValue("f", "x", "to be a positive integer", "0")),
-        (check_int, -1, {"low": 0}, InvalidValue("f", "x", "to be an integer of at least 0", "-1")),
-        (check_int, 6, {"low": 1, "high": 5}, InvalidValue("f", "x", "to be an integer in 1..5", "6")),
-        (check_int, 0, {"low": 1, "optional": True}, InvalidValue("f", "x", "to be a positive integer or None", "0")),
-        (check_int, 1.0, {}, InvalidType("f", "x", "to be an integer", "1.0")),
-        (check_int, True, {"low": 1}, InvalidType("f", "x", "to be a positive integer", "True")),
-        (check_int, "1", {"low": 1}, InvalidType("f", "x", "to be a positive integer", "'1'")),
-        (check_int, None, {"low": 1}, InvalidType("f", "x", "to be a positive integer", "None")),
-        (check_number, -1, {"low": 0}, InvalidValue("f", "x", "to be at least 0", "-1")),
-        (check_number, 0, {"above": 0}, InvalidValue("f", "x", "to be positive", "0")),
-        (check_number, 1, {"low": 0, "below": 1}, InvalidValue("f", "x", "to be at least 0 and below 1", "1")),
-        (check_number, 1.5, {"above": 0, "high": 1}, InvalidValue("f", "x", "to be positive and at most 1", "1.5")),
-        (check_number, math.inf, {"low": 0, "finite": True}, InvalidValue("f", "x", "to be at least 0 and finite", "inf")),
-        (check_number, math.nan, {"finite": True}, InvalidValue("f", "x", "to be finite", "nan")),
-        (check_number, -math.inf, {"finite": True}, InvalidValue("f", "x", "to be finite", "-inf")),
-        (check_number, 0, {"above": 0.5}, InvalidValue("f", "x", "to be above 0.5", "0")),
-        (check_number, 0, {"above": 0, "optional": True}, InvalidValue("f", "x", "to be positive or None", "0")),
-        (check_number, True, {}, InvalidType("f", "x", "to be a number", "bool")),
-        (check_number, "1", {"optional": True}, InvalidType("f", "x", "to be a number or None", "str")),
-        (check_number, 1 << 63, {}, InvalidValue("f", "x", "to be a number that fits in 64 bits", "9223372036854775808")),
+        (check_int, 0, {"low": 1}, InvalidValue("x", "to be a positive integer", "0")),
+        (check_int, -1, {"low": 0}, InvalidValue("x", "to be an integer of at least 0", "-1")),
+        (check_int, 6, {"low": 1, "high": 5}, InvalidValue("x", "to be an integer in 1..5", "6")),
+        (check_int, 0, {"low": 1, "optional": True}, InvalidValue("x", "to be a positive integer or None", "0")),
+        (check_int, 1.0, {}, InvalidType("x", "to be an integer", "1.0")),
+        (check_int, True, {"low": 1}, InvalidType("x", "to be a positive integer", "True")),
+        (check_int, "1", {"low": 1}, InvalidType("x", "to be a positive integer", "'1'")),
+        (check_int, None, {"low": 1}, InvalidType("x", "to be a positive integer", "None")),
+        (check_number, -1, {"low": 0}, InvalidValue("x", "to be at least 0", "-1")),
+        (check_number, 0, {"above": 0}, InvalidValue("x", "to be positive", "0")),
+        (check_number, 1, {"low": 0, "below": 1}, InvalidValue("x", "to be at least 0 and below 1", "1")),
+        (check_number, 1.5, {"above": 0, "high": 1}, InvalidValue("x", "to be positive and at most 1", "1.5")),
+        (check_number, math.inf, {"low": 0, "finite": True}, InvalidValue("x", "to be at least 0 and finite", "inf")),
+        (check_number, math.nan, {"finite": True}, InvalidValue("x", "to be finite", "nan")),
+        (check_number, -math.inf, {"finite": True}, InvalidValue("x", "to be finite", "-inf")),
+        (check_number, 0, {"above": 0.5}, InvalidValue("x", "to be above 0.5", "0")),
+        (check_number, 0, {"above": 0, "optional": True}, InvalidValue("x", "to be positive or None", "0")),
+        (check_number, True, {}, InvalidType("x", "to be a number", "bool")),
+        (check_number, "1", {"optional": True}, InvalidType("x", "to be a number or None", "str")),
+        (check_number, 1 << 63, {}, InvalidValue("x", "to be a number that fits in 64 bits", "9223372036854775808")),
     ],
 )
 def test_other_numbers_do_not(check: Callable[..., None], value: object, options: dict[str, Any], error: ArgumentError) -> None:
     with refused(error):
-        check("f", "x", value, **options)
+        check("x", value, **options)
 
 
 def test_devices_are_named_or_chosen() -> None:
     for name in ("cpu", "meta", torch.device("cpu")):
-        assert checked_device("f", name) == torch.device(name)
-    assert computing_device("f", None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+        assert checked_device(name) == torch.device(name)
+    assert computing_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: check_choice("f", "x", "b", ("a", None)), ValueError, "expected x to be a or None, got 'b'"),
-        (lambda: check_choice("f", "x", 1, ("a", None)), TypeError, "expected x to be a or None, got 1"),
+        (lambda: check_choice("x", "b", ("a", None)), ValueError, "x to be a or None, got 'b'"),
+        (lambda: check_choice("x", 1, ("a", None)), TypeError, "x to be a or None, got 1"),
         # A tensor of two numbers has no truth value.
-        (lambda: check_choice("f", "x", torch.ones(2), (0, 1)), TypeError, r"one of 0, 1, got tensor\(\[1., 1.\]\)"),
-        (lambda: check_type("f", "x", 1, str), TypeError, "expected x to be a str, got int"),
-        (lambda: check_type("f", "x", 1, str, optional=True), TypeError, "expected x to be a str or None, got int"),
-        (lambda: check_callable("f", "x", 1), TypeError, "expected x to be callable or None, got int"),
-        (lambda: check_path("f", "x", b"a"), TypeError, r"expected x to be a path \(str or os.PathLike\), got bytes"),
-        (lambda: check_path("f", "x", ""), ValueError, "expected x to be a path, got an empty text"),
-        (lambda: check_dtype("f", "x", torch.int8), TypeError, "expected x to be float32, .*or bfloat16, got torch.int8"),
-        (lambda: check_dtype("f", "x", None), TypeError, "expected x to be float32, .*or bfloat16, got None"),
-        (lambda: check_dtype("f", "x", "float32", optional=True), TypeError, "bfloat16 or None, got 'float32'"),
-        (lambda: check_ints("f", "x", (2, True), 1, "sizes"), TypeError, r"expected x to be sizes, got \(2, True\)"),
-        (lambda: check_ints("f", "x", b"ab", 1, "sizes"), TypeError, "expected x to be sizes, got b'ab'"),
-        (lambda: check_ints("f", "x", (), 1, "sizes"), ValueError, r"expected x to be sizes, each at least 1, got \[\]"),
-        (lambda: check_ints("f", "x", (2, 0), 1, "sizes"), ValueError, r"each at least 1, got \[2, 0\]"),
-        (lambda: checked_device("f", 0), TypeError, "expected device to be a torch.device or its name, got int"),
-        (lambda: checked_device("f", "gpu"), ValueError, "expected device to be a torch.device or its name, got 'gpu'"),
-        (lambda: checked_device("f", "cuda:99"), ValueError, "expected device to be available, got cuda:99: PyTorch sees"),
-        (lambda: checked_device("f", "xla"), ValueError, "expected device to be available, got xla: PyTorch cannot use it"),
-        (lambda: computing_device("f", "meta"), ValueError, "expected device to be one that computes, got meta"),
+        (lambda: check_choice("x", torch.ones(2), (0, 1)), TypeError, r"one of 0, 1, got tensor\(\[1., 1.\]\)"),
+        (lambda: check_type("x", 1, str), TypeError, "x to be a str, got int"),
+        (lambda: check_type("x", 1, str, optional=True), TypeError, "x to be a str or None, got int"),
+        (lambda: check_callable("x", 1), TypeError, "x to be callable or None, got int"),
+        (lambda: check_path("x", b"a"), TypeError, r"x to be a path \(str or os.PathLike\), got bytes"),
+        (lambda: check_path("x", ""), ValueError, "x to be a path, got an empty text"),
+        (lambda: check_dtype("x", torch.int8), TypeError, "x to be float32, .*or bfloat16, got torch.int8"),
+        (lambda: check_dtype("x", None), TypeError, "x to be float32, .*or bfloat16, got None"),
+        (lambda: check_dtype("x", "float32", optional=True), TypeError, "bfloat16 or None, got 'float32'"),
+        (lambda: check_ints("x", (2, True), 1, "sizes"), TypeError, r"x to be sizes, got \(2, True\)"),
+        (lambda: check_ints("x", b"ab", 1, "sizes"), TypeError, "x to be sizes, got b'ab'"),
+        (lambda: check_ints("x", (), 1, "sizes"), ValueError, r"x to be sizes, each at least 1, got \[\]"),
+        (lambda: check_ints("x", (2, 0), 1, "sizes"), ValueError, r"each at least 1, got \[2, 0\]"),
+        (lambda: checked_device(0), TypeError, "device to be a torch.device or its name, got int"),
+        (lambda: checked_device("gpu"), ValueError, "device to be a torch.device or its name, got 'gpu'"),
+        (lambda: checked_device("cuda:99"), ValueError, "device to be available, got cuda:99: PyTorch sees"),
+        (lambda: checked_device("xla"), ValueError, "device to be available, got xla: PyTorch cannot use it"),
+        (lambda: computing_device("meta"), ValueError, "device to be one that computes, got meta"),
     ],
 )
 def test_other_wrong_arguments_do_not(call: Callable[[], None], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^f: .*{message}"):
+    with pytest.raises(error, match=f"^expected .*{message}"):
         call()
 
 
@@ -133,9 +133,9 @@ def test_a_signature_declares_what_is_checked() -> None:
     assert _called(1, b=0.5) == (1, 0.5, False)
     assert str(inspect.signature(_called)).startswith("(a: int, *, b: float = 0.0, c: bool = False)")
     for call, error in (
-        (lambda: _called(0), InvalidValue("_called", "a", "to be a positive integer", "0")),
-        (lambda: _called(a=1, b=2.0), InvalidValue("_called", "b", "to be at least 0 and at most 1", "2.0")),
-        (lambda: _called(a=True), InvalidType("_called", "a", "to be a positive integer", "True")),
+        (lambda: _called(0), by("_called", InvalidValue("a", "to be a positive integer", "0"))),
+        (lambda: _called(a=1, b=2.0), by("_called", InvalidValue("b", "to be at least 0 and at most 1", "2.0"))),
+        (lambda: _called(a=True), by("_called", InvalidType("a", "to be a positive integer", "True"))),
     ):
         with refused(error):
             call()
@@ -149,8 +149,8 @@ def test_a_call_that_does_not_fit_the_signature_is_pythons_error() -> None:
 
 
 def test_values_of_elsewhere_are_wanted_by_name() -> None:
-    check_same("bake", {"flour": 2}, {"flour": 2, "eggs": 1}, "'cake'")
-    with refused(InvalidValue("bake", "flour", "to be 2, as in 'cake'", "3; bake another")):
-        check_same("bake", {"flour": 3}, {"flour": 2}, "'cake'", "; bake another")
-    with refused(InvalidValue("bake", "eggs", "to be None, as in 'cake'", "1")):
-        check_same("bake", {"eggs": 1}, {}, "'cake'")
+    check_same({"flour": 2}, {"flour": 2, "eggs": 1}, "'cake'")
+    with refused(InvalidValue("flour", "to be 2, as in 'cake'", "3; bake another")):
+        check_same({"flour": 3}, {"flour": 2}, "'cake'", "; bake another")
+    with refused(InvalidValue("eggs", "to be None, as in 'cake'", "1")):
+        check_same({"eggs": 1}, {}, "'cake'")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from commands import run
 from drawing import tiny_unet
-from refusals import refused
+from refusals import by, refused
 
 import ddpm_fast
 from ddpm_fast import (
@@ -192,7 +192,7 @@ def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
     ):
         model = dataclasses.replace(load_builtin(), objective=Objective(schedule))
         assert [model.build_plan(sampler=name)[0].num_steps for name in names] == counts
-    with refused(InvalidValue("build_plan", "steps", "to be in 1..8 with dpm++2m", "9")):
+    with refused(by("Pretrained.build_plan", InvalidValue("steps", "to be in 1..8 with dpm++2m", "9"))):
         model.build_plan(sampler="dpm++2m", steps=9)
 
 
@@ -239,8 +239,9 @@ def test_a_model_brings_its_plan_and_others_draw_with_noise() -> None:
         assert torch.equal(plan.coefficients, wanted.coefficients)
         assert torch.equal(plan.timesteps, wanted.timesteps)
     with refused(
-        InvalidType(
-            "build_plan", "", f"arguments among {', '.join(PlanOptions.__annotations__)}", "'step'; did you mean 'steps'?"
+        by(
+            "Pretrained.build_plan",
+            InvalidType("", f"arguments among {', '.join(PlanOptions.__annotations__)}", "'step'; did you mean 'steps'?"),
         )
     ):
         builtin.build_plan(step=3)  # type: ignore[call-arg]
@@ -264,7 +265,7 @@ def test_a_sampler_has_a_plan_or_the_options_that_choose_one() -> None:
     chosen = loaded.sampler(sampler="ddim", steps=3, shape=(1, 16, 16))
     assert torch.equal(chosen.plan.table(), ddim_plan(loaded.objective, 3).table())
     assert chosen.shape == (1, 16, 16)
-    with refused(InvalidValue("sampler", "plan", "to be None with options that choose one", "steps")):
+    with refused(by("Pretrained.sampler", InvalidValue("plan", "to be None with options that choose one", "steps"))):
         loaded.sampler(chosen.plan, steps=3, eta=None)
 
 
@@ -314,7 +315,7 @@ def test_images_are_mapped_to_the_numbers_of_the_data_and_back(
     integers = data.round().to(torch.int16)
     assert torch.equal(loaded.from_data(integers), loaded.from_data(integers.float()))
     for name in ("to_data", "from_data"):
-        with refused(InvalidValue(name, "images", "to have 2 channels", "[3, 1, 4, 4]")):
+        with refused(by(f"Pretrained.{name}", InvalidValue("images", "to have 2 channels", "[3, 1, 4, 4]"))):
             getattr(loaded, name)(images[:, :1])
 
 
@@ -451,7 +452,9 @@ def test_a_fitted_plan_is_used_for_its_weights_and_its_guidance(tmp_path: Path, 
     assert load_folder(tmp_path).plan is None
     expected = f"{tmp_path / 'plan.json'} was fitted to another network, so it is not used: fit again"
     assert [record.getMessage() for record in caplog.records] == [expected] * 2
-    with refused(InvalidValue("Pretrained.save_plan", "model", "to be loaded in float32, for a fitted plan", torch.bfloat16)):
+    with refused(
+        by("Pretrained.save_plan", InvalidValue("model", "to be loaded in float32, for a fitted plan", torch.bfloat16))
+    ):
         again.save_plan(fitted, tmp_path)
 
 

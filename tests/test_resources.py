@@ -50,17 +50,15 @@ def test_a_model_folder_that_is_missing_has_advice(
 
 
 def test_folders_that_cannot_be_written_are_refused_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_writable("train", "run_dir", tmp_path / "a" / "b", tmp_path / "a" / "b")
+    check_writable("run_dir", tmp_path / "a" / "b", tmp_path / "a" / "b")
     (tmp_path / "file").touch()
-    with pytest.raises(
-        UnusablePath, match=r"train: expected run_dir to be in a folder, got '.*file/b', and '.*file' is a file"
-    ):
-        check_writable("train", "run_dir", tmp_path / "file" / "b", tmp_path / "file" / "b")
-    with pytest.raises(OSError, match=r"train: expected run_dir to be a path that can be written, got: .*File name too long"):
-        check_writable("train", "run_dir", tmp_path / ("x" * 300) / "b", tmp_path)
+    with pytest.raises(UnusablePath, match=r"^expected run_dir to be in a folder, got '.*file/b', and '.*file' is a file"):
+        check_writable("run_dir", tmp_path / "file" / "b", tmp_path / "file" / "b")
+    with pytest.raises(OSError, match=r"^expected run_dir to be a path that can be written, got: .*File name too long"):
+        check_writable("run_dir", tmp_path / ("x" * 300) / "b", tmp_path)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(UnusablePath, match="train: expected run_dir to be in a folder that may be written to, got"):
-        check_writable("train", "run_dir", tmp_path / "a", tmp_path / "a")
+    with pytest.raises(UnusablePath, match=r"^expected run_dir to be in a folder that may be written to, got"):
+        check_writable("run_dir", tmp_path / "a", tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import refused
+from refusals import by, refused
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, Objective, noise, sample_seeds, variational_loss
@@ -144,26 +144,28 @@ LINEAR = SCHEDULES["linear"]
     [
         (
             {"variance": "learned_range"},
-            InvalidValue("variational_loss", "model_output", "to have shape [2, 6, 4, 4]", "[2, 3, 4, 4]"),
+            by("variational_loss", InvalidValue("model_output", "to have shape [2, 6, 4, 4]", "[2, 3, 4, 4]")),
         ),
         (
             {"schedule": NoiseSchedule.flow(9)},
-            InvalidValue(
+            by(
                 "variational_loss",
-                "prediction",
-                "to determine x_0 at every timestep",
-                "epsilon, for which D = 0 at timestep 8",
+                InvalidValue(
+                    "prediction",
+                    "to determine x_0 at every timestep",
+                    "epsilon, for which D = 0 at timestep 8",
+                ),
             ),
         ),
-        ({"noise": X}, InvalidValue("variational_loss", "", "exactly one of noise and seeds", "both")),
-        ({"seeds": None}, InvalidValue("variational_loss", "", "exactly one of noise and seeds", "neither")),
-        ({"t": 50}, InvalidValue("variational_loss", "t", "in 0..49", "50")),
-        ({"t": torch.tensor([0, 50])}, InvalidValue("variational_loss", "t", "in 0..49", "values from 0 to 50")),
-        ({"reduction": "max"}, InvalidValue("variational_loss", "reduction", "to be one of mean, sum, none", "'max'")),
-        ({"detach_mean": 1}, InvalidType("variational_loss", "detach_mean", "to be a bool", "int")),
+        ({"noise": X}, by("variational_loss", InvalidValue("", "exactly one of noise and seeds", "both"))),
+        ({"seeds": None}, by("variational_loss", InvalidValue("", "exactly one of noise and seeds", "neither"))),
+        ({"t": 50}, by("variational_loss", InvalidValue("t", "in 0..49", "50"))),
+        ({"t": torch.tensor([0, 50])}, by("variational_loss", InvalidValue("t", "in 0..49", "values from 0 to 50"))),
+        ({"reduction": "max"}, by("variational_loss", InvalidValue("reduction", "to be one of mean, sum, none", "'max'"))),
+        ({"detach_mean": 1}, by("variational_loss", InvalidType("detach_mean", "to be a bool", "int"))),
         (
             {"x_0": torch.zeros(2), "model_output": torch.zeros(2)},
-            InvalidValue("variational_loss", "x_0", "to have at least 2 dimensions [N, ...]", "shape [2]"),
+            by("variational_loss", InvalidValue("x_0", "to have at least 2 dimensions [N, ...]", "shape [2]")),
         ),
     ],
 )

@@ -30,21 +30,12 @@ class Stopped(click.ClickException):
         click.echo(self.format_message(), err=True)
 
 
-# Options by the names that the package's functions have for them.
-_ALIASES = {
-    "num_samples": "num",
-    "num_steps": "steps",
-    "jump_num_sample": "jump_samples",
-    "class_labels": "classes",
-    "guidance_scale": "guidance",
-    "name": "data",
-}
 # Options whose smaller values need less memory.
-_SIZES = ("num", "batch_size", "micro_batch_size", "image_size", "channels", "data_memory")
+_SIZES = ("num_samples", "num", "batch_size", "micro_batch_size", "image_size", "channels", "data_memory")
 
 
 class _Unfailing:
-    """Standard error. What cannot be written, as the terminal is closed or the disk full, is dropped: training goes on."""
+    """Standard error that drops what cannot be written, so that training goes on under a closed terminal or on a full disk."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -71,17 +62,16 @@ class Command(click.Command):
 
         options = {each.name: each.opts[0] for each in self.params if isinstance(each, click.Option)}
         names: dict[str, str] = {name: options.get(name, name.upper()) for name in ctx.params}
-        names = {alias: names[name] for alias, name in _ALIASES.items() if name in names} | names
         try:
             with logging_redirect_tqdm():
                 return super().invoke(ctx)
         except ArgumentError as error:
             name = error.name if error.file else names.get(error.name, error.name)  # a file has its own names
-            raise Refused(str(error.renamed(caller=self.name or "", name=name))) from error
+            raise Refused(_noted(error, error.renamed(caller=self.name or "", name=name))) from error
         except BrokenPipeError:  # a reader that has left, such as `head`
             raise
         except (ValueError, TypeError, ImportError, OSError) as error:
-            raise Refused(str(error)) from error
+            raise Refused(_noted(error)) from error
         except FloatingPointError as error:
             raise click.ClickException(str(error)) from error
         except (MemoryError, RuntimeError) as error:
@@ -92,13 +82,19 @@ class Command(click.Command):
             if isinstance(error, FirstFailed):  # rank 0 says why
                 ctx.exit(1)
             if isinstance(error, ProcessLost):
-                raise click.ClickException(str(error)) from error
+                raise click.ClickException(_noted(error)) from error
             _, host, reason = str(error).rpartition("DefaultCPUAllocator: ")  # a RuntimeError without a type of its own
             if not host and not isinstance(error, MemoryError | torch.OutOfMemoryError):
                 raise
             smaller = " or ".join(names[name] for name in _SIZES if name in names)
             hint = f"; a smaller {smaller} needs less" if smaller else ""
-            raise Refused(f"out of memory{hint}: {reason.partition(chr(10))[0] or 'no reason given'}") from error
+            said = f"out of memory{hint}: {reason.partition(chr(10))[0] or 'no reason given'}"
+            raise Refused(_noted(error, said)) from error
+
+
+def _noted(error: Exception, text: object = None) -> str:
+    """Return an error, or another text for it, with the notes that were added on its way."""
+    return "; ".join([str(error if text is None else text), *getattr(error, "__notes__", ())])
 
 
 class Commands(click.Group):

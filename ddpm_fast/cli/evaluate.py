@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,9 +15,11 @@ import click
 import ddpm_fast
 
 from ..errors import expect
+from ..predictions import Variance
+from ..sampling.options import ClassLabels
 from .console import Command
 from .fid import fid_command
-from .options import RANGE, VARIANCES, Function, PathOption, adding, json_option, load_model, model_options
+from .options import RANGE, VARIANCES, Batches, Function, PathOption, Running, adding, gathering, json_option, model_options
 from .outputs import check_output, close, write
 
 if TYPE_CHECKING:
@@ -37,8 +41,26 @@ def evaluate_command() -> None:
 evaluate_command.add_command(fid_command)
 
 
+class _Draw(Batches):
+    """The arguments of a function that evaluates a network."""
+
+    seed: int
+    class_labels: ClassLabels
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The test images of a command, how the network sees them, and the file for figures."""
+
+    num: int
+    data: str
+    data_dir: str | None
+    labels: bool
+    json: Path | None
+
+
 def _image_options(command: Function) -> Function:
-    """Add the options that choose the images, and how the network sees them."""
+    """Add the options that choose the images, and those of `Running`."""
     data = "Evaluate the test images of digits, fashion-mnist or cifar10, or all of a folder or zip file."
     options = [
         click.Option(
@@ -50,21 +72,22 @@ def _image_options(command: Function) -> Function:
             ["--labels/--no-labels"], default=True, show_default=True, help="Give the network the class of each image."
         ),
     ]
-    return adding(options)(json_option(model_options(dtype="float32")(command)))
+    gather = gathering("images", _Images, _Images.__annotations__)
+    return adding(options)(json_option(model_options(dtype="float32")(gather(command))))
 
 
 @evaluate_command.command("bound", cls=Command)
 @click.option("--variance", type=click.Choice(VARIANCES), help="Choose the reverse steps' variance.  [default: the model's]")
 @_image_options
-def bound_command(variance: Any, **options: Any) -> None:
+def bound_command(*, variance: Variance | None, images: _Images, running: Running) -> None:
     """Compute the variational bound of test images.
 
     Print L_T, L_{T-1} + ... + L_1, L_0 and their sum in bits per dimension (eq. 9-11).
     """
-    loaded = _loaded(options)
+    loaded = _loaded(images, running)
     reads, wanted = loaded.interface.condition, "to read no condition: evaluate psnr is for models that restore images"
-    expect(not reads.channels, "bound", "model", wanted, f"{reads}")
-    _evaluate(loaded, partial(_bounded, variance=variance or loaded.objective.variance), options)
+    expect(not reads.channels, "model", wanted, f"{reads}")
+    _evaluate(loaded, partial(_bounded, variance=variance or loaded.objective.variance), images, running)
 
 
 @evaluate_command.command("psnr", cls=Command)
@@ -84,33 +107,40 @@ def bound_command(variance: Any, **options: Any) -> None:
 )
 @_image_options
 def psnr_command(
-    samples: int, condition: str | None, data_range: Pairs | None, condition_range: Pairs | None, **options: Any
+    *,
+    samples: int,
+    condition: str | None,
+    data_range: Pairs | None,
+    condition_range: Pairs | None,
+    images: _Images,
+    running: Running,
 ) -> None:
     """Compute PSNR and SSIM of images that a model restores.
 
     Print those of the condition (bicubic, for low resolution), of one sample, and of the mean of several.
     """
-    loaded = _loaded(options)
+    loaded = _loaded(images, running)
     reads = loaded.interface.condition
-    expect(reads.channels, "psnr", "model", "to restore images: evaluate bound is for any other", "one without a condition")
+    expect(reads.channels, "model", "to restore images: evaluate bound is for any other", "one without a condition")
     fits, wanted = condition is None or not reads.is_computed, f"to be left out, as the model restores {reads.kind}"
-    expect(fits, "psnr", "condition", wanted, condition)
+    expect(fits, "condition", wanted, condition)
     ranges = {"data_range": data_range, "condition_range": condition_range}
     restores = reads.kind if reads.is_computed else condition
-    _evaluate(loaded, partial(_restored, samples=samples), options, condition=restores, **ranges)
+    _evaluate(loaded, partial(_restored, samples=samples), images, running, condition=restores, **ranges)
 
 
-def _loaded(options: dict[str, Any]) -> Pretrained:
+def _loaded(images: _Images, running: Running) -> Pretrained:
     """Load the model, after checking what needs none."""
-    if options["json"] is not None:
-        check_output("evaluate", "json", options["json"])
-    return load_model("evaluate", options)
+    if images.json is not None:
+        check_output("json", images.json)
+    return running.load()
 
 
 def _evaluate(
     loaded: Pretrained,
-    compute: Callable[[Pretrained, ItemDataset, int, dict[str, Any]], tuple[str, list[str], dict[str, Any], str]],
-    options: dict[str, Any],
+    compute: Callable[[Pretrained, ItemDataset, int, _Draw], tuple[str, list[str], dict[str, Any], str]],
+    given: _Images,
+    running: Running,
     **read: Any,
 ) -> None:
     """Read the images, compute the figures, print them and write them to the JSON file."""
@@ -119,46 +149,39 @@ def _evaluate(
     from ..data.options import DataOptions
     from ..files.writing import write_json
 
-    data, num, json = options["data"], options["num"], options["json"]
-    dataset = evaluated_images(DataOptions(data=data, data_dir=options["data_dir"], **read), loaded.model.config, num)
-    expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
-    classes, known = read_batch(dataset, range(num)).labels, loaded.interface.labels.classes or []
-    labelled = bool(options["labels"] and known)
-    fits, got = not labelled or {*classes.tolist()} <= {*known}, f"{int(classes.max())}; --no-labels evaluates without"
-    expect(fits, "evaluate", "labels", f"to be in {min(known, default=0)}..{max(known, default=0)}, as the model has", got)
-    arguments: dict[str, Any] = {
-        "class_labels": classes if labelled else None,
-        "seed": options["seed"],
-        "batch_size": options["batch_size"],
-        "progress": not options["quiet"],
-    }
+    data, num, json = given.data, given.num, given.json
+    dataset = evaluated_images(DataOptions(data=data, data_dir=given.data_dir, **read), loaded.model.config, num)
+    expect(num <= len(dataset), "num", f"to be at most {len(dataset)}, the test images of {data}", num)
+    labels, reads = read_batch(dataset, range(num)).labels, loaded.interface.labels
+    labelled = bool(given.labels and reads.classes)
+    if labelled:
+        reads.check_images(labels, "--no-labels evaluates without")
+    draw: _Draw = {**running.batches, "seed": running.seed, "class_labels": labels if labelled else None}
     began = time.perf_counter()
-    head, lines, result, failure = compute(loaded, dataset, num, arguments)
+    head, lines, result, failure = compute(loaded, dataset, num, draw)
     seconds = time.perf_counter() - began
-    if not options["quiet"]:
+    if not running.quiet:
         counted = "1 test image" if num == 1 else f"{num} test images"
         click.echo("\n  ".join([f"{counted} of {data}, {head}, {seconds:.1f} s", *lines]))
     if json is not None:
-        settings = {"data": data, "num": num, "labels": labelled, "seed": options["seed"], "dtype": options["dtype"]}
+        settings = {"data": data, "num": num, "labels": labelled, "seed": running.seed, "dtype": running.dtype}
         write(json, lambda path: write_json(path, settings | result | {"seconds": seconds}))
     close(failure)
 
 
 def _bounded(
-    loaded: Pretrained, dataset: ItemDataset, num: int, arguments: dict[str, Any], variance: Any
+    loaded: Pretrained, dataset: ItemDataset, num: int, draw: _Draw, variance: Variance
 ) -> tuple[str, list[str], dict[str, Any], str]:
     """Return the head, the lines and the figures of the variational bound, and what is wrong with them."""
     from ..data.items import read_batch, to_unit_range
+    from ..inference.model import device_and_dtype
 
     got = "numbers of another range"
-    expect(dataset.info.data_range is None, "evaluate", "data", "to be pictures of 256 levels, for bits per dimension", got)
+    expect(dataset.info.data_range is None, "data", "to be pictures of 256 levels, for bits per dimension", got)
     images = to_unit_range(read_batch(dataset, range(num)).images)
-    bound = ddpm_fast.variational_bound(
-        *(loaded.model, images, loaded.objective),
-        variance=variance,
-        clip=loaded.clip,
-        **arguments,
-    )
+    plan = ddpm_fast.ddpm_plan(loaded.objective, variance=variance, clip=loaded.clip)
+    sampler = loaded.sampler(plan, dtype=device_and_dtype(loaded.model)[1], shape=tuple(images.shape[1:]))
+    bound = ddpm_fast.VariationalBound.of(sampler, images, **draw)
     bad = int((~bound.total.isfinite()).sum())
     last = loaded.objective.schedule.num_timesteps
     parts = {
@@ -182,7 +205,7 @@ def _bounded(
 
 
 def _restored(
-    loaded: Pretrained, dataset: ItemDataset, num: int, arguments: dict[str, Any], samples: int
+    loaded: Pretrained, dataset: ItemDataset, num: int, draw: _Draw, samples: int
 ) -> tuple[str, list[str], dict[str, Any], str]:
     """Return the head, the lines and the figures of restored images, and what is wrong with them."""
     import torch
@@ -194,15 +217,16 @@ def _restored(
 
     metrics = import_extra("torchmetrics.functional.image", "train")
     smallest = min(dataset.info.shape[1:])
-    expect(smallest >= _SSIM, "evaluate", "data", f"to have images of at least {_SSIM} pixels per side, for SSIM", smallest)
-    items = examples(dataset, range(num), arguments["seed"])
+    expect(smallest >= _SSIM, "data", f"to have images of at least {_SSIM} pixels per side, for SSIM", smallest)
+    seed = draw["seed"]
+    items = examples(dataset, range(num), seed)
     plan, sampler = loaded.build_plan()
-    draw = loaded.sampler(plan, dtype=device_and_dtype(loaded.model)[1])
-    seeds = ddpm_fast.sample_seeds(arguments["seed"], num * samples).view(samples, num)
+    sampled = loaded.sampler(plan, dtype=device_and_dtype(loaded.model)[1])
+    seeds = ddpm_fast.sample_seeds(seed, num * samples).view(samples, num)
     drawn = torch.zeros_like(items.images, dtype=torch.float64)
     images: dict[str, Tensor] = {}
     for row in seeds:
-        one = draw(num, condition=items.condition, **arguments | {"seed": row}).cpu()
+        one = sampled(num, **{**draw, "condition": items.condition, "seed": row}).cpu()
         drawn += one
         images.setdefault("one sample", one)
     if samples > 1:

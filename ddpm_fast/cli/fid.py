@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from ..errors import ArgumentError, expect, renaming
 from .console import Command
-from .options import PathOption, drawing, dtype_of, json_option, load_model, model_options
+from .options import PathOption, Running, json_option, model_options
 from .outputs import check_output, write
 from .sample import write_each
 
 if TYPE_CHECKING:
     from ..data.items import ItemDataset
-    from ..evaluation import Moments
-    from ..pretrained import Pretrained
 
 _LEAST: Final = 2  # images, as one has no covariance
 _USUAL: Final = 50_000  # images of a published FID
@@ -32,16 +28,9 @@ _MEMORY: Final = 1 << 30  # bytes of decoded images
 @click.argument("reference", type=PathOption(exists=True))
 @click.argument("images", type=PathOption())
 @click.option(
-    *("--num", "--num-samples", "num"),  # torchrun parses --num as one of its own options
+    *("--num", "--num-samples", "num_samples"),  # torchrun parses --num as one of its own options
     type=click.IntRange(1),
     help="Compare this many images, from the first.  [default: all, or 50000 that --model draws]",
-)
-@click.option(
-    "--features",
-    type=PathOption(file_okay=False, path_type=Path),
-    default="features",
-    show_default=True,
-    help="Keep the features in this folder, so that the same command goes on if it was stopped.",
 )
 @click.option(
     "--inception",
@@ -56,129 +45,97 @@ _MEMORY: Final = 1 << 30  # bytes of decoded images
 )
 @model_options(dtype="float32", named=False)
 def fid_command(
+    *,
     reference: str,
     images: str,
-    num: int | None,
-    features: Path,
+    num_samples: int | None,
     inception: str | None,
     json: Path | None,
-    **options: Any,
+    running: Running,
 ) -> None:
     """Compute FID, KID and the Inception Score of images.
 
-    REFERENCE is a folder or an .npz of images, or an .npz with mu and sigma. IMAGES is a folder or an .npz of images. With
-    --model, they are drawn there first. torchrun can start several processes, and needs --num-samples for --num.
+    REFERENCE and IMAGES are folders or .npz files of images. With --model, IMAGES are drawn first. torchrun can start several
+    processes, and needs --num-samples for --num.
     """
     from ..checks import computing_device
     from ..data.items import read_batch
     from ..distributed import joined, own_device
-    from ..evaluation.inception import FEATURES, load_inception, scores, write_features
+    from ..evaluation.inception import FEATURES, inception_scores, load_inception
     from ..files.writing import write_json
 
-    shown = not options["quiet"]
+    num = num_samples
     if json is not None:
-        check_output("fid", "json", json)
-    moments = _moments(reference)
-    known = _pictures("reference", reference) if moments is None else None
-    given = _pictures("images", images, num) if options["model"] is None else None
-    check_output("fid", "features", features / "1.safetensors")
-    device, drawn_by = own_device(computing_device("fid", options["device"])), None
-    with joined("fid", _APART) as processes:
-        network = processes.machine_by_machine(lambda: load_inception("fid", inception, device))
-        if options["model"] is not None:
-            drawn_by = _draw(load_model("fid", options), images, num, known, options)
-        sets = [given or _pictures("images", images, num), *filter(None, [known])]
-        sizes = [each.info.shape[1:] for each in sets]
-        expect(sizes[0] == sizes[-1], "fid", "images", f"to have {list(sizes[-1])} pixels as REFERENCE", list(sizes[0]))
-        features.mkdir(parents=True, exist_ok=True)
-        files = [
-            write_features(
-                network,
-                features,
-                len(each),
-                partial(lambda images, part: read_batch(images, part).images, each),
-                processes,
-                progress=shown,
-            )
-            for each in sets
-        ]
+        check_output("json", json)
+    known = _pictures("reference", reference)
+    given = _pictures("images", images, num) if running.model is None else None
+    device, drawn_by = own_device(computing_device(running.device)), None
+    with joined(_APART) as processes:
+        network = processes.machine_by_machine(lambda: load_inception(inception, device))
+        if running.model is not None:
+            drawn_by = _draw(running, images, num, known)
+        compared = given or _pictures("images", images, num)
+        size, wanted = compared.info.shape[1:], known.info.shape[1:]
+        expect(size == wanted, "images", f"to have {list(wanted)} pixels as REFERENCE", list(size))
+        found = inception_scores(
+            network,
+            lambda part: read_batch(compared, part).images,
+            lambda part: read_batch(known, part).images,
+            (len(compared), len(known)),
+            processes,
+            batch_size=running.batch_size,
+            device=device,
+            progress=not running.quiet,
+        )
         if not processes.is_first:
             return
-    found = scores(files[0], files[1] if moments is None else moments)
-    height, width = sizes[0]
+    weights = inception or "those of torch-fidelity"
     record = {
         "images": images,
-        "num": len(sets[0]),
+        "num": len(compared),
         "reference": reference,
-        "reference_num": None if known is None else len(known),
-        "size": [height, width],
+        "reference_num": len(known),
+        "size": [*size],
         "resizing": "299x299 by torch-fidelity",
-        "inception": network.digest,
-        "dtype": None if drawn_by is None else options["dtype"],
+        "inception": weights,
+        "dtype": None if drawn_by is None else running.dtype,
         "drawn_by": drawn_by,
     }
-    if shown:
-        enough = min(map(len, sets)) > FEATURES  # then the covariance can have full rank
+    if not running.quiet:
+        enough = min(len(compared), len(known)) > FEATURES  # then the covariance can have full rank
         kinds = {
-            "FID" if network.is_standard and enough else "Frechet distance": ("frechet_distance", ".4f"),
+            "FID" if inception is None and enough else "Frechet distance": ("frechet_distance", ".4f"),
             "KID": ("kernel_inception_distance_mean", ".6f"),
             "Inception Score": ("inception_score_mean", ".3f"),
         }
         numbers = ", ".join(f"{name} {found[key]:{digits}}" for name, (key, digits) in kinds.items() if key in found)
-        against = f"the moments in {reference}" if known is None else f"{len(known)} of {reference}"
-        about = f"{width}x{height} resized to {record['resizing']}, weights {network.digest[:8]}"
+        about = f"{size[1]}x{size[0]} resized to {record['resizing']}, weights {weights}"
         said = "" if drawn_by is None else f"; {drawn_by}"
-        click.echo(f"{numbers}: {len(sets[0])} images of {images} and {against}; {about}{said}")
+        click.echo(f"{numbers}: {len(compared)} images of {images} and {len(known)} of {reference}; {about}{said}")
         if not enough:
             click.echo(
                 f"FID needs {FEATURES + 1} images in each set, because the covariance of {FEATURES} features needs as many. "
                 "Compare this Frechet distance with those of as many images only, or compare KID."
             )
-        if known is None:
-            click.echo(
-                "Do not compare with distances to the statistics of EDM or guided-diffusion: they are of another extractor."
-            )
     if json is not None:
         write(json, lambda path: write_json(path, record | found))
 
 
-def _draw(loaded: Pretrained, place: str, num: int | None, reference: ItemDataset | None, options: dict[str, Any]) -> str:
+def _draw(running: Running, place: str, num: int | None, reference: ItemDataset) -> str:
     """Draw a model's images, and return how. Raise before, unless they can be compared."""
-    interface, num = loaded.interface, _USUAL if num is None else num
+    loaded, num = running.load(), _USUAL if num is None else num
+    interface = loaded.interface
     shape, ranges = interface.shape, loaded.model.config.get("data_range")
     pictures = shape is not None and shape[0] in (1, 3) and not interface.condition.channels and ranges is None
     wanted, got = "to draw pictures of a size, grey or in RGB, without a condition", f"shape {shape}, range {ranges}"
-    expect(pictures, "fid", "model", wanted, got)
-    size = None if reference is None else reference.info.shape[1:]
-    expect(shape and size in (None, shape[1:]), "fid", "model", f"to draw {size} pixels as REFERENCE has", shape)
-    plan, sampler = loaded.build_plan()
-    with renaming("fid", {"out": "images"}):
-        arguments = drawing(options) | {"share_gpu": options["device"] is not None}
-        write_each(loaded.sampler(plan, dtype=dtype_of(options)), num, place, arguments)
-    return f"{options['model']}, {plan.num_steps} steps ({sampler}), seed {options['seed']}"
-
-
-def _moments(path: str) -> Moments | None:
-    """Return the moments in an .npz with mu and sigma. None for anything else, such as an .npz with images, too."""
-    import numpy as np
-    import torch
-
-    from ..data.arrays import loaded_arrays
-    from ..evaluation import Moments
-    from ..evaluation.inception import FEATURES
-
-    names: set[str] = set()
-    with suppress(Exception), np.load(path) as opened:  # what is damaged is refused as images
-        names = set(opened.files)
-    if "arr_0" in names or not {"mu", "sigma"} <= names:
-        return None
-    arrays = loaded_arrays(path)
-    mean, cov = arrays["mu"], arrays["sigma"]
-    fits = mean.shape == (FEATURES,) and cov.shape == (FEATURES, FEATURES) and mean.dtype.kind == cov.dtype.kind == "f"
-    fits = fits and bool(np.isfinite(mean).all() and np.isfinite(cov).all())
-    wanted = f"to have finite floats mu [{FEATURES}] and sigma [{FEATURES}, {FEATURES}]"
-    expect(fits, "fid", "reference", wanted, f"{mean.dtype} {list(mean.shape)} and {cov.dtype} {list(cov.shape)}")
-    return Moments(*(torch.from_numpy(each.astype(np.float64)) for each in (mean, cov)))
+    expect(pictures, "model", wanted, got)
+    size = reference.info.shape[1:]
+    expect(shape and size == shape[1:], "model", f"to draw {size} pixels as REFERENCE has", shape)
+    plan, name = loaded.build_plan()
+    sampler = loaded.sampler(plan, dtype=running.torch_dtype)
+    with renaming({"out": "images"}):
+        write_each(sampler, num, place, running.drawing(), share_gpu=running.device is not None)
+    return f"{running.model}, {plan.num_steps} steps ({name}), seed {running.seed}"
 
 
 def _pictures(name: str, path: str, num: int | None = None) -> ItemDataset:
@@ -186,15 +143,15 @@ def _pictures(name: str, path: str, num: int | None = None) -> ItemDataset:
     from ..data.load import load_dataset
     from ..data.options import DataOptions
 
-    expect(os.path.exists(path), "fid", name, "to be a folder or an .npz of images", f"{path!r}, which does not exist")
+    expect(os.path.exists(path), name, "to be a folder or an .npz of images", f"{path!r}, which does not exist")
     try:
         dataset = load_dataset(DataOptions(data=path, data_memory=_MEMORY), first=num)
     except ArgumentError as error:
         wanted = "to have images of one size" if error.name == "image_size" else error.expected
-        raise error.renamed(caller="fid", name=name, expected=wanted, got=error.got.partition(";")[0]) from None
+        raise error.renamed(name=name, expected=wanted, got=error.got.partition(";")[0]) from None
     least = max(_LEAST, num or 0)
-    expect(len(dataset) >= least, "fid", name, f"to have {least} images or more", len(dataset))
+    expect(len(dataset) >= least, name, f"to have {least} images or more", len(dataset))
     info = dataset.info
     pictures, got = info.data_range is None and info.shape[0] in (1, 3), f"{info.shape[0]} channels of {info.dtype}"
-    expect(pictures, "fid", name, "to be pictures of 256 levels, grey or in RGB", got)
+    expect(pictures, name, "to be pictures of 256 levels, grey or in RGB", got)
     return dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,8 @@ import ddpm_fast
 from ..errors import ArgumentError, expect, renaming
 from ..samplers import DEFAULT_SAMPLER
 from .console import Command
-from .options import (
-    PathOption,
-    class_options,
-    drawing,
-    dtype_of,
-    load_model,
-    model_options,
-)
+from .labels import listed_labels
+from .options import PathOption, Running, class_options, model_options
 from .outputs import check_output, write
 
 if TYPE_CHECKING:
@@ -47,7 +42,17 @@ _GRID = 64  # images of a plan in its picture
 @click.option("--data-dir", type=PathOption(), help="Read the data set from this folder, or download it there.")
 @class_options("all")
 @model_options(named=False)
-def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options: Any) -> None:
+def fit_command(
+    *,
+    steps: int,
+    teacher_steps: int,
+    num: int,
+    data: str | None,
+    data_dir: str | None,
+    class_labels: str | None,
+    guidance_scale: float | None,
+    running: Running,
+) -> None:
     """Fit a plan of few steps to a slower one.
 
     Write it to plan.json in MODEL, where sampling finds it. Both plans are DPM-Solver++(2M) without noise. Draw 64 images by
@@ -57,18 +62,18 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
     from ..evaluation.frechet import network_features
     from ..files.images import shown_channels
 
-    expect(teacher_steps > steps, "fit", "teacher_steps", f"to be more than --steps, {steps}", teacher_steps)
-    loaded = load_model("fit", options | {"model": model, "dtype": None})  # a plan belongs to weights in float32
-    loaded.interface.condition.expect_none("fit", "model", ": call fit_plan in Python with conditions")
+    expect(teacher_steps > steps, "teacher_steps", f"to be more than --steps, {steps}", teacher_steps)
+    loaded, model = replace(running, dtype=None).load(), Path(running.model or "")  # a plan belongs to weights in float32
+    loaded.interface.condition.expect_none("model", ": call fit_plan in Python with conditions")
     labels = loaded.interface.labels
     for path in (model / "plan.json", model / "fit" / "fitted.png"):
-        check_output("fit", "model", path)
-    with renaming("fit", {"steps": "teacher_steps"}):
+        check_output("model", path)
+    with renaming({"steps": "teacher_steps"}):
         teacher = _without_noise(loaded, teacher_steps, 0.06, 80.0)
-    sampler = loaded.sampler(_without_noise(loaded, steps, 0.07, 40.0), dtype=dtype_of(options))
-    real = _real_images(loaded, model, options)
-    arguments = drawing(options) | {"class_labels": labels.listed("fit", options["classes"], 2 * num)}
-    fitted = ddpm_fast.fit_plan(sampler, teacher=teacher, num_images=num, **arguments)
+    sampler = loaded.sampler(_without_noise(loaded, steps, 0.07, 40.0), dtype=running.torch_dtype)
+    real = _real_images(loaded, model, data, data_dir)
+    draw = running.drawing(listed_labels(labels, class_labels, 2 * num), guidance_scale)
+    fitted = ddpm_fast.fit_plan(sampler, teacher=teacher, num_images=num, **draw)
     fit = fitted.fit
     if fit is None or not fit.error < fit.error_before:
         raise click.ClickException(
@@ -77,14 +82,14 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
     plans = {"fitted": fitted, "teacher": teacher, DEFAULT_SAMPLER: loaded.build_plan(sampler=DEFAULT_SAMPLER)[0]}
     count = max(_GRID, len(real))
     # The seed is another than that of the fit, and none is too large.
-    arguments |= {"seed": options["seed"] ^ 1, "class_labels": labels.listed("fit", options["classes"], count)}
+    draw |= {"seed": running.seed ^ 1, "class_labels": listed_labels(labels, class_labels, count)}
     drawn = dict[str, Any]()
     for name, each in plans.items():
-        if not options["quiet"]:
+        if not running.quiet:
             click.echo(f"{count} images by {name}:", err=True)
-        drawn[name] = sampler.with_plan(each)(count, **arguments).cpu().float()
+        drawn[name] = sampler.with_plan(each)(count, **draw).cpu().float()
     distances = dict[str, float]()
-    if len(real) and not options["quiet"]:
+    if len(real) and not running.quiet:
         features = {name: network_features(loaded.model, each) for name, each in (drawn | {"data": real}).items()}
         distances = {name: ddpm_fast.frechet_distance(features[name], features["data"]) for name in plans}
     write(model / "plan.json", lambda path: loaded.save_plan(fitted, path.parent))
@@ -96,7 +101,7 @@ def fit_command(model: Path, steps: int, teacher_steps: int, num: int, **options
             scale=max(1, 64 // images.shape[-1]),
         )
         write(model / "fit" / f"{name}.png", save)
-    if options["quiet"]:
+    if running.quiet:
         return
     click.echo(f"{model / 'plan.json'}: {steps} steps, fitted to {fit.teacher}")
     click.echo(f"RMS distance from the teacher's images: {fit.error_before:.4g} before, {fit.error:.4g} now.")
@@ -118,7 +123,7 @@ def _without_noise(loaded: Pretrained, steps: int, low: float, high: float) -> d
     return loaded.build_plan(sampler="dpm++2m", spacing="karras", steps=steps, **levels)[0]
 
 
-def _real_images(loaded: Pretrained, model: Path, options: dict[str, Any]) -> Tensor:
+def _real_images(loaded: Pretrained, model: Path, asked: str | None, folder: str | None) -> Tensor:
     """Return images of --data, or of the run's data if it can be read, twice as many as the network has features.
 
     They are spread over the data set, which may be sorted by class. Without data there are none.
@@ -130,9 +135,9 @@ def _real_images(loaded: Pretrained, model: Path, options: dict[str, Any]) -> Te
     from ..data.options import DataOptions
     from ..training.run import RunFolder
 
-    config, asked = loaded.model.config, options["data"]
-    run = {} if loaded.step is None else RunFolder(model).read_config("fit")["options"]
-    data, data_dir = asked or run.get("data"), options["data_dir"] or run.get("data_dir")
+    config = loaded.model.config
+    run = {} if loaded.step is None else RunFolder(model).read_config()["options"]
+    data, data_dir = asked or run.get("data"), folder or run.get("data_dir")
     if data is None:
         return torch.empty(0)
     try:
@@ -144,7 +149,6 @@ def _real_images(loaded: Pretrained, model: Path, options: dict[str, Any]) -> Te
     wanted = 2 * config["block_out_channels"][-1]
     expect(
         2 * len(dataset) > wanted,
-        "fit",
         "data",
         f"to have more than {wanted // 2} images, the network's features",
         len(dataset),

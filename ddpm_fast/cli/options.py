@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, cast, get_args
 
 import click
 
 from ..errors import ArgumentError, renaming
 from ..forms import Form, Numbers, Ranges, Size
-from ..options import Declared, options_of
+from ..options import Declared, Option, options_of
 from ..predictions import Variance
 from ..samplers import PlanOptions
-from ..sampling.options import DrawOptions
+from ..sampling.options import ClassLabels, DrawOptions, EditOptions
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from ..pretrained import Pretrained
 
@@ -40,7 +43,7 @@ def reading(form: type[Form]) -> Callable[[click.Context, click.Parameter, Any],
 
     def read(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
         try:
-            return None if value is None else form.parse("", "", value)
+            return None if value is None else form.parse("", value)
         except ArgumentError as error:
             raise click.BadParameter(f"expected {error.expected.removeprefix('to be ')}, got {error.got}.") from None
 
@@ -83,7 +86,7 @@ def flag(declared: Declared, *names: str, **settings: Any) -> DeclaredOption:
     made: dict[str, Any] = {}
     if declared.choices:
         made["type"] = click.Choice(declared.choices)
-    elif bool in kinds:
+    elif bool in kinds and not names:
         declarations[0] += f"/--no{declarations[0][1:]}"
     elif option.form is Ranges:
         made |= RANGE
@@ -101,7 +104,7 @@ def flag(declared: Declared, *names: str, **settings: Any) -> DeclaredOption:
     return result
 
 
-def adding(options: list[click.Option]) -> Callable[[Function], Function]:
+def adding(options: Sequence[click.Option]) -> Callable[[Function], Function]:
     """Return a decorator that adds options to a command, after the options of the decorators below."""
 
     def add(command: Function) -> Function:
@@ -113,78 +116,122 @@ def adding(options: list[click.Option]) -> Callable[[Function], Function]:
 
 
 _DRAWING = {each.name: each for each in options_of(DrawOptions)}
+_run = partial(Option, "Running")
+
+
+class Batches(TypedDict):
+    """The arguments of every function that runs a network on many images."""
+
+    batch_size: int
+    progress: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How a command runs a model."""
+
+    model: Annotated[
+        Path | None,
+        _run("Load a model: its folder, a training run, or a name on the Hugging Face hub.  [default: built-in]"),
+    ] = None
+    seed: Annotated[int, _run(_DRAWING["seed"].option.help)] = 0
+    batch_size: Annotated[int, _run(_DRAWING["batch_size"].option.help)] = 64
+    dtype: Annotated[Literal["float32", "bfloat16", "float16", "float64"] | None, _run("Run the network in this dtype.")] = None
+    device: Annotated[str | None, _run("Run on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]")] = None
+    quiet: Annotated[bool, _run("Print errors only.")] = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype that --dtype names."""
+        import torch
+
+        found: torch.dtype | None = None if self.dtype is None else getattr(torch, self.dtype)
+        return found
+
+    @property
+    def batches(self) -> Batches:
+        """The arguments of a function that runs the network on many images."""
+        return {"batch_size": self.batch_size, "progress": not self.quiet}
+
+    def drawing(
+        self, class_labels: ClassLabels = None, guidance_scale: float | None = None, condition: Tensor | None = None
+    ) -> EditOptions:
+        """Return the arguments of a function that draws images or edits them."""
+        return {
+            **self.batches,
+            "seed": self.seed,
+            "class_labels": class_labels,
+            "guidance_scale": guidance_scale,
+            "condition": condition,
+        }
+
+    def load(self) -> Pretrained:
+        """Load the model, on the GPU of this process or the device that --device names."""
+        from ..checks import computing_device
+        from ..distributed import own_device
+        from ..pretrained import BUILTIN, load_folder
+
+        device = own_device(computing_device(self.device))
+        with renaming({"path": "model"}):
+            return load_folder(self.model or BUILTIN, device, self.torch_dtype)
+
+
+def gathering(name: str, struct: Callable[..., Any], fields: Iterable[str]) -> Callable[[Function], Function]:
+    """Return a decorator of a command that gets the options named `fields` as one argument, a struct of them."""
+
+    def decorate(command: Function) -> Function:
+        @wraps(command)
+        def called(*args: Any, **values: Any) -> Any:
+            given = {field: values.pop(field) for field in fields if field in values}
+            return command(*args, **{name: struct(**given)}, **values)
+
+        return cast("Function", called)
+
+    return decorate
 
 
 def plan_options(**defaults: Any) -> Callable[[Function], Function]:
-    """Return a decorator that adds the options that choose a plan. The default is the plan in the model's folder."""
+    """Return a decorator that adds the options that choose a plan, which the command gets as `plan`.
+
+    The default is the plan in the model's folder.
+    """
     options: list[click.Option] = [flag(each) for each in options_of(PlanOptions)]
     for each in options:
         if each.name in defaults:
             each.default, each.show_default = defaults[each.name], True
             each.help = (each.help or "").partition(" Default:")[0]
-    return adding(options)
+    add, gather = adding(options), gathering("plan", PlanOptions, PlanOptions.__annotations__)
+    return lambda command: add(gather(command))
 
 
 def class_options(default: str) -> Callable[[Function], Function]:
     """Return a decorator that adds the options that choose the classes and the guidance. Help names the default."""
     classes = f"Draw these classes in turn: names or numbers with commas, or none for no label.  [default: {default}]"
-    return adding([click.Option(["--classes"], help=classes), flag(_DRAWING["guidance_scale"], "--guidance")])
+    return adding([click.Option(["--classes", "class_labels"], help=classes), flag(_DRAWING["guidance_scale"], "--guidance")])
 
 
 def model_options(*, dtype: str | None = None, named: bool = True) -> Callable[[Function], Function]:
-    """Return a decorator that adds the options that say how a model runs, in which dtype by default and, if `named`, which."""
+    """Return a decorator that adds the options of `Running`, which the command gets as `running`.
+
+    Args:
+        dtype: The default of --dtype.
+        named: Add --model. Otherwise the command has an argument or an option `model` already.
+    """
+    fields = {each.name: each for each in options_of(Running)}
     usual = "" if dtype else "  [default: float32 on a CPU; bfloat16 or float16 on a GPU]"
-    dtypes = click.Choice(["float32", "bfloat16", "float16", "float64"])
-    return adding(
-        [
-            click.Option(
-                ["--model"],
-                type=PathOption(path_type=Path),
-                help="Load a model: its folder, a training run, or a name on the Hugging Face hub.  [default: built-in]",
-            ),
-            flag(_DRAWING["seed"], type=int),
-            flag(_DRAWING["batch_size"], type=click.IntRange(1), default=64, show_default=True),
-            click.Option(
-                ["--dtype"], type=dtypes, default=dtype, show_default=True, help=f"Run the network in this dtype.{usual}"
-            ),
-            click.Option(["--device"], help="Run on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
-            click.Option(["--quiet"], is_flag=True, help="Print errors only."),
-        ][not named :]
-    )
+    options = [
+        flag(fields["model"], type=PathOption(path_type=Path)),
+        flag(fields["seed"]),
+        flag(fields["batch_size"], type=click.IntRange(1)),
+        flag(fields["dtype"], default=dtype, show_default=True, help=f"{fields['dtype'].option.help}{usual}"),
+        flag(fields["device"]),
+        flag(fields["quiet"], "--quiet", is_flag=True),
+    ][not named :]
+    add, gather = adding(options), gathering("running", Running, fields)
+    return lambda command: add(gather(command))
 
 
 def json_option(command: Function) -> Function:
     """Add the option of a file for figures."""
     file = PathOption(dir_okay=False, path_type=Path)
     return adding([click.Option(["--json"], type=file, help="Write the figures to this JSON file.  [default: none]")])(command)
-
-
-def load_model(command: str, options: dict[str, Any]) -> Pretrained:
-    """Load the model that the options of `model_options` name, on the GPU of this process or the device that they name."""
-    from ..checks import computing_device
-    from ..distributed import own_device
-    from ..pretrained import BUILTIN, load_folder
-
-    device = own_device(computing_device(command, options["device"]))
-    with renaming(command, {"path": "model"}):
-        return load_folder(options["model"] or BUILTIN, device, dtype_of(options))
-
-
-def dtype_of(options: dict[str, Any]) -> torch.dtype | None:
-    """Return the dtype that --dtype names."""
-    import torch
-
-    found: torch.dtype | None = None if options["dtype"] is None else getattr(torch, options["dtype"])
-    return found
-
-
-def chosen_plan(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a command that choose a plan."""
-    return {name: options[name] for name in PlanOptions.__annotations__ if name in options}
-
-
-def drawing(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a command that a drawing function takes as arguments."""
-    return {"batch_size": options["batch_size"], "seed": options["seed"], "progress": not options["quiet"]} | (
-        {"guidance_scale": options["guidance_scale"]} if "guidance_scale" in options else {}
-    )

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_output(command: str, name: str, path: Path) -> None:
+def check_output(name: str, path: Path) -> None:
     """Raise if no file can be written there. Nothing is left there."""
-    check_writable(command, name, path, path.parent)
-    expect(not path.exists() or path.is_file(), command, name, "to be a file", f"{str(path)!r}, which is a folder or a device")
+    check_writable(name, path, path.parent)
+    expect(not path.exists() or path.is_file(), name, "to be a file", f"{str(path)!r}, which is a folder or a device")
     folder = existing_folder(path.parent)
     try:
         remove_leftovers(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UnusablePath(command, name, "to be in a folder for files", f"{str(folder)!r}: {error}") from error
+        raise UnusablePath(name, "to be in a folder for files", f"{str(folder)!r}: {error}") from error
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:

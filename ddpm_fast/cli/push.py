@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -25,7 +24,9 @@ from .options import PathOption
     help="Show the figures of this JSON file of `evaluate` in the card.  [default: none]",
 )
 @click.option("--device", help="Draw the card's picture on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]")
-def push_command(model: Path, name: str, device: str | None, **options: Any) -> None:
+def push_command(
+    *, model: Path, name: str, private: bool, license: str | None, evaluation: Path | None, device: str | None
+) -> None:
     """Upload a model to the Hugging Face hub.
 
     MODEL is a training run or a model's folder, and NAME is owner/name. The repository gets a card with a picture, the options
@@ -33,6 +34,8 @@ def push_command(model: Path, name: str, device: str | None, **options: Any) -> 
     """
     from ..checks import computing_device
 
-    with renaming("push", {"path": "model"}):
-        address = ddpm_fast.push_to_hub(model, name, device=computing_device("push", device), **options)
+    with renaming({"path": "model"}):
+        address = ddpm_fast.push_to_hub(
+            model, name, device=computing_device(device), private=private, license=license, evaluation=evaluation
+        )
     click.echo(f"{address}: draw from it with ddpm-fast sample --model {name}")

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,20 +14,11 @@ import ddpm_fast
 
 from ..errors import InvalidValue, expect
 from ..forms import Numbers
+from ..samplers import PlanOptions
+from ..sampling.options import EditOptions
 from .console import Command, Refused, Stopped
-from .options import (
-    METAVARS,
-    RANGE,
-    PathOption,
-    chosen_plan,
-    class_options,
-    drawing,
-    dtype_of,
-    load_model,
-    model_options,
-    plan_options,
-    reading,
-)
+from .labels import described_labels, listed_labels
+from .options import METAVARS, RANGE, PathOption, Running, class_options, model_options, plan_options, reading
 from .outputs import check_output, close, grey_for_bad, write
 
 if TYPE_CHECKING:
@@ -44,9 +35,7 @@ _COLUMNS = 8  # at most, of a grid with conditions
 @click.command("sample", cls=Command)
 # torchrun parses --num as one of its own options.
 @click.option(
-    "--num",
-    "--num-samples",
-    "num",
+    *("--num", "--num-samples", "num_samples"),
     type=click.IntRange(1, 1 << 32),
     help="Draw this many images.  [default: 16, or one for each of --condition]",
 )
@@ -81,7 +70,19 @@ _COLUMNS = 8  # at most, of a grid with conditions
     help="Show these channels in the picture: one, three or four.  [default: all, or 0 if a picture cannot have as many]",
 )
 @model_options()
-def sample_command(num: int | None, out: str, gif: Path | None, show_channels: list[int] | None, **options: Any) -> None:
+def sample_command(
+    *,
+    num_samples: int | None,
+    out: str,
+    gif: Path | None,
+    condition: str | None,
+    condition_range: Pairs | None,
+    show_channels: list[int] | None,
+    class_labels: str | None,
+    guidance_scale: float | None,
+    plan: PlanOptions,
+    running: Running,
+) -> None:
     """Draw images from a model and write them as one grid.
 
     With a folder or an .npz as --out, write each image. torchrun can then start several processes, and the same
@@ -90,33 +91,32 @@ def sample_command(num: int | None, out: str, gif: Path | None, show_channels: l
     from ..distributed import ranks
 
     failure = ""
-    rank, size, _ = ranks("sample", os.environ)
+    rank, size, _ = ranks(os.environ)
     writes_each = _check_places(out, gif, size)
-    loaded = load_model("sample", options)
-    plan, name = loaded.build_plan(guidance_scale=options["guidance_scale"], **chosen_plan(options))
-    restored = _conditions(loaded, options["condition"], options["seed"], num, options["condition_range"])
-    num = num or (16 if restored is None else len(restored))
+    loaded = running.load()
+    steps, name = loaded.build_plan(guidance_scale=guidance_scale, **plan)
+    restored = _conditions(loaded, condition, running.seed, num_samples, condition_range)
+    num = num_samples or (16 if restored is None else len(restored))
     shown = _shown(loaded, show_channels)
-    arguments = drawing(options) | {
-        "class_labels": loaded.interface.labels.listed("sample", options["classes"], num),
-        "condition": None if restored is None else restored[[i % len(restored) for i in range(num)]],
-    }
-    sampler = loaded.sampler(plan, dtype=dtype_of(options))
+    labels = loaded.interface.labels
+    chosen = listed_labels(labels, class_labels, num)
+    condition_each = None if restored is None else restored[[i % len(restored) for i in range(num)]]
+    draw = running.drawing(chosen, guidance_scale, condition_each)
+    sampler = loaded.sampler(steps, dtype=running.torch_dtype)
     if writes_each:
         # A device that is named may be that of several processes.
-        arguments["share_gpu"] = options["device"] is not None
-        seconds = write_each(sampler, num, out, arguments)
+        seconds = write_each(sampler, num, out, draw, share_gpu=running.device is not None)
     else:
-        seconds, failure = _write_grid(sampler, num, Path(out), gif, shown, arguments)
-    if not options["quiet"] and rank == 0:
-        chosen = "none" if arguments["class_labels"] is None and restored is not None else arguments["class_labels"]
-        labels = f" of {loaded.interface.labels.described(chosen, num)}" if loaded.interface.labels.number else ""
-        trained = "" if loaded.step is None else f", from step {loaded.step} of {options['model']}"
+        seconds, failure = _write_grid(sampler, num, Path(out), gif, shown, draw)
+    if not running.quiet and rank == 0:
+        chosen = "none" if chosen is None and restored is not None else chosen
+        of = f" of {described_labels(labels, chosen, num)}" if labels.reads else ""
+        trained = "" if loaded.step is None else f", from step {loaded.step} of {running.model}"
         rate = "" if writes_each else f", {num / seconds:.3g} images/s"  # some images may be there already
         part = "" if writes_each or len(shown) == sampler.shape[0] else f" Shown channels: {', '.join(map(str, shown))}."
-        files, drawn = ", ".join(map(str, click.get_current_context().obj)), f"{num} image{'s' * (num != 1)}{labels}"
-        steps = f"{plan.num_steps} step{'s' * (plan.num_steps != 1)}"
-        click.echo(f"{files}: {drawn} in {steps} ({name}){trained}, {seconds:.1f} s{rate}.{part}")
+        files, drawn = ", ".join(map(str, click.get_current_context().obj)), f"{num} image{'s' * (num != 1)}{of}"
+        taken = f"{steps.num_steps} step{'s' * (steps.num_steps != 1)}"
+        click.echo(f"{files}: {drawn} in {taken} ({name}){trained}, {seconds:.1f} s{rate}.{part}")
     close(failure)
 
 
@@ -126,12 +126,12 @@ def _check_places(out: str, gif: Path | None, size: int) -> bool:
     from ..sampling.sample_formats import kind_of
 
     if kind_of(out):
-        expect(gif is None, "sample", "gif", "to go with --out as one picture", f"{str(gif)!r} and {out!r}")
+        expect(gif is None, "gif", "to go with --out as one picture", f"{str(gif)!r} and {out!r}")
         return True
-    expect(size <= 1, "sample", "out", f"to be a folder (dir/) or .npz with {size} processes", repr(out))
+    expect(size <= 1, "out", f"to be a folder (dir/) or .npz with {size} processes", repr(out))
     for name, path in (("out", Path(out)), ("gif", gif)):
         if path is not None:
-            check_output("sample", name, path)
+            check_output(name, path)
             try:
                 image_format(path, name=name)
             except InvalidValue as error:
@@ -140,7 +140,7 @@ def _check_places(out: str, gif: Path | None, size: int) -> bool:
     if gif is not None:
         same = os.path.exists(out) and gif.exists() and os.path.samefile(out, gif)
         if same or os.path.realpath(out).casefold() == os.path.realpath(gif).casefold():  # some file systems ignore case
-            raise InvalidValue("sample", "gif", "to be another file than --out", f"{str(gif)!r} and {out!r}")
+            raise InvalidValue("gif", "to be another file than --out", f"{str(gif)!r} and {out!r}")
     return False
 
 
@@ -150,12 +150,12 @@ def _conditions(loaded: Pretrained, path: str | None, seed: int, num: int | None
 
     reads, shape = loaded.interface.condition, loaded.interface.shape
     if path is None:
-        expect(reads.channels == 0, "sample", "condition", f"to be given, as the model reads {reads}", "none")
-        expect(ranges is None, "sample", "condition_range", "to go with --condition", ranges)
+        expect(reads.channels == 0, "condition", f"to be given, as the model reads {reads}", "none")
+        expect(ranges is None, "condition_range", "to go with --condition", ranges)
         return None
-    expect(reads.channels, "sample", "condition", "to be left out, as the model reads none", repr(path))
+    expect(reads.channels, "condition", "to be left out, as the model reads none", repr(path))
     if shape is None:
-        raise InvalidValue("sample", "model", "to have a sample_size in its config.json", "null")
+        raise InvalidValue("model", "to have a sample_size in its config.json", "null")
     return read_conditions(path, loaded.model.config, shape, seed, first=num, condition_range=ranges)
 
 
@@ -167,23 +167,23 @@ def _shown(loaded: Pretrained, channels: list[int] | None) -> list[int]:
     if channels is None:
         return shown_channels(total)
     wanted, fits = f"to be one, three or four of 0..{total - 1}", len(channels) in (1, 3, 4)
-    expect(fits and 0 <= min(channels) <= max(channels) < total, "sample", "show_channels", wanted, channels)
+    expect(fits and 0 <= min(channels) <= max(channels) < total, "show_channels", wanted, channels)
     return channels
 
 
-def write_each(sampler: Sampler, num: int, out: str, arguments: dict[str, Any]) -> float:
+def write_each(sampler: Sampler, num: int, out: str, draw: EditOptions, *, share_gpu: bool) -> float:
     """Write images one by one, and return the seconds that it took."""
     from ..distributed import FirstFailed, ProcessLost, ranks
 
     began = time.perf_counter()
     try:
-        written = ddpm_fast.write_samples(out, sampler, num, **arguments)
+        written = ddpm_fast.write_samples(out, sampler, num, share_gpu=share_gpu, **draw)
     except FirstFailed:
         sys.exit(Refused.exit_code)  # rank 0 says why
     except ProcessLost as error:
         raise click.ClickException(f"{error}. The same command draws the images that are missing.") from error
     except KeyboardInterrupt as error:
-        if ranks("sample", os.environ)[0] > 0:
+        if ranks(os.environ)[0] > 0:
             sys.exit(Stopped.exit_code)  # rank 0 says what is written
         if not error.args:  # before the first image
             raise
@@ -193,13 +193,13 @@ def write_each(sampler: Sampler, num: int, out: str, arguments: dict[str, Any]) 
 
 
 def _write_grid(
-    sampler: Sampler, num: int, out: Path, gif: Path | None, shown: list[int], arguments: dict[str, Any]
+    sampler: Sampler, num: int, out: Path, gif: Path | None, shown: list[int], draw: EditOptions
 ) -> tuple[float, str]:
     """Draw images, write the grid and the animation. Return the seconds of drawing, and what is wrong with images."""
     from ..files.images import ANIMATED, STRIP, grid_shape, image_format, in_bands
 
     frames = 0 if gif is None else min(_FRAMES, sampler.plan.num_steps + 1)
-    (_, height, width), condition = sampler.shape, arguments["condition"]
+    (_, height, width), condition = sampler.shape, draw["condition"]
     columns = None if condition is None or num == 1 else min(_COLUMNS, num)
     count = num if columns is None else 2 * columns * -(-num // columns)  # images in the grid
     pixels = max(height, width)
@@ -212,13 +212,13 @@ def _write_grid(
         image_format(gif, grid_shape(pictures, columns=strip, scale=gif_scale), "gif")
     began = time.perf_counter()
     if gif is None:
-        images = states = sampler(num, **arguments)
+        images = states = sampler(num, **draw)
     else:
-        images, states = sampler.trajectory(num, num_frames=frames, **arguments)
+        images, states = sampler.trajectory(num, num_frames=frames, **draw)
     images = images.cpu()  # waits for a GPU
     seconds = time.perf_counter() - began
     images, failure = grey_for_bad(images)
-    images = images if columns is None else in_bands([condition, images], columns)
+    images = images if columns is None or condition is None else in_bands([condition, images], columns)
     write(out, lambda path: ddpm_fast.save_grid(images, path, columns=columns, scale=scale, channels=shown))
     if gif is not None:
         states = states.nan_to_num(0, 0, 0)

@@ -6,7 +6,6 @@ import logging
 import os
 import shlex
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..files.writing import remove_leftovers
 from ..options import options_of
 from ..training.options import CHANGEABLE, STRUCTS, ModelOptions, TrainOptions
 from .console import Command, Stopped
-from .options import PathOption, flag
+from .options import PathOption, flag, gathering
 
 _EXAMPLE = """\b
 Example:
@@ -77,10 +76,10 @@ class _Grouped(Command):
                 formatter.write_dl(records)
 
 
-def _settings(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(network: str, prediction: str) -> dict[str, Any]:
     """Return the options that a network sets. The prediction of a flow brings its own schedule."""
     kept = NETWORKS[network][1].items()
-    return {name: value for name, value in kept if name != "schedule" or options["prediction"] != "flow"}
+    return {name: value for name, value in kept if name != "schedule" or prediction != "flow"}
 
 
 @click.command("train", cls=_Grouped, epilog=_EXAMPLE)
@@ -92,7 +91,19 @@ def _settings(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
     "The defaults below are those of base.  [default: small on a CPU without --init, else base]",
 )
 @click.pass_context
-def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **options: Any) -> None:
+@gathering("data", DataOptions, [each.name for each in options_of(DataOptions)])
+@gathering("model", ModelOptions, [each.name for each in options_of(ModelOptions)])
+@gathering("training", TrainOptions, [each.name for each in options_of(TrainOptions)])
+def train_command(
+    ctx: click.Context,
+    /,
+    *,
+    run_dir: Path,
+    network: str | None,
+    data: DataOptions,
+    model: ModelOptions,
+    training: TrainOptions,
+) -> None:
     """Train a network on images. RUN_DIR receives checkpoints, logs and samples.
 
     Stop with Ctrl-C, which saves a checkpoint. Continue exactly with --resume.
@@ -104,31 +115,31 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
 
     folder, stored = RunFolder(run_dir), None
     try:
-        is_first = ranks("train", os.environ)[0] == 0
-        if options["resume"] or (options["auto_resume"] and folder.record.is_file()):
+        is_first = ranks(os.environ)[0] == 0
+        if training.resume or (training.auto_resume and folder.record.is_file()):
             stored = folder.read_config()
             values = dict(stored["options"])
             if network is not None:  # it must be the run's
                 fixed = {name for _, settings in NETWORKS.values() for name in settings} - CHANGEABLE
                 defaults = {each.name: each.default for struct in STRUCTS for each in options_of(struct)}
-                values |= {name: (defaults | _settings(network, options))[name] for name in fixed}
+                values |= {name: (defaults | _settings(network, training.prediction))[name] for name in fixed}
         else:
-            small = options["init"] is None and computing_device("train", options["device"]).type == "cpu"
+            small = model.init is None and computing_device(training.device).type == "cpu"
             network = network or ("small" if small else "base")
-            values = _settings(network, options)
+            values = _settings(network, training.prediction)
             if is_first:
                 logging.getLogger("ddpm_fast").info("--network %s: %s", network, NETWORKS[network][0])
         default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)  # options that are given now stay
-        options |= {name: values[name] for name in values if ctx.get_parameter_source(name) in default}
-        data, model = DataOptions.from_values(options), ModelOptions.from_values(options)
-        result = train_in(folder, TrainOptions.from_values(options), data, model, stored)
+        values = {name: value for name, value in values.items() if ctx.get_parameter_source(name) in default}
+        data = data.changed(values)
+        result = train_in(folder, training.changed(values), data, model.changed(values), stored)
     except KeyboardInterrupt:  # before the first step, or for the second time
         checkpoint = folder.checkpoints.newest()
         raise Stopped(f"Stopped by Ctrl-C. The last checkpoint of {run_dir}: {checkpoint or 'none'}.") from None
     if result.stopped_by in ("SIGINT", "SIGTERM", "SIGHUP"):
         ctx.exit(128 + signal.Signals[result.stopped_by])  # as a shell reports a process that the signal ended
     if result.stopped_by is None and is_first:
-        more = " --condition path/to/images" if options["condition"] else ""
+        more = " --condition path/to/images" if data.condition else ""
         quoted = shlex.quote(str(run_dir))
         click.echo(f"{run_dir}: trained to step {result.step}. Sample from it with: ddpm-fast sample --model {quoted}{more}")
 

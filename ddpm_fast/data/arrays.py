@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import InvalidValue, expect
 from ..forms import Pairs, Ranges
-from ..interface.labels import checked_labels
 from .items import DatasetInfo, ItemDataset
+from .labels import checked_labels
 from .sources import Decoded, Opened, Source
 
 # -------------------------------------------------------------------------------------------------------------------- files
@@ -45,7 +45,7 @@ def read_rows(
     Raises:
         ValueError: The array or the labels have other shapes, or a label is out of range.
     """
-    expect(images.ndim in (3, 4) and images.size, "load_dataset", root, "to be [N, H, W] or 4-d", list(images.shape))
+    expect(images.ndim in (3, 4) and images.size, root, "to be [N, H, W] or 4-d", list(images.shape))
     numbers, names = checked_labels(root, labels, len(images), classes)
     return Source(
         root=root,
@@ -72,14 +72,14 @@ def loaded_arrays(path: str, *, mapped: bool = False) -> dict[str, NDArray[Any]]
     except Exception as error:  # damaged files raise errors of many types, such as a MemoryError for a huge shape
         unsafe = isinstance(error, ValueError) and "allow_pickle" in str(error)  # numpy says so of any odd file
         got = "Python objects, as images of different sizes are, or a damaged file" if unsafe else error
-        raise InvalidValue("load_dataset", path, "to be a whole .npy or .npz of numbers", got) from error
+        raise InvalidValue(path, "to be a whole .npy or .npz of numbers", got) from error
 
 
 def only_images(place: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     """Return arr_0, or the only array next to arr_1, which has labels."""
     names = [name for name in arrays if name != "arr_1"]
     one = "arr_0" in arrays or len(names) == 1
-    expect(one, "load_dataset", place, "to hold one array, or arr_0 with labels in arr_1", ", ".join(arrays) or "none")
+    expect(one, place, "to hold one array, or arr_0 with labels in arr_1", ", ".join(arrays) or "none")
     return arrays.get("arr_0", arrays[names[0]])
 
 
@@ -102,7 +102,7 @@ def arrays(name: str, source: Source, value_range: Pairs | None, *, measure: boo
     first = _array(source, None, 0)
     info = DatasetInfo(name, first.shape, classes=source.classes, preparation=source.preparation)
     wanted = f"to be given for numbers, as {source.place(0)} has {first.dtype} and no range is kept for them"
-    expect(first.dtype == np.uint8 or value_range or measure, "load_dataset", "data_range", wanted, None)
+    expect(first.dtype == np.uint8 or value_range or measure, "data_range", wanted, None)
     ranges = None
     if first.dtype != np.uint8 or value_range is not None:
         ranges = _measured(source, first, value_range)
@@ -125,13 +125,13 @@ def _array(source: Source, first: NDArray[Any] | None, index: int) -> NDArray[An
     place, item = source.place(index), source[index]
     if not isinstance(item, np.ndarray):  # a file
         found = loaded_arrays(str(item))
-        expect("arr_1" not in found, "load_dataset", place, "to hold an image alone, as sub-folders are the classes", "arr_1")
+        expect("arr_1" not in found, place, "to hold an image alone, as sub-folders are the classes", "arr_1")
         item = only_images(place, found)
-    expect(item.ndim in (2, 3) and item.size, "load_dataset", place, "to be 2-d or 3-d", list(item.shape))
-    expect(item.dtype.kind in "uif", "load_dataset", place, "to hold numbers", item.dtype)
+    expect(item.ndim in (2, 3) and item.size, place, "to be 2-d or 3-d", list(item.shape))
+    expect(item.dtype.kind in "uif", place, "to hold numbers", item.dtype)
     array = item[None] if item.ndim == 2 else item.transpose(2, 0, 1)
     wanted, got = (f"{each.dtype} {list(each.shape)}" for each in (array if first is None else first, array))
-    expect(got == wanted, "load_dataset", place, f"to be {wanted}, as the first", got)
+    expect(got == wanted, place, f"to be {wanted}, as the first", got)
     return array
 
 
@@ -142,21 +142,21 @@ def _measured(source: Source, first: NDArray[Any], stated: Pairs | None) -> Pair
     if first.dtype.kind == "f" and stated is not None:  # values at the ends are rounded to their dtype
         bounds = bounds.clip(np.finfo(first.dtype).min, np.finfo(first.dtype).max).astype(first.dtype).astype(np.float64)
     wanted = f"to be one range, or one for each of {len(first)} channels"
-    expect(len(bounds) in (1, len(first)), "load_dataset", "data_range", wanted, len(bounds))
+    expect(len(bounds) in (1, len(first)), "data_range", wanted, len(bounds))
     for index in range(len(source)):
         array, place = _array(source, first, index), source.place(index)
         with np.errstate(invalid="ignore"):  # a signalling NaN would be a warning
             least, most = (each(array, axis=(1, 2)).astype(np.float64) for each in (np.min, np.max))  # NaN if one is
-        expect(np.isfinite([least, most]).all(), "load_dataset", place, "to be finite", "NaN or infinity")
+        expect(np.isfinite([least, most]).all(), place, "to be finite", "NaN or infinity")
         outside = (least < bounds[:, 0]) | (most > bounds[:, 1])
         channel = int(outside.argmax())
         inside = "to be in {:g}..{:g}, the data_range".format(*bounds[channel % len(bounds)])
         got = f"values from {least[channel]:g} to {most[channel]:g} in channel {channel}; clip them, or train with more"
-        expect(not outside.any(), "load_dataset", place, inside, got)
+        expect(not outside.any(), place, inside, got)
         low, high = np.minimum(low, least), np.maximum(high, most)
     if stated is not None:
         return stated
     for channel in np.flatnonzero(low == high).tolist():
         got = f"{low[channel]:g} alone in channel {channel}; state a data_range"
-        raise InvalidValue("load_dataset", source.root, "to have different values", got)
-    return Ranges.parse("load_dataset", source.root, np.stack([low, high], axis=1).tolist())
+        raise InvalidValue(source.root, "to have different values", got)
+    return Ranges.parse(source.root, np.stack([low, high], axis=1).tolist())

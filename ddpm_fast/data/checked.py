@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
 from ..errors import InvalidType, InvalidValue, expect
+from ..interface import Labels
 from .items import DatasetInfo, Item, ItemDataset
 
 _log = logging.getLogger("ddpm_fast")
@@ -31,7 +31,7 @@ class Checked(ItemDataset):
         source: An object with `__len__` and `__getitem__(int)`. See `Trainer` for its items.
         channels: Channels of an image. PIL images are converted to them. None: those of the first item.
         reads: Channels that the network reads: those of an image and its condition. None: any number.
-        classes: Names of the classes. None: the images carry no labels, and those of the items are ignored.
+        labels: The labels that items have. Those of the items are ignored if there are none.
 
     Raises:
         TypeError: The data set is not map-style.
@@ -40,15 +40,15 @@ class Checked(ItemDataset):
 
     in_memory = True  # as far as is known: `num_workers` says how many processes read it
 
-    def __init__(self, source: Any, channels: int | None, classes: tuple[str, ...] | None, reads: int | None = None) -> None:
+    def __init__(self, source: Any, channels: int | None, labels: Labels, reads: int | None = None) -> None:
         if isinstance(source, IterableDataset) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-            raise InvalidType("", "dataset", "to be map-style (__len__ and __getitem__)", type(source).__name__)
-        expect(len(source), "", "dataset", "to have at least one item", "none")
-        self._source, self._labelled, self._classes = source, classes is not None, classes or ("",)
+            raise InvalidType("dataset", "to be map-style (__len__ and __getitem__)", type(source).__name__)
+        expect(len(source), "dataset", "to have at least one item", "none")
+        self._source, self._labels = source, labels
         first = self._item(0, channels, reads)
         self._kinds = _kinds(first)
         info = DatasetInfo(
-            type(source).__name__, tuple(first.image.shape), first.image.dtype, self._classes, knows_ranges=False
+            type(source).__name__, tuple(first.image.shape), first.image.dtype, labels.names or ("",), knows_ranges=False
         )
         whole = source
         while isinstance(whole, Subset):
@@ -71,7 +71,7 @@ class Checked(ItemDataset):
         channels = self.info.shape[0]
         item = self._item(index, channels, channels + self.info.condition_channels)
         got = _kinds(item)
-        expect(got == self._kinds, "", f"dataset[{index}]", f"to be {self._kinds}, as dataset[0]", got)
+        expect(got == self._kinds, f"dataset[{index}]", f"to be {self._kinds}, as dataset[0]", got)
         return item
 
     def contents(self, exact: bool) -> Iterator[bytes]:
@@ -87,36 +87,29 @@ class Checked(ItemDataset):
         try:
             item = self._source[index]
         except Exception as error:  # whatever the data set raises
-            raise InvalidValue("", place, "to be an item", f"{type(error).__name__}: {error}") from error
+            raise InvalidValue(place, "to be an item", f"{type(error).__name__}: {error}") from error
         image, label, given = _parts(place, item)
         shapes = "[C, H, W] (or [C, L], [C, D, H, W])" if channels is None else f"[{channels}, H, W]"
         pixels = _tensor(place, image, channels, f"to be uint8 {shapes}, floats {shapes} in [-1, 1] or a PIL image")
         low, high = map(float, torch.aminmax(pixels))
         inside = not pixels.is_floating_point() or (low >= -1 - _OUTSIDE and high <= 1 + _OUTSIDE)  # NaN is not
-        expect(inside, "", place, "to be in [-1, 1]", f"values from {low:g} to {high:g}")
+        expect(inside, place, "to be in [-1, 1]", f"values from {low:g} to {high:g}")
         free = None if reads is None else reads - pixels.shape[0]
         wanted = f"{f'a condition of {free} channels' if free else 'no condition'}, as the network reads {reads}"
         got, fits = "none" if given is None else "one", free is None or bool(free) == (given is not None)
-        expect(fits, "", place, f"to have {wanted} and the image has {pixels.shape[0]}", got)
+        expect(fits, place, f"to have {wanted} and the image has {pixels.shape[0]}", got)
         condition = None if given is None else _condition(place, given, pixels, free)
-        try:
-            number = operator.index(label) if self._labelled else 0
-        except (TypeError, ValueError, RuntimeError):  # a tensor raises all of them
-            number = -1
-        labels = f"to have a label in 0..{len(self._classes) - 1}"
-        expect(0 <= number < len(self._classes), "", place, labels, "no label" if label is None else repr(label))
-        return Item(pixels, number, condition)
+        return Item(pixels, self._labels.of_item(place, label), condition)
 
 
 def _parts(place: str, item: Any) -> tuple[Any, Any, Any]:
     """Return the image, label and condition of an item, unchecked, None for what it lacks."""
     if isinstance(item, Mapping):
         right = "image" in item and not item.keys() - {"image", "label", "condition"}
-        expect(right, "", place, "to have image, label and condition", f"{', '.join(map(str, item))}")
+        expect(right, place, "to have image, label and condition", f"{', '.join(map(str, item))}")
         return item["image"], item.get("label"), item.get("condition")
     parts = tuple(item) if isinstance(item, (tuple, list)) else (item,)
-    forms = "to be an image, (image, label) or (image, label, condition)"
-    expect(1 <= len(parts) <= 3, "", place, forms, f"{len(parts)} values")
+    expect(1 <= len(parts) <= 3, place, "to be an image, (image, label) or (image, label, condition)", f"{len(parts)} values")
     return (*parts, None, None)[:3]
 
 
@@ -125,8 +118,8 @@ def _condition(place: str, given: Any, pixels: Tensor, channels: int | None) -> 
     size = ", ".join(map(str, ["K" if channels is None else channels, *pixels.shape[1:]]))
     wanted = f"to have a condition of uint8 or finite floats [{size}], or a PIL image"
     values = _tensor(place, given, channels, wanted)
-    expect(values.shape[1:] == pixels.shape[1:], "", place, wanted, f"{values.dtype} {list(values.shape)}")
-    expect(values.isfinite().all(), "", place, wanted, "NaN or infinity")
+    expect(values.shape[1:] == pixels.shape[1:], place, wanted, f"{values.dtype} {list(values.shape)}")
+    expect(values.isfinite().all(), place, wanted, "NaN or infinity")
     return values
 
 
@@ -137,7 +130,7 @@ def _tensor(place: str, image: Any, channels: int | None, wanted: str) -> Tensor
     dense = image.layout is torch.strided and not image.is_nested and not image.is_meta
     shaped = dense and image.dim() >= 2 and image.numel() > 0 and channels in (None, image.shape[0])
     shape = list(image.shape) if dense else "without values in a dense layout"
-    expect(shaped and (image.is_floating_point() or image.dtype == torch.uint8), "", place, wanted, f"{image.dtype} {shape}")
+    expect(shaped and (image.is_floating_point() or image.dtype == torch.uint8), place, wanted, f"{image.dtype} {shape}")
     values: Tensor = image.detach().cpu().contiguous()
     return values.float() if values.is_floating_point() else values
 
@@ -149,13 +142,13 @@ def _pixels(place: str, image: Any, channels: int | None, wanted: str) -> Tensor
     from .pictures import GREY, converted, pixels
 
     if not isinstance(image, Image):
-        raise InvalidValue("", place, wanted, type(image).__name__)
+        raise InvalidValue(place, wanted, type(image).__name__)
     found = channels or (1 if image.mode in GREY else 4 if image.mode == "RGBA" else 3)
-    expect(found in (1, 3, 4), "", place, f"to be a tensor, as there are {found} channels", "a PIL image")
+    expect(found in (1, 3, 4), place, f"to be a tensor, as there are {found} channels", "a PIL image")
     try:
         return pixels(converted(image, image.format, found))
     except Exception as error:  # Pillow's formats raise errors of many types
-        raise InvalidValue("", place, "to be an image", error) from error
+        raise InvalidValue(place, "to be an image", error) from error
 
 
 def _kinds(item: Item) -> str:

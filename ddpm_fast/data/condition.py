@@ -54,11 +54,10 @@ def evaluated_images(data: DataOptions, config: Mapping[str, Any], num: int) -> 
     Raises:
         ValueError: The images or the conditions do not fit the network.
     """
-    with renaming("evaluate"):
-        dataset = load_dataset(data, split="test", first=num, known=config)
+    dataset = load_dataset(data, split="test", first=num, known=config)
     reads, found = Interface.from_config(config).condition.channels or 0, dataset.info.condition_channels
     wanted = f"to be given, with {reads} channels, as the model reads" if reads else "to be left out, as the model reads none"
-    expect(found == reads, "evaluate", "condition", wanted, f"{found} channels" if found else "none")
+    expect(found == reads, "condition", wanted, f"{found} channels" if found else "none")
     return dataset
 
 
@@ -101,11 +100,11 @@ def read_conditions(
         reads = 1 if kind.name == "grey" else channels
         if kind.name == "mask" and channels in (1, 3) and not source.has_arrays:
             reads = 4  # what is transparent is a hole
-    ranges = kept_range("sample", "condition_range", {"condition_range": config.get(kept)}, condition_range)
-    with renaming("sample", {"data_range": "condition_range"}):
+    ranges = kept_range("condition_range", {"condition_range": config.get(kept)}, condition_range)
+    with renaming({"data_range": "condition_range"}):
         dataset = load_source(str(path), source, (height // factor, width // factor), reads, ranges)
     found = dataset.info.shape[0]
-    expect(found == reads, "sample", "condition", f"to have {reads} channels", f"{found} in {path}")
+    expect(found == reads, "condition", f"to have {reads} channels", f"{found} in {path}")
     images = to_unit_range(read_batch(dataset, range(len(dataset))).images)
     if kind is None or kind.name == "grey":
         return images

@@ -42,14 +42,13 @@ class Degradation:
         """Return the channels of the condition for images of this number of channels."""
         return {"low-resolution": channels, "grey": 1, "mask": channels + 1}[self.name]
 
-    def check(self, caller: str, shape: tuple[int, ...], ranges: int) -> None:
+    def check(self, shape: tuple[int, ...], ranges: int) -> None:
         """Raise a ValueError if images of the shape (C, H, W), in this number of ranges, cannot be degraded in this way."""
         channels, height, width = shape
         of = f"{channels} channels" if channels != 3 else "channels of several ranges"
-        fits = self.name != "grey" or (channels == 3 and ranges == 1)
-        expect(fits, caller, "condition", f"to be another than grey for {of}", "grey")
+        expect(self.name != "grey" or (channels == 3 and ranges == 1), "condition", f"to be another than grey for {of}", "grey")
         divides = height % self.factor == width % self.factor == 0
-        expect(divides, caller, "condition", f"to divide the images' sides, {width}x{height}", self)
+        expect(divides, "condition", f"to divide the images' sides, {width}x{height}", self)
 
     def __call__(self, x_0: Tensor, seeds: Tensor) -> Tensor:
         """Return the condition of images.

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from ..checks import as_json
 from ..forms import Pairs
+from ..interface import Labels
 from .degradation import Degradation
 
 
@@ -24,12 +25,12 @@ class Item(NamedTuple):
 
     Attributes:
         image: uint8 [C, ...], or float32 [C, ...] in [-1, 1].
-        label: 0..len(classes)-1.
+        label: A number in 0..len(classes)-1.
         condition: uint8 or float32 [K, ...]. None: the data set has none, or it is computed from the image.
     """
 
     image: Tensor
-    label: int
+    label: Any
     condition: Tensor | None = None
 
 
@@ -38,7 +39,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8 or float32 [B, C, ...].
-        labels: int64 [B].
+        labels: Labels [B, ...].
         conditions: uint8 or float32 [B, K, ...], or None.
     """
 
@@ -75,6 +76,11 @@ class DatasetInfo:
     condition_channels: int = 0
     condition_range: Pairs | None = None
     knows_ranges: bool = True
+
+    @property
+    def labels(self) -> Labels:
+        """The labels of the images, as training gives them to a network."""
+        return Labels.of_classes(self.classes)
 
     @property
     def described(self) -> dict[str, Any]:
@@ -154,7 +160,7 @@ class Cached(Wrapper):
         super().__init__(dataset)
         self.in_memory = True
         self._images = torch.empty(len(dataset), *self.info.shape, dtype=self.info.dtype)
-        self._labels = torch.empty(len(dataset), dtype=torch.int64)
+        self._labels: list[Any] = [None] * len(dataset)
 
     def fill(self, index: int) -> None:
         """Read an item of the data set."""
@@ -162,7 +168,7 @@ class Cached(Wrapper):
 
     def __getitem__(self, index: int) -> Item:
         """Return an item."""
-        return Item(self._images[operator.index(index)], int(self._labels[index]))
+        return Item(self._images[operator.index(index)], self._labels[index])
 
 
 class Resized(Wrapper):
@@ -216,7 +222,14 @@ class Conditioned(Wrapper):
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Return items as a batch."""
+    """Return items as a batch, as the `collate_fn` of a DataLoader.
+
+    Args:
+        items: Items of a data set of `load_dataset`, which have one shape.
+
+    Returns:
+        Images [B, C, ...] in uint8 or, in [-1, 1], float32; labels int64 [B]; conditions [B, K, ...], or None.
+    """
     images, labels, conditions = zip(*items, strict=True)
     return Batch(torch.stack(images), torch.tensor(labels), None if conditions[0] is None else torch.stack(conditions))
 

@@ -79,11 +79,11 @@ def load_dataset(
         degradation = Degradation.named(condition)
         if degradation is None:
             wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder, an archive or a file of arrays"
-            expect(os.path.exists(condition), "load_dataset", "condition", wanted, f"{condition!r}, which does not exist")
+            expect(os.path.exists(condition), "condition", wanted, f"{condition!r}, which does not exist")
             paired = partners(source, read_source(condition, split))
     unused, wanted = paired is None and data.condition_range, "to go with a condition that is read from files"
-    expect(not unused, "load_dataset", "condition_range", wanted, data.condition_range)
-    ranges = kept_range("load_dataset", "data_range", known, data.data_range)
+    expect(not unused, "condition_range", wanted, data.condition_range)
+    ranges = kept_range("data_range", known, data.data_range)
     if first is not None:
         numbers: Sequence[int] = range(len(source))[:first]
         source, paired = source.chosen(numbers), paired and paired.chosen(numbers)
@@ -94,25 +94,25 @@ def load_dataset(
         paired = paired and paired.chosen(numbers)
     dataset = load_source(name, source, size, channels, ranges, memory=memory, measure=known is None)
     shape = dataset.info.shape
-    expect(channels in (None, shape[0]), "load_dataset", "colors", f"to be those of {name}, {shape[0]} channels", channels)
+    expect(channels in (None, shape[0]), "colors", f"to be those of {name}, {shape[0]} channels", channels)
     if degradation is not None:
-        degradation.check("load_dataset", shape, len(dataset.info.data_range or [0]))
+        degradation.check(shape, len(dataset.info.data_range or [0]))
         channels = degradation.channels(shape[0])
         return Wrapper(dataset, replace(dataset.info, condition=degradation, condition_channels=channels))
     if paired is None:
         return dataset
-    ranges = kept_range("load_dataset", "condition_range", known, data.condition_range)
-    with renaming("load_dataset", {"data_range": "condition_range"}):
+    ranges = kept_range("condition_range", known, data.condition_range)
+    with renaming({"data_range": "condition_range"}):
         sides = (shape[1], shape[2])
         conditions = load_source(str(condition), paired, sides, None, ranges, memory=memory, measure=known is None)
     return Conditioned(dataset, conditions)
 
 
-def kept_range(caller: str, name: str, known: Mapping[str, Any] | None, stated: Pairs | None) -> Pairs | None:
+def kept_range(name: str, known: Mapping[str, Any] | None, stated: Pairs | None) -> Pairs | None:
     """Return the range that a network's configuration keeps under a name, or else the stated one."""
     kept = (known or {}).get(name)
-    kept = None if kept is None else Ranges.parse(caller, name, kept)
-    expect(kept is None or stated in (None, kept), caller, name, f"to be left out, as the model keeps {kept}", stated)
+    kept = None if kept is None else Ranges.parse(name, kept)
+    expect(kept is None or stated in (None, kept), name, f"to be left out, as the model keeps {kept}", stated)
     return kept or stated
 
 
@@ -138,8 +138,7 @@ def load_source(
         if size not in (None, dataset.info.shape[1:]):
             dataset = Resized(dataset, size)
     else:
-        wanted = "to be None for image files, as arrays alone have ranges"
-        expect(value_range is None, "load_dataset", "data_range", wanted, value_range)
+        expect(value_range is None, "data_range", "to be None for image files, as arrays alone have ranges", value_range)
         dataset, broken = pictures(name, source, size, channels)
     needed = len(source) * math.prod(dataset.info.shape) * dataset.info.dtype.itemsize
     if memory is not None and needed > memory and not dataset.in_memory:
@@ -165,7 +164,7 @@ def read_source(name: str, split: str) -> Source:
     if path.is_dir():
         return read_folder(path)
     wanted = f"to be one of {', '.join(DATASETS)}, a folder, or a .zip, .npy or .npz"
-    expect(path.is_file(), "load_dataset", "data", wanted, f"{name!r}, which does not exist{_hint(path)}")
+    expect(path.is_file(), "data", wanted, f"{name!r}, which does not exist{_hint(path)}")
     if path.suffix.lower() in ARRAYS:
         return read_array_file(path)
     return read_folder(path.parent, [path.name]) if path.suffix.lower() in PICTURES else read_archive(path)
@@ -185,30 +184,29 @@ def partners(source: Source, paired: Source) -> Source:
     """
     wanted = "one array file or one table" if source.has_rows else "a folder or an archive with files of the same names"
     got = f"{paired.root}, whose items are {'rows' if paired.has_rows else 'files'}"
-    expect(source.has_rows == paired.has_rows, "load_dataset", "condition", f"to be {wanted}, as {source.root} is", got)
+    expect(source.has_rows == paired.has_rows, "condition", f"to be {wanted}, as {source.root} is", got)
     if source.has_rows:
         got = f"{len(paired)} in {paired.root}"
-        expect(len(source) == len(paired), "load_dataset", "condition", f"to have {len(source)} rows, as {source.root}", got)
+        expect(len(source) == len(paired), "condition", f"to have {len(source)} rows, as {source.root}", got)
         return paired
     names, others = ([os.path.splitext(file)[0] for file in each.names] for each in (source, paired))
     for stems, root in ((names, source.root), (others, paired.root)):
         twice = [name for name, times in Counter(stems).items() if times > 1]
         got = f"several in {root} that differ in their endings alone: {listed(twice)}"
-        expect(not twice, "load_dataset", "condition", f"to have one file of each name, as must {source.root}", got)
+        expect(not twice, "condition", f"to have one file of each name, as must {source.root}", got)
     for missing, root in ((set(names) - set(others), paired.root), (set(others) - set(names), source.root)):
         wanted = f"to have files of the same names as {source.root}"
-        expect(not missing, "load_dataset", "condition", wanted, f"none named {listed(missing)} in {root}")
+        expect(not missing, "condition", wanted, f"none named {listed(missing)} in {root}")
     numbers = {name: number for number, name in enumerate(others)}
     return paired.chosen([numbers[name] for name in names])
 
 
-def read_image(path: Any, shape: Sequence[int], *, caller: str = "read_image", name: str = "path") -> Tensor:
+def read_image(path: Any, shape: Sequence[int], *, name: str = "path") -> Tensor:
     """Read an image, crop it to the proportions of the shape around its centre, and resize it.
 
     Args:
         path: A file that Pillow can read, or a `PIL.Image.Image`.
         shape: (C, H, W) in pixels, with C = 1 for grey, 3 for RGB or 4 for RGBA.
-        caller: The function or command that error messages name.
         name: The argument that error messages name.
 
     Returns:
@@ -223,13 +221,13 @@ def read_image(path: Any, shape: Sequence[int], *, caller: str = "read_image", n
     from .pictures import decoded
 
     if not isinstance(path, Image):
-        check_path(caller, name, path)
+        check_path(name, path)
     try:
         return decoded(path, shape)
     except Exception as error:  # Pillow's formats raise errors of many types
         if isinstance(error, MemoryError) or getattr(error, "filename", None) is not None:
             raise
-        raise InvalidValue(caller, name, "to be an image", f"{str(path)!r}: {error}") from error
+        raise InvalidValue(name, "to be an image", f"{str(path)!r}: {error}") from error
 
 
 def _sides(size: Any) -> tuple[int, int] | None:

@@ -67,7 +67,7 @@ def batches(
         if workers:
             _watch_children(handler)
     if lost is not None:
-        raise InvalidValue("", "dataset", "to be read by its workers", lost) from lost
+        raise InvalidValue("dataset", "to be read by its workers", lost) from lost
 
 
 class _Batches(Dataset[Any]):

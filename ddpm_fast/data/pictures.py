@@ -53,7 +53,7 @@ def pictures(
     Raises:
         ValueError: No size is given, and the headers of some cannot be read or their sizes differ.
     """
-    check_choice("load_dataset", "channels", channels, (None, *_NAMES))
+    check_choice("channels", channels, (None, *_NAMES))
     headers: list[tuple[int, int, bool]] = []
     broken = attempted(source, lambda index: headers.append(_read_header(source[index])))  # type: ignore[arg-type]
     if sides is None and broken:
@@ -101,8 +101,7 @@ def check_whole(source: Source, broken: Mapping[int, str], *, skip_broken: bool 
     """
     named = listed([f"{source.label(index)} ({reason})" for index, reason in broken.items()])
     got = f"{len(broken)} of {len(source)} that it cannot: {named}; {_MEND}"
-    fits = not broken or (skip_broken and len(broken) < len(source))
-    expect(fits, "load_dataset", "", f"images that Pillow can read in {source.root}", got)
+    expect(not broken or (skip_broken and len(broken) < len(source)), "", f"images that Pillow can read in {source.root}", got)
     if broken:
         _log.warning("%d of %d images in %s left out: %s", len(broken), len(source), source.root, named)
 
@@ -138,7 +137,7 @@ def _common_size(root: str, headers: Sequence[tuple[int, int, bool]]) -> tuple[i
     sizes = Counter((height, width) for height, width, _ in headers)
     found = listed([f"{width}x{height} ({count})" for (height, width), count in sizes.items()])
     got = f"None with sizes {found}; image_size=64 (--image-size 64) crops each to its central square and resizes it to 64x64"
-    expect(len(sizes) == 1, "load_dataset", "image_size", f"to be given, as the images in {root} are not of one size", got)
+    expect(len(sizes) == 1, "image_size", f"to be given, as the images in {root} are not of one size", got)
     return next(iter(sizes))
 
 
@@ -150,7 +149,7 @@ def _read_picture(source: Source, shape: Sequence[int], index: int) -> Tensor:
         raise
     except Exception as error:  # Pillow's formats raise errors of many types
         got = f"{source.label(index)} ({_reason(error)}); {_MEND}"
-        raise InvalidValue("load_dataset", "", f"images that Pillow can read in {source.root}", got) from error
+        raise InvalidValue("", f"images that Pillow can read in {source.root}", got) from error
 
 
 def decoded(file: str | os.PathLike[str] | BytesIO | Image.Image, shape: Sequence[int]) -> Tensor:
@@ -181,8 +180,7 @@ def converted(image: Image.Image, kind: str | None, channels: int) -> Image.Imag
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow itself cuts off at 255
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    known = image.mode not in ("I", "F")
-    expect(known, "", "", "8 or 16 bits per channel", f"pixels of mode {image.mode}, whose range is unknown")
+    expect(image.mode not in ("I", "F"), "", "8 or 16 bits per channel", f"pixels of mode {image.mode}, whose range is unknown")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = image if channels == 4 else Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidValue, expect
 from ..files.writing import replacing
-from ..interface.labels import checked_labels
 from ..resources import import_extra
 from .arrays import read_rows
+from .labels import checked_labels
 from .sources import Source
 
 FASHION_MNIST_CLASSES: Final = (
@@ -106,14 +106,13 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(_MAX_IDX)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InvalidValue("load_dataset", str(path), "to be a whole gzip file", error) from error
+        raise InvalidValue(str(path), "to be a whole gzip file", error) from error
     sizes = np.frombuffer(content[4:], ">u4", min(len(shape) + 1, len(content[4:]) // 4)).tolist()
     head = content[:4] == bytes([0, 0, 8, len(sizes)]) and sizes[1:] == list(shape)  # 8: the type code of unsigned bytes
     wanted = f"to be an IDX file of unsigned bytes [N{''.join(f', {side}' for side in shape)}]"
-    expect(head, "load_dataset", str(path), wanted, f"header {content[:4]!r} {sizes}")
+    expect(head, str(path), wanted, f"header {content[:4]!r} {sizes}")
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes))
-    whole = len(values) == np.prod(sizes, dtype=object) and sizes[0] > 0
-    expect(whole, "load_dataset", str(path), f"to hold {sizes} bytes", len(values))
+    expect(len(values) == np.prod(sizes, dtype=object) and sizes[0] > 0, str(path), f"to hold {sizes} bytes", len(values))
     return values.reshape(sizes)
 
 
@@ -129,7 +128,7 @@ def read_cifar10(root: Path | None, split: str, size: tuple[int, int] | None) ->
     # The checksum is compared first, so what is unpacked is what was published.
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "md5").hexdigest()
-    expect(digest == _CIFAR10_MD5, "load_dataset", str(archive), f"to have the MD5 sum {_CIFAR10_MD5}", digest)
+    expect(digest == _CIFAR10_MD5, str(archive), f"to have the MD5 sum {_CIFAR10_MD5}", digest)
     names = [f"data_batch_{number}.bin" for number in range(1, 6)] if split == "train" else ["test_batch.bin"]
     with tarfile.open(archive) as opened:
         files = [opened.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
@@ -145,19 +144,18 @@ def read_table(path: Path, split: str) -> Source:
     try:
         table = datasets.load_from_disk(path)
         if isinstance(table, datasets.DatasetDict):
-            expect(split in table, "", "splits", f"to have {split}", ", ".join(table))
+            expect(split in table, "splits", f"to have {split}", ", ".join(table))
             table = table[split]
         table.data.table.validate(full=True)  # or an offset in a damaged file would lead anywhere
     except Exception as error:  # damaged files raise errors of many types
-        raise InvalidValue("load_dataset", str(path), "to be a whole folder of save_to_disk", error) from error
+        raise InvalidValue(str(path), "to be a whole folder of save_to_disk", error) from error
     images, labels = (
         [name for name, kind in table.features.items() if isinstance(kind, wanted)]
         for wanted in (datasets.Image, datasets.ClassLabel)
     )
     got = f"{', '.join(images) or 'none'} and {', '.join(labels) or 'none'}"
-    right = len(images) == 1 and len(labels) <= 1
-    expect(right, "load_dataset", str(path), "to have one Image and at most one ClassLabel", got)
-    expect(len(table), "load_dataset", str(path), "to hold images", "none")
+    expect(len(images) == 1 and len(labels) <= 1, str(path), "to have one Image and at most one ClassLabel", got)
+    expect(len(table), str(path), "to hold images", "none")
     given, names = (table.with_format(None)[labels[0]][:], table.features[labels[0]].names) if labels else (None, None)
     numbers, classes = checked_labels(str(path), given, len(table), names)
     return Source(

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InvalidValue, expect
-from ..interface.labels import checked_labels, listed_labels
 from .items import DatasetInfo, Item, ItemDataset
+from .labels import checked_labels, listed_labels
 
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ARRAYS: Final = (".npy", ".npz")
@@ -102,7 +102,7 @@ class Decoded(ItemDataset):
 
     def __getitem__(self, index: int) -> Item:
         """Return an image, decoded."""
-        return Item(self._image(operator.index(index)), int(self._source.labels[index]))
+        return Item(self._image(operator.index(index)), self._source.labels[index].tolist())
 
     def contents(self, exact: bool) -> Iterator[bytes]:
         """Yield the labels, names and sizes of files, and bytes of all items or of a sample."""
@@ -162,7 +162,7 @@ def read_folder(root: Path, files: Iterable[str] | None = None) -> Source:
     arrays, pictures = (_ending(names, endings) for endings in (ARRAYS, PICTURES))
     kinds = [f"{kind}, such as {found[0]}" for kind, found in (("images", pictures), ("arrays", arrays)) if found]
     got = f"{', and '.join(kinds)}; move one kind to another folder" if kinds else "none"
-    expect(len(kinds) == 1, "load_dataset", str(root), f"to hold images ({', '.join(PICTURES)}) or arrays", got)
+    expect(len(kinds) == 1, str(root), f"to hold images ({', '.join(PICTURES)}) or arrays", got)
     names = sorted(arrays or pictures, key=lambda name: name.replace(os.sep, "\0"))  # as a walk, folder by folder
     listing = root / _LABELS
     listed = listed_labels(str(listing), listing.read_bytes, names) if listing.is_file() else None
@@ -196,7 +196,7 @@ def _files(root: Path) -> Iterator[str]:
 
     for folder, folders, names in os.walk(root, onerror=fail):
         for path in (os.path.join(folder, name) for name in folders):  # a link may lead to a folder above it
-            expect(not os.path.islink(path), "load_dataset", "", f"folders without links in {root}", repr(path))
+            expect(not os.path.islink(path), "", f"folders without links in {root}", repr(path))
         for path in (os.path.join(folder, name) for name in names):
             if os.path.isfile(path) or not os.path.exists(path):
                 yield os.path.relpath(path, root)
@@ -208,12 +208,12 @@ def read_archive(path: Path) -> Source:
         opened = Opened(zipfile.ZipFile, path)
         entries = {each.filename: each for each in opened().infolist()}
     except Exception as error:  # damaged files raise errors of many types
-        raise InvalidValue("load_dataset", str(path), "to be a folder or a whole zip file", error) from error
+        raise InvalidValue(str(path), "to be a folder or a whole zip file", error) from error
     names = sorted(_ending(entries, PICTURES))
     for name in (*names, _LABELS):  # before anything is unpacked
         size = entries[name].file_size if name in entries else 0
-        expect(size <= _MAX_FILE, "load_dataset", name, f"to have at most {_MAX_FILE} bytes", size, str(path))
-    expect(names, "load_dataset", str(path), f"to hold images ({', '.join(PICTURES)})", "none")
+        expect(size <= _MAX_FILE, name, f"to have at most {_MAX_FILE} bytes", size, str(path))
+    expect(names, str(path), f"to hold images ({', '.join(PICTURES)})", "none")
     read_labels = partial(opened().read, _LABELS)
     found = listed_labels(f"{_LABELS} in {path}", read_labels, names) if _LABELS in entries else None
     labels, classes = found or checked_labels(str(path), None, len(names))

@@ -30,7 +30,7 @@ _joins = itertools.count()  # all processes join the same number of times, so th
 
 
 @contextmanager
-def joined(caller: str, timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
+def joined(timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
     """Join the processes that were started together, and leave them at the end.
 
     torchrun and `accelerate launch` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Slurm's `srun` sets
@@ -39,7 +39,6 @@ def joined(caller: str, timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
     the processes do not wait for each other.
 
     Args:
-        caller: Name of the calling function for error messages.
         timeout: The longest time that a process waits for another one after all have joined.
 
     Raises:
@@ -47,7 +46,7 @@ def joined(caller: str, timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
         ProcessLost: Another process has failed or ended.
     """
     exists = dist.is_initialized()
-    rank, size, local_rank = (0, 0, int(os.environ.get("LOCAL_RANK", "0"))) if exists else ranks(caller, os.environ)
+    rank, size, local_rank = (0, 0, int(os.environ.get("LOCAL_RANK", "0"))) if exists else ranks(os.environ)
     if size == 1:
         yield Processes()
         return
@@ -96,11 +95,10 @@ def _leave(group: Any, kind: type[BaseException] | None, *error: object) -> None
         leave(group)
 
 
-def ranks(caller: str, environment: Mapping[str, str]) -> tuple[int, int, int]:
+def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """Return this process's number, the number of processes, and its number on this machine.
 
     Args:
-        caller: Name of the calling function for error messages.
         environment: Variables of the environment.
 
     Raises:
@@ -112,9 +110,9 @@ def ranks(caller: str, environment: Mapping[str, str]) -> tuple[int, int, int]:
         return 0, 1, 0
     texts = [environment.get(name, default) for name, default in zip(names, ("none", "none", "0"), strict=True)]
     for name, text in zip(names, texts, strict=True):
-        expect(text.isdecimal(), caller, f"the environment's {name}", "to be a number", f"{text!r}; start with torchrun")
+        expect(text.isdecimal(), f"the environment's {name}", "to be a number", f"{text!r}; start with torchrun")
     rank, size, local_rank = map(int, texts)
-    expect(rank < size, caller, f"the environment's {names[0]}", f"to be below {names[1]}", f"{rank} of {size}")
+    expect(rank < size, f"the environment's {names[0]}", f"to be below {names[1]}", f"{rank} of {size}")
     return rank, size, local_rank
 
 

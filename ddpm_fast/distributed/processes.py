@@ -83,30 +83,28 @@ class Processes:
             self.largest(0)()  # all wait
         return result
 
-    def check_same(self, caller: str, values: Mapping[str, object]) -> None:
+    def check_same(self, values: Mapping[str, object]) -> None:
         """Raise a ValueError in all processes unless all pass the same values."""
         first, *others = self.from_all(dict(values))
         for rank, other in enumerate(others, 1):
-            check_same(caller, other, first, "rank 0", f" in rank {rank}")
+            check_same(other, first, "rank 0", f" in rank {rank}")
 
-    def own_gpu(self, caller: str) -> torch.device:
+    def own_gpu(self) -> torch.device:
         """Return the GPU of this process, whose number is the local rank. Raise a ValueError if there are too few."""
         count = torch.cuda.device_count()
         expect(
             self.local_rank < count,
-            caller,
             "",
             f"at most {count} processes on a machine with as many GPUs",
             f"LOCAL_RANK {self.local_rank}",
         )
         return torch.device("cuda", self.local_rank)
 
-    def check_gpu_backend(self, caller: str) -> None:
+    def check_gpu_backend(self) -> None:
         """Raise a ValueError unless the default group can exchange CUDA tensors. gloo cannot in every call."""
         backends = dict(each.split(":") for each in dist.get_backend_config().split(","))
         expect(
             backends.get("cuda", "gloo") != "gloo",
-            caller,
             "the default group of torch.distributed",
             'to have a backend for CUDA tensors ("cpu:gloo,cuda:nccl")',
             f'"{dist.get_backend()}"',

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_float
-from ..errors import InvalidValue, expect
+from ..errors import InvalidValue, expect, public
 from ..inference import interface_of
 from ..inference.model import device_and_dtype, evaluation_mode
 from ..nn import UNet
@@ -23,6 +23,7 @@ class Moments(NamedTuple):
     cov: Tensor
 
 
+@public()
 def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     """Compute the Frechet distance between Gaussians fitted to two sets of features.
 
@@ -38,8 +39,7 @@ def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
         TypeError: An argument is not floating.
     """
     (mean_a, cov_a), (mean_b, cov_b) = _moments("a", a), _moments("b", b)
-    sizes = f"{len(mean_a)} and {len(mean_b)}"
-    expect(len(mean_a) == len(mean_b), "frechet_distance", "a and b", "to have equally many features", sizes)
+    expect(len(mean_a) == len(mean_b), "a and b", "to have equally many features", f"{len(mean_a)} and {len(mean_b)}")
     # tr (cov_a cov_b)^(1/2) is the sum of the roots of the eigenvalues of the symmetric r cov_b r, r = cov_a^(1/2).
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -51,23 +51,22 @@ def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
 def _moments(name: str, given: Tensor | Moments) -> Moments:
     """Return mean and covariance in float64. Raise unless they are finite and fit."""
     for values in given if isinstance(given, tuple) else (given,):
-        check_float("frechet_distance", name, values)
+        check_float(name, values)
         if values.is_meta or not values.isfinite().all():
             got = "a tensor on the meta device" if values.is_meta else "NaN or infinity"
-            raise InvalidValue("frechet_distance", name, "to have finite values", got)
+            raise InvalidValue(name, "to have finite values", got)
     if isinstance(given, Tensor):
         fits = given.dim() == 2 and 0 < given.shape[1] < len(given)
-        expect(fits, "frechet_distance", name, "to be features [N, D] with N above D", list(given.shape))
+        expect(fits, name, "to be features [N, D] with N above D", list(given.shape))
         given = given.double()
         return Moments(given.mean(0), torch.atleast_2d(torch.cov(given.T)))  # torch.cov of one feature is 0-d
     mean, cov = given
     fits = mean.dim() == 1 and mean.numel() > 0 and cov.shape == (len(mean), len(mean))
-    expect(fits, "frechet_distance", name, "to be moments [D] and [D, D]", f"{list(mean.shape)} and {list(cov.shape)}")
+    expect(fits, name, "to be moments [D] and [D, D]", f"{list(mean.shape)} and {list(cov.shape)}")
     mean, cov = mean.double(), cov.double()
     error = _ROUNDING * cov.abs().max()
     fits = bool((cov - cov.T).abs().max() <= error) and bool(torch.linalg.eigvalsh(cov).min() >= -error)
-    wanted = "to have a covariance, which is symmetric and has no negative eigenvalue"
-    expect(fits, "frechet_distance", name, wanted, "another matrix")
+    expect(fits, name, "to have a covariance, which is symmetric and has no negative eigenvalue", "another matrix")
     return Moments(mean, cov)
 
 
@@ -90,5 +89,5 @@ def network_features(model: UNet, images: Tensor, batch_size: int = 64) -> Tenso
     keep = model.mid_block.register_forward_hook(lambda block, given, h: found.append(h.float().mean(dim=(2, 3)).cpu()))
     with keep, evaluation_mode(model):
         for x in images.to(device, dtype).split(batch_size):
-            model(x, 0, labels.blank(len(x)).to(device) if labels.number else None)
+            model(x, 0, labels.blank(len(x)).to(device) if labels.reads else None)
     return torch.cat(found)

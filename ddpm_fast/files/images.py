@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_float, check_ints
-from ..errors import InvalidType, InvalidValue, expect, renaming
+from ..errors import InvalidType, InvalidValue, expect, public
 from ..options import checked, within
 from .writing import replacing
 
@@ -36,6 +36,7 @@ def in_range(images: Tensor, ranges: Sequence[Sequence[float]]) -> Tensor:
     return values
 
 
+@public()
 def to_uint8(images: Tensor) -> Tensor:
     """Map [-1, 1] to 0..255, rounded to nearest: the inverse of x = 2 u / 255 - 1. Values outside saturate.
 
@@ -45,7 +46,7 @@ def to_uint8(images: Tensor) -> Tensor:
     Returns:
         uint8 of the same shape, on the same device.
     """
-    check_float("to_uint8", "images", images, min_dim=0)
+    check_float("images", images, min_dim=0)
     return images.detach().float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -79,7 +80,7 @@ def image_grid(
     Raises:
         ValueError: An argument is out of range, or the images are not finite.
     """
-    images = _shown("image_grid", "images", images, channels)
+    images = _shown("images", images, channels)
     return _tiled(images, columns, padding, scale, background)
 
 
@@ -138,7 +139,6 @@ def _layout(n: int, columns: int | None, padding: int | None) -> tuple[int, int,
 
 
 @checked()
-@renaming("save_grid")
 def save_grid(
     images: Tensor,
     path: str | os.PathLike[str],
@@ -168,11 +168,11 @@ def save_grid(
     Raises:
         ValueError: An argument is out of range, or Pillow cannot write such a picture in the format.
     """
-    images = _shown("save_grid", "images", images, channels)
+    images = _shown("images", images, channels)
     if not isinstance(titles, (list, tuple)) or not all(isinstance(title, str) for title in titles):
-        raise InvalidType("save_grid", "titles", "to be a list of texts", repr(titles))
+        raise InvalidType("titles", "to be a list of texts", repr(titles))
     count, *_ = _layout(len(images), columns, padding)
-    expect(len(titles) in (0, count), "save_grid", "titles", f"to be {count}, one for each column, or none", len(titles))
+    expect(len(titles) in (0, count), "titles", f"to be {count}, one for each column, or none", len(titles))
     grid = _tiled(images, columns, padding, scale)
     if titles:
         grid = torch.cat([_titled(titles, grid), grid])
@@ -180,7 +180,6 @@ def save_grid(
 
 
 @checked()
-@renaming("save_trajectory")
 def save_trajectory(
     trajectory: Tensor,
     path: str | os.PathLike[str],
@@ -211,10 +210,10 @@ def save_trajectory(
     Raises:
         ValueError: An argument is out of range, or Pillow cannot write such a picture in the format.
     """
-    check_float("save_trajectory", "trajectory", trajectory)
+    check_float("trajectory", trajectory)
     if trajectory.dim() != 5 or trajectory.shape[0] == 0:
-        raise InvalidValue("save_trajectory", "trajectory", "to be [F, N, C, H, W], F >= 1", list(trajectory.shape))
-    flat = _shown("save_trajectory", "trajectory", trajectory.flatten(0, 1), channels)
+        raise InvalidValue("trajectory", "to be [F, N, C, H, W], F >= 1", list(trajectory.shape))
+    flat = _shown("trajectory", trajectory.flatten(0, 1), channels)
     trajectory = flat.unflatten(0, trajectory.shape[:2])
     total = trajectory.shape[0]
     kind = image_format(path)
@@ -256,7 +255,7 @@ def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1),
     mode = _MODES.get(channels)
     if mode is None:
         wanted = "to be an .npz, or pictures to have 1, 3 or 4 channels (channels, --show-channels)"
-        raise InvalidValue("images", name, wanted, f"{str(path)!r} for {channels} channels")
+        raise InvalidValue(name, wanted, f"{str(path)!r} for {channels} channels")
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     reason = ""
     if kind in Image.SAVE and kind not in _ICONS:
@@ -269,13 +268,11 @@ def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1),
             if largest is None or max(height, width) <= largest:
                 return kind
             raise InvalidValue(
-                "images",
                 name,
                 f"to end in .png, as pictures in {kind} have at most {largest} pixels per side",
                 f"{str(path)!r} for {width}x{height} pixels",
             )
     raise InvalidValue(
-        "images",
         name,
         f"to end in .png, .webp, .gif, .jpg or as another format for pictures of mode {mode}",
         f"{str(path)!r}{reason}",
@@ -312,22 +309,21 @@ def in_bands(kinds: Sequence[Tensor], columns: int) -> Tensor:
     return torch.cat([row for band in zip(*rows, strict=True) for row in band])
 
 
-def _shown(function: str, name: str, images: Tensor, channels: Sequence[int] | None) -> Tensor:
+def _shown(name: str, images: Tensor, channels: Sequence[int] | None) -> Tensor:
     """Return the channels of images that are shown. Raise unless there are values for a picture."""
-    check_float(function, name, images)
+    check_float(name, images)
     if channels is not None:
-        check_ints(function, "channels", channels, 0, "a list of integers")
+        check_ints("channels", channels, 0, "a list of integers")
         in_range = images.dim() == 4 and max(channels) < images.shape[1]
-        expect(in_range, function, "channels", f"to be those of {name}, {list(images.shape)}", list(channels))
+        expect(in_range, "channels", f"to be those of {name}, {list(images.shape)}", list(channels))
         images = images[:, list(channels)]
     if images.dim() != 4 or images.shape[0] == 0 or images.shape[1] not in _MODES or images.is_meta:
         raise InvalidValue(
-            function,
             name,
             "to be floating [N, C, H, W] with values, N >= 1 and C = 1, 3 or 4; or choose channels",
             f"{images.dtype} {list(images.shape)} on {images.device}",
         )
-    expect(images.isfinite().all(), function, name, "to be finite", "NaN or infinity")
+    expect(images.isfinite().all(), name, "to be finite", "NaN or infinity")
     return images
 
 

@@ -26,7 +26,7 @@ _log = logging.getLogger("ddpm_fast")
 
 
 class ResultFolder:
-    """A folder that belongs to one call. Subclasses set `caller`, `argument`, `record_name` and `hint`.
+    """A folder that belongs to one call. Subclasses set `argument`, `record_name` and `hint`.
 
     Args:
         path: The folder. It need not exist.
@@ -35,12 +35,10 @@ class ResultFolder:
     Attributes:
         path: As given. So is `result`.
         record: The JSON file that has the arguments of the call, named `record_name`.
-        caller: Name of the calling function for error messages.
         argument: Name of its argument for the folder.
         hint: How to go on if the folder has other files.
     """
 
-    caller: ClassVar[str]
     argument: ClassVar[str]
     record_name: ClassVar[str]
     hint: ClassVar[str]
@@ -52,11 +50,10 @@ class ResultFolder:
     def check_new(self) -> None:
         """Raise an UnusablePath unless the folder is missing, or empty but for a lock and temporary files."""
         if self.path.exists() and not self.path.is_dir():
-            raise UnusablePath(self.caller, self.argument, "to be a folder", f"{str(self.path)!r}, which is a file")
+            raise UnusablePath(self.argument, "to be a folder", f"{str(self.path)!r}, which is a file")
         names = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
         for name in [each for each in names if not each.startswith(PREFIX)][:1]:
-            got = f"{str(self.path)!r}, which has {name!r}; {self.hint}"
-            raise UnusablePath(self.caller, self.argument, "to be new or empty", got)
+            raise UnusablePath(self.argument, "to be new or empty", f"{str(self.path)!r}, which has {name!r}; {self.hint}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -71,16 +68,16 @@ class ResultFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:  # such as in /proc, where all looks writable
-            raise UnusablePath(self.caller, self.argument, "to be a path whose folders can be made", error) from error
+            raise UnusablePath(self.argument, "to be a path whose folders can be made", error) from error
         lock = FileLock(self.path / LOCK, timeout=0)
         try:
             lock.acquire()
         except Timeout:
-            wanted = f"{self.caller}: expected no other process to write to {str(self.result)!r}"
+            wanted = f"expected no other process to write to {str(self.result)!r}"
             raise BlockingIOError(f"{wanted}, got one that holds {lock.lock_file}") from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise UnusablePath(self.caller, self.argument, f"to be a folder whose {LOCK} can be locked", error) from error
+                raise UnusablePath(self.argument, f"to be a folder whose {LOCK} can be locked", error) from error
             _log.warning("%s is not locked, so no other process may write to it meanwhile: %s", self.result, error)
         try:
             yield

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from ..errors import ArgumentError, InvalidValue, expect
+from ..errors import ArgumentError, InvalidValue, MissingPath, expect
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,11 +88,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(caller: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+def read_json(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
     """Return the value that a JSON file describes.
 
     Args:
-        caller: Name of the calling function for error messages.
         path: The file.
         parse: A function from the file's object to the value. Its TypeError or ValueError says what is wrong in the object.
 
@@ -101,27 +100,25 @@ def read_json(caller: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> 
         ValueError: The file is too large, holds no JSON object, or `parse` refuses the object. The message names the file.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{caller}: expected {str(path)!r} to be a file, got {'something else' if path.exists() else 'none'}"
-        )
+        raise MissingPath(repr(str(path)), "to be a file", "something else" if path.exists() else "none")
     with path.open("rb") as file:
         content = file.read(_MAX_JSON + 1)
-    expect(len(content) <= _MAX_JSON, caller, repr(str(path)), f"to have at most {_MAX_JSON >> 20} MiB", "more")
+    expect(len(content) <= _MAX_JSON, repr(str(path)), f"to have at most {_MAX_JSON >> 20} MiB", "more")
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InvalidValue(caller, repr(str(path)), "to be JSON", error) from error
-    expect(isinstance(value, dict), caller, repr(str(path)), "to hold a JSON object", type(value).__name__)
+        raise InvalidValue(repr(str(path)), "to be JSON", error) from error
+    expect(isinstance(value, dict), repr(str(path)), "to hold a JSON object", type(value).__name__)
     try:
         return parse(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         # msgspec quotes the errors of a schema's __post_init__.
         found = error if isinstance(error, ArgumentError) else error.__cause__
         if not isinstance(found, ArgumentError):
-            found = InvalidValue(caller, repr(str(path)), "to have valid fields", error)
+            found = InvalidValue(repr(str(path)), "to have valid fields", error)
             raise found.renamed(got=_shortened(found.got)) from error
         name, expected, got = map(_shortened, (found.name, found.expected, found.got))
-        raise InvalidValue(caller, name, expected, got, str(path)) from error
+        raise InvalidValue(name, expected, got, str(path)) from error
 
 
 def _shortened(text: str) -> str:

@@ -36,7 +36,7 @@ class Adapter:
         self.device, own_dtype = device_and_dtype(model)
         self.dtype = own_dtype if dtype is None else dtype  # a model without parameters takes any
 
-    def check_plan(self, caller: str, plan: SamplingPlan) -> None:
+    def check_plan(self, plan: SamplingPlan) -> None:
         """Raise a ValueError if the network cannot take the steps of a plan."""
 
     def memory_format(self, shape: Sequence[int]) -> torch.memory_format:
@@ -55,7 +55,7 @@ class Adapter:
         Args:
             x_t: [N, C, H, W].
             t: int64 [N].
-            class_labels: int64 [N], or None for a network without classes.
+            class_labels: Labels [N, ...], or None for a network without.
             condition: [N, K, H, W], or None for a network that reads x_t alone.
         """
         x = x_t.to(self.dtype)
@@ -99,9 +99,9 @@ class Adapter:
         if guidance_scale is not None and joint is None:
             x_in = torch.cat([x_in, x_in])
         t = timesteps.index_select(0, state.step).expand(len(x_in))
-        model_output = predict(self.model, x_in, t, None if labels is None else labels.flatten())
+        model_output = predict(self.model, x_in, t, None if labels is None else labels.flatten(0, 1))
         if kept._version != version:
-            raise InvalidValue("sample", "model", "to leave its input unchanged", "one that changes x_t in place")
+            raise InvalidValue("model", "to leave its input unchanged", "one that changes x_t in place")
         reverse_step(
             x_t,
             model_output,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, computing_device
-from ..errors import InvalidType, InvalidValue, expect
+from ..errors import InvalidType, InvalidValue, expect, public
 from ..interface import Interface
 from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
@@ -48,7 +48,7 @@ def frozen_unet(
     """Return the inference form of a U-Net. Arguments and errors are those of `ddpm_fast.freeze`."""
     reason = why_not_frozen(model)
     if reason is not None:
-        raise InvalidType("freeze", "", "a UNet with its own layers", f"one where {reason}")
+        raise InvalidType("", "a UNet with its own layers", f"one where {reason}")
     return _frozen(model, dtype, device, num_timesteps)
 
 
@@ -63,12 +63,12 @@ def unpacked_output(model: UNet, x: Tensor, t: Tensor, class_labels: Tensor | No
 def _frozen(model: UNet, dtype: torch.dtype | None, device: torch.device | str | None, num_timesteps: int | None) -> FrozenUNet:
     """Return the inference form of a U-Net that can be frozen."""
     weight = model.conv_in.weight
-    device = torch.empty(0, device=computing_device("freeze", weight.device if device is None else device)).device
+    device = torch.empty(0, device=computing_device(weight.device if device is None else device)).device
     dtype = sampling_dtype(weight.dtype, device) if dtype is None else dtype
-    check_dtype("freeze", "dtype", dtype)  # the weights may have another
+    check_dtype("dtype", dtype)  # the weights may have another
     if num_timesteps is None:
         num_timesteps = model.config["num_train_timesteps"] or 1000
-    check_int("freeze", "num_timesteps", num_timesteps, 1, MAX_TIMESTEPS)
+    check_int("num_timesteps", num_timesteps, 1, MAX_TIMESTEPS)
     return FrozenUNet(model, dtype, device, num_timesteps)
 
 
@@ -80,14 +80,13 @@ def sampling_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def adapted(caller: str, model: Model, device: torch.device, dtype: torch.dtype | None, num_timesteps: int) -> Adapter:
+def adapted(model: Model, device: torch.device, dtype: torch.dtype | None, num_timesteps: int) -> Adapter:
     """Return the adapter of the network that computes `model` fastest.
 
     A `UNet` is frozen. Any other model is used unchanged, or copied to another device or dtype. So is a `UNet` that
     cannot be frozen, with a warning that names the reason.
 
     Args:
-        caller: Name of the calling function for error messages.
         model: Model to evaluate.
         device: Device to run on.
         dtype: Dtype of the network. None: the choice of `freeze` for a `UNet`, else the model's.
@@ -101,9 +100,9 @@ def adapted(caller: str, model: Model, device: torch.device, dtype: torch.dtype 
         warnings.warn(
             f"ddpm_fast: this UNet is not frozen, because {reason}. It runs unchanged, which is slower.",
             RuntimeWarning,
-            stacklevel=4,  # the caller of `Sampler`, whose arguments a wrapper checks
+            stacklevel=5,  # the caller of `Sampler`, which two wrappers check and name
         )
-    network = placed(caller, model, device, dtype)
+    network = placed(model, device, dtype)
     return FrozenAdapter(network) if isinstance(network, FrozenUNet) else Adapter(network, dtype)
 
 
@@ -168,6 +167,7 @@ class FrozenUNet:
         self._programs: OrderedDict[Hashable, NativeProgram | PythonProgram] = OrderedDict()  # the one used last is last
         self._turns = Turns("FrozenUNet")
 
+    @public(traced=True)
     def __call__(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Evaluate the network as `UNet.forward` does.
 
@@ -186,9 +186,7 @@ class FrozenUNet:
             TypeError: Timesteps are no numbers, or x belongs to a torch.func transform.
         """
         if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
-            raise InvalidValue(
-                "FrozenUNet", "x", "to record no gradients", "one that does: call the UNet, or use torch.no_grad()"
-            )
+            raise InvalidValue("x", "to record no gradients", "one that does: call the UNet, or use torch.no_grad()")
         with torch.no_grad():
             return self._evaluated(x, t, class_labels)
 
@@ -243,19 +241,17 @@ class FrozenUNet:
 
     def _evaluated(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None) -> Tensor:
         if isinstance(t, int) and not isinstance(t, bool) and not 0 <= t < self.num_timesteps:
-            raise InvalidValue("FrozenUNet", "t", f"in 0..{self.num_timesteps - 1}", t)
-        t = checked_timesteps("FrozenUNet", self._constants.config, x, t, class_labels)
+            raise InvalidValue("t", f"in 0..{self.num_timesteps - 1}", t)
+        t = checked_timesteps(self._constants.config, x, t, class_labels)
         for name, value in () if torch.compiler.is_compiling() else (("x", x), ("t", t), ("class_labels", class_labels)):
             if value is not None and is_transformed_tensor(value):
-                raise InvalidType(
-                    "FrozenUNet", name, "outside of torch.func transforms", "a tensor of one: call the UNet there"
-                )
+                raise InvalidType(name, "outside of torch.func transforms", "a tensor of one: call the UNet there")
         if not t.is_floating_point():
             t = t.to(torch.int64)
             if runs_eagerly(t):
-                check_range("FrozenUNet", "t", t, self.num_timesteps)
+                check_range("t", t, self.num_timesteps)
         if x.device != self.device:
-            raise InvalidValue("FrozenUNet", "x", f"on {self.device}", f"{x.device}: freeze the model for that device")
+            raise InvalidValue("x", f"on {self.device}", f"{x.device}: freeze the model for that device")
         x = centered(self._constants.config, x.to(self.dtype)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):  # every layer has its dtype
             at_once = max(math.ceil(len(x) / self._num_passes(len(x), *x.shape[2:])), 1)
@@ -338,10 +334,10 @@ class FrozenAdapter(Adapter):
     model: FrozenUNet
     is_frozen = True
 
-    def check_plan(self, caller: str, plan: SamplingPlan) -> None:
+    def check_plan(self, plan: SamplingPlan) -> None:
         """Raise a ValueError if a timestep is not in the network's tables."""
         last, total = int(plan.timesteps.max()), self.model.num_timesteps
-        expect(last < total, caller, "plan", f"to have timesteps below {total}", last)
+        expect(last < total, "plan", f"to have timesteps below {total}", last)
 
     def memory_format(self, shape: Sequence[int]) -> torch.memory_format:
         """Return channels_last, as the kernels read images."""

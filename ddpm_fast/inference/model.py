@@ -30,18 +30,17 @@ def predict(model: Model, x_t: Tensor, t: Tensor, class_labels: Tensor | None) -
         model: The model.
         x_t: [N, C, H, W].
         t: int64 [N].
-        class_labels: int64 [N], or None for a model without classes.
+        class_labels: Labels [N, ...], or None for a model without.
     """
     output: Any = model(x_t, t) if class_labels is None else model(x_t, t, class_labels)
     tensor: Tensor = getattr(output, "sample", output)
     return tensor
 
 
-def placed(caller: str, model: Model, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
+def placed(model: Model, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
     """Return the model if it has this device and dtype, else a copy that does.
 
     Args:
-        caller: Name of the calling function for error messages.
         model: The model.
         device: None: the model's device.
         dtype: None: the model's dtype.
@@ -56,7 +55,6 @@ def placed(caller: str, model: Model, device: torch.device | str | None = None, 
         return model
     if not isinstance(model, nn.Module):
         raise InvalidValue(
-            caller,
             "device and dtype",
             f"to be those of the {type(model).__name__}, {model_device} and {model_dtype}",
             f"{device} and {dtype}: freeze the model again",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast
 
@@ -169,8 +170,8 @@ class TimeTerms:
         if model.class_embedding is None:
             self._tables = [(torch.matmul(F.silu(emb), weight) + bias).to(wide) for weight, bias in stacks]  # [B, T, W] each
         else:
-            classes = model.class_embedding.weight.detach().to(device, wide, copy=True)
-            self._embeddings = (emb.to(wide), classes)  # [T, E], [classes, E]
+            self._times = emb.to(wide)  # [T, E]
+            self._labels = deepcopy(model.class_embedding).requires_grad_(False).to(device, wide)
 
     def _embedding(self, t: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the embedding of timesteps [N], [N, E] in the dtype of the layers."""
@@ -180,13 +181,13 @@ class TimeTerms:
         return F.linear(F.silu(F.linear(emb.to(first.dtype), first, first_bias)), second, second_bias)
 
     def stacks(self, t: Tensor, class_labels: Tensor | None) -> list[Tensor]:
-        """Return the stacks, [B, N, W] each, for timesteps [N], int64 or floating, and labels [N] or None."""
+        """Return the stacks, [B, N, W] each, for timesteps [N], int64 or floating, and labels or None."""
         between = t.is_floating_point()
         if class_labels is None and not between:
             return [table.index_select(1, t) for table in self._tables]
-        emb = self._embedding(t, self._layers) if between else self._embeddings[0].index_select(0, t)
+        emb = self._embedding(t, self._layers) if between else self._times.index_select(0, t)
         if class_labels is not None:
-            emb = emb + self._embeddings[1].index_select(0, class_labels)
+            emb = emb + self._labels(class_labels)
         emb, dtype = F.silu(emb).to(self._weights[0].dtype), self._biases[0].dtype if class_labels is not None else emb.dtype
         return [_projected(emb, weight, bias).to(dtype) for weight, bias in zip(self._weights, self._biases, strict=True)]
 
@@ -198,17 +199,16 @@ class TimeTerms:
             timesteps: int64 [S], the t of each step.
             step: int64 [1], the number of the step.
             n: Number of samples.
-            class_labels: int64 with n elements, or None.
+            class_labels: Labels of `StepState` for n samples, or None.
         """
         if class_labels is None:
             return [
                 builder.call(time_terms_op, table, timesteps, step, n, shape=(len(table), n, table.shape[2]), dtype=table.dtype)
                 for table in self._tables
             ]
-        times, classes = self._embeddings
-        dtype = self._weights[0].dtype
+        dtype, width = self._weights[0].dtype, self._times.shape[1]
         emb = builder.call(
-            *(_embedded, times, classes, timesteps, step, class_labels, dtype), shape=(n, times.shape[1]), dtype=dtype
+            *(_embedded, self._times, self._labels, timesteps, step, class_labels, dtype), shape=(n, width), dtype=dtype
         )
         return [
             builder.call(_projected, emb, weight, bias, shape=(len(weight), n, weight.shape[2]), dtype=dtype)
@@ -218,7 +218,7 @@ class TimeTerms:
 
 def _embedded(
     times: Tensor,
-    classes: Tensor,
+    embedding: nn.Module,
     timesteps: Tensor,
     step: Tensor,
     labels: Tensor,
@@ -226,9 +226,8 @@ def _embedded(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the activated embedding of a step's timestep and of labels, [N, E]."""
-    emb = times.index_select(0, timesteps.index_select(0, step)) + classes.index_select(0, labels.flatten())
-    emb = F.silu(emb)
+    """Return the activated embedding of a step's timestep and of labels [copies, n, ...], [N, E]."""
+    emb = F.silu(times.index_select(0, timesteps.index_select(0, step)) + embedding(labels.flatten(0, 1)))
     return emb.to(dtype) if out is None else out.copy_(emb)
 
 

@@ -25,7 +25,7 @@ class StepState:
         memory_format: Memory format of x_t.
         device: Device to run on.
         no_label: Label of every sample until `start` sets others, and of the unconditional half with
-            guidance, int64 [1]. None: the network gets no labels.
+            guidance, [1, ...]. None: the network gets no labels.
         guided: The network evaluates 2 n samples, the second half without labels.
         condition_channels: Channels of the condition that the network reads after x_t.
 
@@ -35,7 +35,7 @@ class StepState:
         x_0: Destination of the step's x_0^. It is x_0_prev itself, unless the step copies x_0_prev to x_0_prev2. None: the
             plan does not use x_0^ again.
         seeds: int64 [n].
-        class_labels: int64 [1, n], or [2, n] with guidance: of the conditional half, then of the other. None: no labels.
+        class_labels: [1, n, ...], or [2, n, ...] with guidance: of the conditional half, then of the other. None: no labels.
         step: int64 [1], the number of the step, which the step counts up.
         copies: Samples that the network evaluates for each image, 2 with guidance.
         condition_channels: As given.
@@ -59,7 +59,8 @@ class StepState:
             self.history = [torch.zeros_like(self.x_t) for needed in (plan.needs_x_0_prev, plan.needs_x_0_prev2) if needed]
             self.x_0 = torch.zeros_like(self.x_t) if plan.needs_x_0_prev2 else self.history[0] if self.history else None
             self.seeds = torch.zeros(n, dtype=torch.int64, device=device)
-            self.class_labels = None if no_label is None else no_label.to(device).repeat(self.copies, n)
+            rest = [] if no_label is None else [1] * (no_label.dim() - 1)
+            self.class_labels = None if no_label is None else no_label.to(device).repeat(self.copies, n, *rest)
             self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self._memory_format = memory_format
         self._address = self.x_t.data_ptr()
@@ -95,7 +96,7 @@ class StepState:
 
         Args:
             seeds: int64 [n] on the device.
-            labels: int64 [n] on the device, or None.
+            labels: Labels [n, ...] on the device, or None.
             x_T: [n, C, H, W]. None: drawn from N(0, I) by the seeds.
             condition: [n, K, H, W], or None for a network that reads x_t alone.
         """
@@ -127,7 +128,7 @@ class StepState:
             expected, got = (f"{x.dtype} {list(x.shape)} with strides {x.stride()}" for x in (x_t, shown))
             where = "" if same else " in other memory"
             raise InvalidValue(
-                "sample", "callback", f"to change x_t in place, or a clone of it, and leave it {expected}", f"{got}{where}"
+                "callback", f"to change x_t in place, or a clone of it, and leave it {expected}", f"{got}{where}"
             )
 
 

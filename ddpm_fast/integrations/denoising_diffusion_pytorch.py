@@ -35,10 +35,9 @@ def frozen_process(process: Any, dtype: torch.dtype | None, device: Any, num_tim
         got = f"a {type(model).__name__}, " + (
             "which is frozen already" if isinstance(model, FrozenModule) else f"which freeze does not know: {advice}"
         )
-        raise InvalidType("freeze", "x.model", "to be a ddpm_fast.UNet", got)
+        raise InvalidType("x.model", "to be a ddpm_fast.UNet", got)
     expect(
         model.class_embedding is None,
-        "freeze",
         "x.model",
         "to have no classes, which the process does not know",
         "num_class_embeds",
@@ -61,23 +60,22 @@ def plan_of_process(process: Any, num_steps: int | None, eta: float | None) -> S
     """Return the plan of a process. Arguments and errors are those of `ddpm_fast.plan_of`."""
     kind, itself = type(process), "to be a GaussianDiffusion itself, whose steps are known"
     known = f"{kind.__module__}.{kind.__name__}" == "denoising_diffusion_pytorch.denoising_diffusion_pytorch.GaussianDiffusion"
-    expect(known, "plan_of", "x", itself, f"a {kind.__name__} of {kind.__module__}")
-    check_unpatched("plan_of", "x", process)
+    expect(known, "x", itself, f"a {kind.__name__} of {kind.__module__}")
+    check_unpatched("x", process)
     expect(
         not process.self_condition,
-        "plan_of",
         "x",
         "to have a network without self-conditioning, which reads x_0 too",
         "one with it",
     )
-    check_choice("plan_of", "x.objective", process.objective, _PREDICTIONS)
+    check_choice("x.objective", process.objective, _PREDICTIONS)
     schedule, prediction = NoiseSchedule.from_betas(process.betas.cpu().double()), _PREDICTIONS[process.objective]
     _check_tables(process, schedule)
     is_ddim = process.is_ddim_sampling if num_steps is None else num_steps != process.num_timesteps
     if eta is None and not is_ddim:
         return ddpm_plan(schedule, spacing=range(process.num_timesteps)[::-1], prediction=prediction)
     name, steps = ("x.sampling_timesteps", process.sampling_timesteps) if num_steps is None else ("num_steps", num_steps)
-    check_int("plan_of", name, steps, 1, process.num_timesteps)
+    check_int(name, steps, 1, process.num_timesteps)
     # The original's timesteps, to the roundings of their float32.
     edges = torch.linspace(-1, process.num_timesteps - 1, steps + 1, dtype=torch.float32).to(torch.int64)
     eta = process.ddim_sampling_eta if eta is None else eta
@@ -104,7 +102,7 @@ def _check_tables(process: Any, schedule: NoiseSchedule) -> None:
     for name, exact in tables.items():
         table = getattr(process, name).detach().to("cpu", torch.float64)
         same = ((table - exact).abs() <= 2**-24 * (factors * exact.abs() + 3)) | (table == exact)  # infinities are equal
-        expect(same.all(), "plan_of", f"x.{name}", "to be what x.betas give, up to float32's rounding", "other values")
+        expect(same.all(), f"x.{name}", "to be what x.betas give, up to float32's rounding", "other values")
 
 
 @checked()
@@ -124,16 +122,15 @@ def load_checkpoint(process: Any, path: str | os.PathLike[str], *, weights: Lite
         TypeError: `process` is no GaussianDiffusion.
         ValueError: The file is damaged, needs pickle, is no checkpoint of the Trainer, or does not fit.
     """
-    where = "load_checkpoint"
     if not isinstance(process, nn.Module) or not hasattr(process, "objective"):
-        raise InvalidType(where, "process", "to be a GaussianDiffusion of denoising-diffusion-pytorch", type(process).__name__)
-    checkpoint = load_tensors(where, path)
+        raise InvalidType("process", "to be a GaussianDiffusion of denoising-diffusion-pytorch", type(process).__name__)
+    checkpoint = load_tensors(path)
     content: dict[str, Any] = checkpoint if isinstance(checkpoint, dict) else {}
     step, state = content.get("step", ""), content.get(weights, "")
     whole, got = isinstance(step, int) and isinstance(state, dict), f"one with {', '.join(map(str, content)) or 'no names'}"
-    expect(whole, where, repr(os.fspath(path)), "to be a Trainer's checkpoint, with step, model and ema", got)
+    expect(whole, repr(os.fspath(path)), "to be a Trainer's checkpoint, with step, model and ema", got)
     if weights == "ema":
         state = {name[10:]: tensor for name, tensor in state.items() if name.startswith("ema_model.")}
-    check_weights(where, path, "the model", process.state_dict(), state)
+    check_weights(path, "the model", process.state_dict(), state)
     process.load_state_dict(state)
     return int(step)

@@ -22,19 +22,19 @@ def unwrapped(name: str, network: Any) -> Any:
     if not hasattr(network, "_orig_mod"):
         return network
     hooks = network._forward_hooks or network._forward_pre_hooks
-    expect(not hooks, "freeze", name, "to have no hooks", "some on the wrapper of torch.compile")
+    expect(not hooks, name, "to have no hooks", "some on the wrapper of torch.compile")
     return network._orig_mod
 
 
-def check_unpatched(caller: str, name: str, thing: object) -> None:
+def check_unpatched(name: str, thing: object) -> None:
     """Raise if a method of a class was replaced in the object."""
     patched = patched_methods(thing)
-    expect(not patched, caller, name, "to have the methods of its class", f"another {', '.join(patched)}")
+    expect(not patched, name, "to have the methods of its class", f"another {', '.join(patched)}")
 
 
 def check_described(name: str, why: str | None) -> None:
     """Raise if there is a reason why a network is not what its class and configuration describe."""
-    expect(why is None, "freeze", name, "to be what its class and configuration describe", f"one where {why}")
+    expect(why is None, name, "to be what its class and configuration describe", f"one where {why}")
 
 
 def frozen_foreign(
@@ -71,9 +71,7 @@ def frozen_foreign(
     try:
         twin = random_copy(network, instead)
     except Exception as failed:  # an attribute may refuse, such as a lock
-        raise InvalidValue(
-            "freeze", name, "to be a network that copy.deepcopy can copy, to compare outputs", failed
-        ) from failed
+        raise InvalidValue(name, "to be a network that copy.deepcopy can copy, to compare outputs", failed) from failed
     error = _error(twin, read)
     # float32's rounding gives 2e-6, and another layer more than 1e-3.
     check_described(name, None if error < 1e-4 else f"outputs differ by {error:.2g} of their norm, as those of other layers do")

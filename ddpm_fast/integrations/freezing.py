@@ -95,11 +95,10 @@ def freeze(
         ValueError: `num_timesteps` is out of range, `device` is unknown, the network is not supported, or a
             network of another library is not what its class and configuration describe. The message has the reason.
     """
-    device = None if device is None else computing_device("freeze", device)
+    device = None if device is None else computing_device(device)
     x = unwrapped("x", x)
     expect(
         not isinstance(x, FrozenUNet | FrozenModule),
-        "freeze",
         "x",
         "to be an unfrozen network or pipeline",
         f"a {type(x).__name__}",
@@ -110,7 +109,7 @@ def freeze(
         "a ddpm_fast.UNet, a network or pipeline of diffusers, a UNetModel of guided-diffusion, or a "
         "GaussianDiffusion of denoising-diffusion-pytorch"
     )
-    return _call("freeze", x, _FREEZERS, wanted, dtype, device, num_timesteps)
+    return _call(x, _FREEZERS, wanted, dtype, device, num_timesteps)
 
 
 @checked()
@@ -133,24 +132,22 @@ def plan_of(
         ValueError: An argument is out of range, or no plan can do what `x` does. The message names the part and the reason.
     """
     x = getattr(x, "scheduler", x)  # a pipeline's
-    plan: SamplingPlan = _call(
-        "plan_of", x, _PLANNERS, "a scheduler or pipeline of diffusers, or a GaussianDiffusion", num_steps, eta
-    )
+    plan: SamplingPlan = _call(x, _PLANNERS, "a scheduler or pipeline of diffusers, or a GaussianDiffusion", num_steps, eta)
     return plan
 
 
-def _call(caller: str, x: object, table: Mapping[str, tuple[str, str]], wanted: str, *arguments: Any) -> Any:
+def _call(x: object, table: Mapping[str, tuple[str, str]], wanted: str, *arguments: Any) -> Any:
     """Call the function that a table has for an object. `wanted` says for which there is one."""
     names = {f"{package}{cls.__name__}" for cls in type(x).__mro__ for package in ("", f"{cls.__module__.partition('.')[0]}.")}
     found = next((place for name, place in table.items() if name in names), None)
     if found is None:
         has_norms = isinstance(x, nn.Module) and any(isinstance(layer, nn.GroupNorm) for layer in x.modules())
         advice = ", whose norms ddpm_fast.fuse may make faster" if has_norms else ""
-        raise InvalidType(caller, "x", f"to be {wanted}", f"a {type(x).__name__}{advice}")
+        raise InvalidType("x", f"to be {wanted}", f"a {type(x).__name__}{advice}")
     module, function = found
     try:
         return getattr(import_module(module, __package__), function)(x, *arguments)
     except (ArgumentError, ImportError):
         raise
     except Exception as error:  # a namesake may lack anything, and its code may raise anything
-        raise InvalidValue(caller, "x", f"to be {wanted}", error) from error
+        raise InvalidValue("x", f"to be {wanted}", error) from error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_type
-from ..errors import InvalidValue
+from ..errors import InvalidValue, public
 from ..inference import FrozenUNet
 from ..inference.model import device_and_dtype
 
@@ -59,6 +59,7 @@ class FrozenModule(nn.Module):
         """Dtype of the original, in which libraries draw noise. Outputs have that of the inputs."""
         return self._dtype
 
+    @public("FrozenModule", traced=True)
     def forward(self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None) -> Tensor:
         """Evaluate the network, see `FrozenUNet`. The output has the dtype and memory format of x.
 
@@ -68,7 +69,7 @@ class FrozenModule(nn.Module):
             TypeError: x is no tensor.
             ValueError: x records gradients, or what `FrozenUNet` raises.
         """
-        check_type(self._original, "x", x, Tensor)
+        check_type("x", x, Tensor)
         if torch.is_grad_enabled() and x.requires_grad:
             self.refuse("input that records gradients")
         # A loop whose next x is the output draws noise in the order of its memory.
@@ -110,9 +111,10 @@ class FrozenModule(nn.Module):
 
     def refuse(self, what: str, *arguments: Any) -> NoReturn:
         """Raise a RuntimeError that says what a frozen network cannot do, and what to do instead."""
-        name = type(self).__name__
         remedy = f"change, move, save or train the {self._original} from which it was made, then freeze it again"
-        raise InvalidValue(name, "", "evaluation only, because the network is frozen", f"{what}: {remedy}")
+        error = InvalidValue("", "evaluation only, because the network is frozen", f"{what}: {remedy}")
+        error.caller = type(self).__name__
+        raise error
 
 
 def _refusing(method: str) -> Callable[..., NoReturn]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InvalidType
+from ..errors import InvalidType, public
 from ..nn.comparison import why_watched
 from ..nn.layers import GroupNormSiLU
 from .foreign import random_copy
@@ -53,6 +53,7 @@ class FuseReport:
         return "\n".join(lines)
 
 
+@public()
 def fuse(model: nn.Module) -> FuseReport:
     """Replace every GroupNorm followed by SiLU with `ddpm_fast.group_norm_silu`, in place.
 
@@ -88,7 +89,7 @@ def fuse(model: nn.Module) -> FuseReport:
     Raises:
         TypeError: `model` is not an `nn.Module`.
     """
-    _check_model("fuse", model)
+    _check_model(model)
     unfuse(model)
     fused: dict[str, str] = {}
     left: dict[str, str] = {}
@@ -113,6 +114,7 @@ def fuse(model: nn.Module) -> FuseReport:
     return FuseReport(fused, left)
 
 
+@public()
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse`: restore the class of every module. The model's tensors do not change.
 
@@ -122,16 +124,16 @@ def unfuse(model: nn.Module) -> None:
     Raises:
         TypeError: `model` is not an `nn.Module`.
     """
-    _check_model("unfuse", model)
+    _check_model(model)
     for module in model.modules():
         if isinstance(module, Swapped):
             module.__class__ = own_class(module)
 
 
-def _check_model(caller: str, model: Any) -> None:
+def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         hint = ", whose network is pipe.unet" if isinstance(getattr(model, "unet", None), nn.Module) else ""
-        raise InvalidType(caller, "model", "to be an nn.Module", f"{type(model).__name__}{hint}")
+        raise InvalidType("model", "to be an nn.Module", f"{type(model).__name__}{hint}")
 
 
 # ------------------------------------------------------------------------------------------------------------- known modules

@@ -86,21 +86,19 @@ def load_guided_diffusion(
         FileNotFoundError: The file does not exist.
         ValueError: A flag is out of range, or the weights are not those of a UNetModel with 2D convolutions.
     """
-    op = "load_guided_diffusion"
-    expect(num_head_channels != 0, op, "num_head_channels", "to be -1 or positive", 0)
-    device = None if device is None else checked_device(op, device)
+    expect(num_head_channels != 0, "num_head_channels", "to be -1 or positive", 0)
+    device = None if device is None else checked_device(device)
     path, weights = "path_or_state_dict", cast(Any, path_or_state_dict)
     if isinstance(path_or_state_dict, str | os.PathLike):
-        path, weights = os.fspath(path_or_state_dict), load_tensors(op, path_or_state_dict)
+        path, weights = os.fspath(path_or_state_dict), load_tensors(path_or_state_dict)
     expect(
         isinstance(weights, Mapping) and weights and all(isinstance(each, Tensor) for each in weights.values()),
-        op,
         "path_or_state_dict",
         "to be or to hold tensors by name",
         type(weights).__name__,
     )
     model = _converted(
-        *(op, path, weights, num_heads, num_head_channels, use_new_attention_order), sample_size=image_size, dropout=dropout
+        *(path, weights, num_heads, num_head_channels, use_new_attention_order), sample_size=image_size, dropout=dropout
     )
     return model.to(device, torch.float32 if dtype is None else dtype).eval()
 
@@ -110,7 +108,6 @@ def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_t
     kind, source = type(model), cast(Any, model)
     expect(
         kind.__name__ == "UNetModel",
-        "freeze",
         "x",
         "to be a UNetModel itself",
         f"a {kind.__name__}: load_guided_diffusion takes weights of super-resolution models",
@@ -127,12 +124,11 @@ def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_t
     heads, upsample = known["num_heads"], known["num_heads_upsample"]
     expect(
         known["num_head_channels"] != -1 or upsample in (-1, heads),
-        "freeze",
         "x.num_heads_upsample",
         f"to be num_heads, {heads}",
         upsample,
     )
-    expect(known["conv_resample"], "freeze", "x.conv_resample", "to be True", "False")
+    expect(known["conv_resample"], "x.conv_resample", "to be True", "False")
     config = {
         "norm_num_groups": attention.norm.num_groups,
         "norm_eps": attention.norm.eps,
@@ -141,7 +137,7 @@ def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_t
     }
 
     def read(weights: Mapping[str, Tensor]) -> UNet:
-        unet = _converted("freeze", "x", weights, *(known[name] for name in _HEADS), **config)
+        unet = _converted("x", weights, *(known[name] for name in _HEADS), **config)
         return unet.to(torch.promote_types(unet.conv_in.weight.dtype, torch.float32)).eval()
 
     torso = source.input_blocks[0][0].weight.dtype  # convert_to_fp16 leaves the embedding and the head in float32
@@ -151,16 +147,15 @@ def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_t
 def plan_of_diffusion(diffusion: Any, num_steps: int | None, eta: float | None) -> SamplingPlan:
     """Return the plan of a process. Arguments and errors are those of `ddpm_fast.plan_of`."""
     name, itself = type(diffusion).__name__, "to be a GaussianDiffusion or SpacedDiffusion itself, whose steps are known"
-    expect(name in ("GaussianDiffusion", "SpacedDiffusion"), "plan_of", "x", itself, f"a {name}")
-    check_unpatched("plan_of", "x", diffusion)
-    check_choice("plan_of", "x.model_mean_type.name", diffusion.model_mean_type.name, _PREDICTIONS)
+    expect(name in ("GaussianDiffusion", "SpacedDiffusion"), "x", itself, f"a {name}")
+    check_unpatched("x", diffusion)
+    check_choice("x.model_mean_type.name", diffusion.model_mean_type.name, _PREDICTIONS)
     prediction, variance = _PREDICTIONS[diffusion.model_mean_type.name], diffusion.model_var_type.name.lower()
     betas, total = torch.as_tensor(diffusion.betas), getattr(diffusion, "original_num_steps", diffusion.num_timesteps)
     timesteps = list(getattr(diffusion, "timestep_map", range(total)))
-    expect(num_steps is None, "plan_of", "num_steps", f"to be None, as the process has {len(timesteps)}", num_steps)
+    expect(num_steps is None, "num_steps", f"to be None, as the process has {len(timesteps)}", num_steps)
     expect(
         not getattr(diffusion, "rescale_timesteps", False) or total == 1000,
-        "plan_of",
         "x.rescale_timesteps",
         "to be False, or x to have 1000 timesteps",
         f"True and {total}, which gives timesteps between integers",
@@ -188,12 +183,12 @@ def _between(betas: Tensor, timesteps: list[int], total: int) -> Tensor:
 
 
 def _converted(
-    caller: str, path: str, weights: Mapping[str, Tensor], num_heads: int, head_width: int, new_order: bool, **config: Any
+    path: str, weights: Mapping[str, Tensor], num_heads: int, head_width: int, new_order: bool, **config: Any
 ) -> UNet:
     """Return a `UNet` on the weights of a UNetModel. Heads and `config` are what they do not tell."""
 
     def size(name: str, dim: int) -> int:
-        expect(name in weights, caller, path, "to have the weights of a UNetModel", f"none named {name}")
+        expect(name in weights, path, "to have the weights of a UNetModel", f"none named {name}")
         return weights[name].shape[dim]
 
     def kinds(block: str) -> list[str]:
@@ -239,7 +234,7 @@ def _converted(
         block, layer = blocks[match[1]], match[2]
         if layer in ("qkv.weight", "qkv.bias"):
             heads = num_heads if head_width == -1 else weight.shape[0] // 3 // head_width
-            for to, part in zip("qkv", _queries_keys_values(caller, weight, heads, new_order), strict=True):
+            for to, part in zip("qkv", _queries_keys_values(weight, heads, new_order), strict=True):
                 renamed[f"{block}.to_{to}.{layer[4:]}"] = part
         elif layer in ("weight", "bias"):
             renamed[f"{block}.{layer}"] = weight
@@ -247,7 +242,7 @@ def _converted(
             inner, _, kind = layer.rpartition(".")
             is_product = inner == "proj_out" and kind == "weight"
             renamed[f"{block}.{_INNER.get(inner, inner)}.{kind}"] = weight.flatten(1) if is_product else weight
-    return unet_on_weights(caller, path, "a UNetModel with 2D convolutions", config, renamed)
+    return unet_on_weights(path, "a UNetModel with 2D convolutions", config, renamed)
 
 
 def _block_names(attended: list[bool], num_res_blocks: int) -> dict[str, str]:
@@ -270,12 +265,11 @@ def _block_names(attended: list[bool], num_res_blocks: int) -> dict[str, str]:
     return names
 
 
-def _queries_keys_values(caller: str, weight: Tensor, heads: int, new_order: bool) -> list[Tensor]:
+def _queries_keys_values(weight: Tensor, heads: int, new_order: bool) -> list[Tensor]:
     """Return the rows of queries, keys and values in a joined projection, heads one after another."""
     channels = weight.shape[0] // 3
     expect(
         weight.shape[0] % (3 * heads) == 0,
-        caller,
         "heads",
         f"to divide {channels} channels of an attention",
         f"{heads} heads",

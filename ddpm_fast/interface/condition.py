@@ -44,11 +44,10 @@ class Condition:
         channels = f"{self.channels} channel{'s' * (self.channels != 1)} of a condition"
         return f"{channels} ({self.kind})" if self.kind else channels
 
-    def check(self, caller: str, condition: Any, num: int, shape: Sequence[int]) -> None:
+    def check(self, condition: Any, num: int, shape: Sequence[int]) -> None:
         """Raise unless the condition of a call is as the network reads it. One without a configuration reads any channels.
 
         Args:
-            caller: Name of the calling function for error messages.
             condition: Floating [num, K, H, W], or None.
             num: Number of images.
             shape: (C, H, W) of an image.
@@ -60,13 +59,13 @@ class Condition:
         size = ", ".join(map(str, shape[1:]))
         if condition is None:
             wanted = f"to be [{num}, {self.channels}, {size}], as the model reads {self.channels} channels after x_t"
-            expect(not self.channels, caller, "condition", wanted, "None")
+            expect(not self.channels, "condition", wanted, "None")
             return
-        expect(self.channels != 0, caller, "condition", "to be None, as the model reads x_t alone", "a condition")
+        expect(self.channels != 0, "condition", "to be None, as the model reads x_t alone", "a condition")
         readable = isinstance(condition, Tensor) and not condition.is_nested and condition.dim() == len(shape) + 1
         channels = max(condition.shape[1] if readable else 0, 1) if self.channels is None else self.channels
-        check_finite_maps(caller, "condition", condition, [num, channels, *shape[1:]])
+        check_finite_maps("condition", condition, [num, channels, *shape[1:]])
 
-    def expect_none(self, caller: str, name: str, remedy: str = "") -> None:
+    def expect_none(self, name: str, remedy: str = "") -> None:
         """Raise a ValueError if the network reads a condition, which the caller cannot give."""
-        expect(not self.channels, caller, name, f"to be one without a condition{remedy}", str(self))
+        expect(not self.channels, name, f"to be one without a condition{remedy}", str(self))

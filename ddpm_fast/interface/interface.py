@@ -60,7 +60,7 @@ class Interface:
         sides = [*map(count_of, size if isinstance(size, list | tuple) else (size, size))]
         known = [side for side in sides if side is not None]
         channels = gives if gives is None or not predicts_variance else gives // 2
-        # A variance that the network does not predict, or is not asked for, is said where outputs are checked.
+        # A variance that the network does not predict, or is not asked for, is reported where outputs are checked.
         doubled = gives is not None and (gives % 2 if predicts_variance else gives == 2 * (reads or 0))
         channels = reads if gives is None or doubled else channels
         conditions = None if reads is None or channels is None or gives is None else reads - channels
@@ -80,18 +80,18 @@ class Interface:
         """(C, H, W) of an image that it draws."""
         return None if self.channels is None or self.size is None else (self.channels, *self.size)
 
-    def check_images(self, caller: str, name: str, shape: Sequence[int]) -> None:
+    def check_images(self, name: str, shape: Sequence[int]) -> None:
         """Raise a ValueError unless the network reads and returns images of a shape (C, H, W)."""
         channels, *sides = shape
         predicted = channels * (2 if self.predicts_variance else 1)
         variance = "" if not self.predicts_variance else " and it predicts their variance"
         wanted = f"a model with {predicted} output channels, as images have {channels}{variance}"
-        expect(self.predicted_channels in (None, predicted), caller, "", wanted, self.predicted_channels)
+        expect(self.predicted_channels in (None, predicted), "", wanted, self.predicted_channels)
         reads = self.read_channels
         wanted = f"to be (C, H, W) with C at most {reads}, which the model reads"
-        expect(reads is None or channels <= reads, caller, name, wanted, tuple(shape))
-        expect(self.predicted_channels is None or len(sides) == 2, caller, name, "to be (C, H, W)", tuple(shape))
-        check_sides(caller, name, sides, self.multiple)
+        expect(reads is None or channels <= reads, name, wanted, tuple(shape))
+        expect(self.predicted_channels is None or len(sides) == 2, name, "to be (C, H, W)", tuple(shape))
+        check_sides(name, sides, self.multiple)
 
 
 def side_multiple(widths: Sequence[int]) -> int:
@@ -99,8 +99,7 @@ def side_multiple(widths: Sequence[int]) -> int:
     return 1 << len(widths) - 1
 
 
-def check_sides(caller: str, name: str, sides: Sequence[int], multiple: int) -> None:
+def check_sides(name: str, sides: Sequence[int], multiple: int) -> None:
     """Raise a ValueError unless the sides of images are multiples of a number."""
     if any(side % multiple for side in sides):  # torch.compile cannot write sides that it does not know into a message
-        wanted = f"to have H and W that are multiples of {multiple}"
-        raise InvalidValue(caller, name, wanted, "x".join(map(str, sides)))
+        raise InvalidValue(name, f"to have H and W that are multiples of {multiple}", "x".join(map(str, sides)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import listed
 from ..dtypes import FLOATS
-from ..errors import InvalidValue, expect
+from ..errors import InvalidValue, MissingPath, UnusablePath, expect
 from ..files.models import LEGACY_WEIGHTS, WEIGHTS, model_folder
 from ..files.writing import read_json, write_json, write_tensors
 from ..interface import OWN
@@ -45,7 +45,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str,
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or the configuration is not supported.
     """
-    folder = network_folder(model_folder("from_pretrained", "path", path, read_config))
+    folder = network_folder(model_folder("path", path, read_config))
     return read_config(folder), *_read_weights(folder)
 
 
@@ -72,10 +72,9 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
     # Two files cannot be replaced at once: a configuration, once there, stays, and only the weights are replaced.
     new = not (folder / _CONFIG).exists()
     values = config.to_dict()
-    if not new and (present := read_config(folder, "save_pretrained").to_dict()) != values:
+    if not new and (present := read_config(folder).to_dict()) != values:
         changed = ", ".join(key for key in {**values, **present} if present.get(key) != values.get(key))
         raise InvalidValue(
-            "save_pretrained",
             "path",
             "to be free or to hold a network of the same configuration",
             f"{os.fspath(path)!r} which differs in {changed}",
@@ -86,11 +85,10 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
         write_json(folder / _CONFIG, {"_class_name": _CLASS_NAME} | values | ({OWN: own} if own else {}))
 
 
-def load_safetensors(caller: str, path: Path) -> dict[str, Tensor]:
+def load_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, on the CPU in their stored dtype.
 
     Args:
-        caller: Name of the calling function for error messages.
         path: The file.
 
     Raises:
@@ -104,17 +102,16 @@ def load_safetensors(caller: str, path: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except RuntimeError as error:  # torch maps the file, and reports the system's errors so
-        raise OSError(f"{caller}: expected to open {str(path)!r}, got: {error}") from error
+        raise UnusablePath(repr(str(path)), "to be readable", error) from error
     except Exception as error:  # safetensors' own, or torch's about a dtype
-        raise InvalidValue(caller, repr(str(path)), "to be a whole safetensors file", error) from error
+        raise InvalidValue(repr(str(path)), "to be a whole safetensors file", error) from error
     return tensors
 
 
-def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
+def load_tensors(path: str | os.PathLike[str]) -> Any:
     """Read tensors and plain values that torch.save wrote, without running code from the file.
 
     Args:
-        caller: Name of the calling function for error messages.
         path: File to read.
 
     Returns:
@@ -126,7 +123,7 @@ def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{caller}: expected path to be a file, got {path!r}")
+        raise MissingPath("path", "to be a file", repr(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # has many types, as the unpickler takes the bytes as they come
@@ -135,7 +132,6 @@ def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
             classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if classes:
             raise InvalidValue(
-                caller,
                 repr(path),
                 "to hold tensors and plain values",
                 f"a {min(classes)}, which needs pickle, and pickle may run any code: if you trust the file, load it by "
@@ -144,16 +140,15 @@ def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if isinstance(error, pickle.UnpicklingError):  # its text is about options of torch.load
             reason = "one that is damaged, or older than the zip format with objects that need pickle, which may run any code"
-        raise InvalidValue(caller, repr(path), "to be a whole file of torch.save", reason) from error
+        raise InvalidValue(repr(path), "to be a whole file of torch.save", reason) from error
 
 
 def check_weights(
-    caller: str, path: str | os.PathLike[str], owner: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    path: str | os.PathLike[str], owner: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> None:
     """Raise a ValueError unless weights are dense floating tensors of the expected names and shapes.
 
     Args:
-        caller: Name of the calling function for error messages.
         path: Origin of the weights for error messages.
         owner: Owner of the expected names for error messages.
         expected: Tensors with the expected names and shapes.
@@ -162,66 +157,58 @@ def check_weights(
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            raise InvalidValue(caller, "", f"the weights in {os.fspath(path)!r} to fit {owner}", f"{kind} {listed(names)}")
+            raise InvalidValue("", f"the weights in {os.fspath(path)!r} to fit {owner}", f"{kind} {listed(names)}")
     for name, tensor in expected.items():
         weight: Any = weights[name]
         if not isinstance(weight, Tensor) or weight.layout is not torch.strided or weight.is_meta:
             got = f"a {weight.device.type} tensor of layout {weight.layout}" if isinstance(weight, Tensor) else repr(weight)
-            raise InvalidValue(caller, name, "to be a dense tensor", got, os.fspath(path))
+            raise InvalidValue(name, "to be a dense tensor", got, os.fspath(path))
         if weight.shape != tensor.shape:
-            wanted = f"to have shape {list(tensor.shape)} (by {owner})"
-            raise InvalidValue(caller, name, wanted, list(weight.shape), os.fspath(path))
+            raise InvalidValue(name, f"to have shape {list(tensor.shape)} (by {owner})", list(weight.shape), os.fspath(path))
         if tensor.is_floating_point() and weight.dtype not in FLOATS:
-            raise InvalidValue(caller, name, "to be floating", weight.dtype, os.fspath(path))
+            raise InvalidValue(name, "to be floating", weight.dtype, os.fspath(path))
 
 
-def check_finite(caller: str, path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+def check_finite(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError unless tensors are finite.
 
     Args:
-        caller: Name of the calling function for error messages.
         path: Origin of the tensors for error messages.
         tensors: Floating tensors of one device, none of them empty.
     """
     finite = torch.stack([norm.isfinite() for norm in torch._foreach_norm(list(tensors.values()), math.inf)]).tolist()
     names = [f"{name} ({tensors[name].dtype})" for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
     if names:
-        raise InvalidValue(
-            caller, "", f"the tensors in {os.fspath(path)!r} to be finite", f"NaN or infinity in {listed(names)}"
-        )
+        raise InvalidValue("", f"the tensors in {os.fspath(path)!r} to be finite", f"NaN or infinity in {listed(names)}")
 
 
-def read_config(folder: Path, caller: str = "from_pretrained") -> UNetConfig:
+def read_config(folder: Path) -> UNetConfig:
     """Return the configuration in a network's folder or a pipeline's, or raise the error that says what is wrong with it."""
     file = network_folder(folder) / _CONFIG
     if not file.is_file():
-        raise FileNotFoundError(f"{caller}: expected {_CONFIG} in {str(file.parent)!r}, which has none")
+        raise MissingPath("", f"{_CONFIG} in {str(file.parent)!r}", "none")
 
     def parse(values: dict[str, Any]) -> UNetConfig:
         name = values.get("_class_name", _CLASS_NAME)
-        expect(name == _CLASS_NAME, "", "_class_name", f"to be {_CLASS_NAME}", repr(name))
+        expect(name == _CLASS_NAME, "_class_name", f"to be {_CLASS_NAME}", repr(name))
         own = values.get(OWN, {})
-        described = isinstance(own, dict) and own.keys() <= set(DESCRIBING)
-        expect(described, "", OWN, f"to have keys among {', '.join(DESCRIBING)}", own)
+        expect(isinstance(own, dict) and own.keys() <= set(DESCRIBING), OWN, f"to have keys among {', '.join(DESCRIBING)}", own)
         return UNetConfig.from_dict(values | own)
 
-    return read_json(caller, file, parse)
+    return read_json(file, parse)
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
     if (file := folder / WEIGHTS).is_file():
-        weights = load_safetensors("from_pretrained", file)
+        weights = load_safetensors(file)
     elif (file := folder / LEGACY_WEIGHTS).is_file():
-        weights = load_tensors("from_pretrained", file)
+        weights = load_tensors(file)
         if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
             got = f"names such as {listed(weights)}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
-            raise InvalidValue("from_pretrained", repr(str(file)), "to hold a dict of tensors by name", got)
+            raise InvalidValue(repr(str(file)), "to hold a dict of tensors by name", got)
     else:
-        raise FileNotFoundError(
-            f"from_pretrained: expected {WEIGHTS} or {LEGACY_WEIGHTS} in {os.fspath(folder)!r}, which has neither"
-        )
+        raise MissingPath("", f"{WEIGHTS} or {LEGACY_WEIGHTS} in {os.fspath(folder)!r}", "neither")
     named = {_LEGACY_PATTERN.sub(lambda m: m[1] + _LEGACY_NAMES[m[2]], name): tensor for name, tensor in weights.items()}
     if len(named) < len(weights):
-        twice = "one under its names before and after diffusers 0.12"
-        raise InvalidValue("from_pretrained", repr(str(file)), "to hold each tensor once", twice)
+        raise InvalidValue(repr(str(file)), "to hold each tensor once", "one under its names before and after diffusers 0.12")
     return named, file

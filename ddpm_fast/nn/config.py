@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal
 
 from ..checks import as_json
@@ -142,6 +143,11 @@ class UNetConfig:
         Literal["learned", "learned_range"] | None, _key("What half of the output channels predict. None: no variance.")
     ] = None
 
+    @cached_property
+    def labels(self) -> Labels:
+        """The labels that the network reads."""
+        return Labels.stated(self.num_class_embeds, self.no_label, self.class_names)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
         """Return the configuration that the keys of a config.json describe.
@@ -157,7 +163,7 @@ class UNetConfig:
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         for key in values:
             if key not in known:
-                raise InvalidValue("UNet", "", f"keys among {', '.join(known)}", suggested(key, known))
+                raise InvalidValue("", f"keys among {', '.join(known)}", suggested(key, known))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,9 +173,9 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for declared in options_of(UNetConfig):
-            object.__setattr__(self, declared.name, checked_option("UNet", declared, getattr(self, declared.name)))
+            object.__setattr__(self, declared.name, checked_option(declared, getattr(self, declared.name)))
         _expect(self, "class_names", self.class_names != (), "None or a list of non-empty strings")
-        Labels(self.num_class_embeds or 0, self.no_label, self.class_names or ()).check_stored("UNet")
+        _ = self.labels  # a ValueError if names do not fit
         drawn = (self.out_channels, self.out_channels // 2)  # half, if the network predicts variances too
         for key, counts in (("data_range", drawn), ("condition_range", [self.in_channels - each for each in drawn])):
             if (value := getattr(self, key)) is not None:
@@ -209,4 +215,4 @@ document(UNetConfig)
 
 def _expect(config: UNetConfig, key: str, holds: object, wanted: str) -> None:
     if not holds:
-        raise InvalidValue("UNet", key, f"to be {wanted}", repr(getattr(config, key)))
+        raise InvalidValue(key, f"to be {wanted}", repr(getattr(config, key)))

@@ -80,7 +80,7 @@ def is_untouched(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
 def doubled(x: Tensor) -> Tensor:
     """Upsample by 2 (nearest): [N, C, H, W] -> [N, C, 2 H, 2 W]."""
     if x.dim() != 4:  # PyTorch would double only the width of [C, H, W]
-        raise InvalidValue("upsampling", "x", "to be [N, C, H, W]", f"shape {tuple(x.shape)}")
+        raise InvalidValue("x", "to be [N, C, H, W]", f"shape {tuple(x.shape)}")
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..checks import check_float, check_strided, checked_device, checked_seeds
-from ..errors import InvalidType, InvalidValue
+from ..errors import InvalidType, InvalidValue, public
 from ..interface import check_sides, side_multiple
-from ..interface.labels import check_labels
 from ..ops.modes import runs_eagerly
 from ..options import checked
 from ..reference import STREAM_DROPOUT
@@ -55,6 +54,7 @@ class UNet(nn.Module):
         ValueError: A key is unknown, or a value is not supported.
     """
 
+    @public()
     def __init__(self, **config: Any) -> None:
         super().__init__()
         self._config = cfg = UNetConfig.from_dict(config)
@@ -64,7 +64,7 @@ class UNet(nn.Module):
 
         self.conv_in = Conv3x3(cfg.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(cfg.sinusoid_dim, emb_dim)
-        self.class_embedding = None if cfg.num_class_embeds is None else nn.Embedding(cfg.num_class_embeds, emb_dim)
+        self.class_embedding = cfg.labels.embedding(emb_dim)
 
         # Widths of the skip connections in the order they are made; the way up takes them from the end.
         skips = [channels[0]]
@@ -136,6 +136,7 @@ class UNet(nn.Module):
             if isinstance(module, ResnetBlock) and module.conv_shortcut is not None:
                 module.conv_shortcut.weight /= 3**0.5
 
+    @public("UNet", traced=True)
     def forward(
         self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None, *, dropout_seeds: Tensor | None = None
     ) -> Tensor:
@@ -161,9 +162,9 @@ class UNet(nn.Module):
                 `dropout_seeds` are not int64.
         """
         cfg = self._config
-        t = checked_timesteps("UNet", cfg, x, t, class_labels)
+        t = checked_timesteps(cfg, x, t, class_labels)
         if dropout_seeds is not None:
-            dropout_seeds = checked_seeds("UNet", dropout_seeds, x.shape[0], x.device, "dropout_seeds")
+            dropout_seeds = checked_seeds(dropout_seeds, x.shape[0], x.device, "dropout_seeds")
         dtype = self.conv_in.weight.dtype
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             # Height and width become constants of the graph: Inductor fails on gradients of channels_last maps of a dynamic
@@ -212,11 +213,11 @@ class UNet(nn.Module):
             ValueError: A file is damaged, the configuration is not supported, the weights do not fit it, or they
                 are not finite in `dtype`.
         """
-        device = None if device is None else checked_device("from_pretrained", device)
+        device = None if device is None else checked_device(device)
         config, weights, file = load_checkpoint(path)
-        model = unet_on_weights("from_pretrained", file, "its config.json", config.to_dict(), weights, kind=cls)
+        model = unet_on_weights(file, "its config.json", config.to_dict(), weights, kind=cls)
         model.to(device, torch.float32 if dtype is None else dtype)
-        check_finite("from_pretrained", file, model.state_dict())
+        check_finite(file, model.state_dict())
         return model.eval()
 
     @checked()
@@ -235,7 +236,6 @@ class UNet(nn.Module):
 
 
 def unet_on_weights(
-    caller: str,
     path: str | os.PathLike[str],
     owner: str,
     config: Mapping[str, Any],
@@ -247,7 +247,7 @@ def unet_on_weights(
     """Return a `UNet` of this configuration on weights by name, which are not copied. They are checked by `check_weights`."""
     with torch.device("meta"), WithoutDraws():
         model = kind(**config).requires_grad_(trainable)
-    check_weights(caller, path, owner, model.state_dict(), weights)
+    check_weights(path, owner, model.state_dict(), weights)
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -286,28 +286,28 @@ def describe_images(model: UNet, size: Sequence[int] | None, described: Mapping[
         model._config, model.config = config, config.to_dict()
 
 
-def checked_timesteps(caller: str, config: UNetConfig, x: Tensor, t: Tensor | float, class_labels: Tensor | None) -> Tensor:
+def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | float, class_labels: Tensor | None) -> Tensor:
     """Return t as [N] on x's device, or raise what `UNet.forward` documents."""
-    check_float(caller, "x", x)
+    check_float("x", x)
     if x.dim() != 4 or x.shape[1] != config.in_channels:
-        raise InvalidValue(caller, "x", f"to be [N, {config.in_channels}, H, W]", tuple(x.shape))
-    check_sides(caller, "x", x.shape[2:], side_multiple(config.block_out_channels))
+        raise InvalidValue("x", f"to be [N, {config.in_channels}, H, W]", tuple(x.shape))
+    check_sides("x", x.shape[2:], side_multiple(config.block_out_channels))
     n = x.shape[0]
     # torch.compile and the like cannot ask for a value
-    check_labels(caller, config.num_class_embeds, class_labels, x, values=class_labels is None or runs_eagerly(class_labels))
+    config.labels.check(class_labels, x, values=class_labels is None or runs_eagerly(class_labels))
     if not isinstance(t, Tensor):
         if not isinstance(t, Number) or isinstance(t, (bool, complex)):
-            raise InvalidType(caller, "t", "to be an int or a tensor", type(t).__name__)
+            raise InvalidType("t", "to be an int or a tensor", type(t).__name__)
         if not 0 <= t < 1 << 53:  # NaN fails too
-            raise InvalidValue(caller, "t", "to be at least 0 and finite", t)
+            raise InvalidValue("t", "to be at least 0 and finite", t)
         return torch.full((n,), t, device=x.device)
-    check_strided(caller, "t", t)
+    check_strided("t", t)
     if t.dtype == torch.bool or t.is_complex():
-        raise InvalidType(caller, "t", "to be numbers", t.dtype)
+        raise InvalidType("t", "to be numbers", t.dtype)
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != n):  # the compiler compares symbolic sizes, not tuples of them
-        raise InvalidValue(caller, "t", f"to be an int or of shape [] or [{n}]", tuple(t.shape))
+        raise InvalidValue("t", f"to be an int or of shape [] or [{n}]", tuple(t.shape))
     if t.is_meta and not x.is_meta:
-        raise InvalidValue(caller, "t", "to have values", "a tensor on the meta device")
+        raise InvalidValue("t", "to have values", "a tensor on the meta device")
     return t.to(x.device).expand(n)
 
 

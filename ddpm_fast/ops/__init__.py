@@ -5,6 +5,7 @@ from typing import Final
 import torch
 
 from ..checks import check_choice
+from ..errors import public
 from .attention import attention, attention_op
 from .backend import BACKENDS, BackendUnavailable
 from .conv3x3 import conv3x3, conv3x3_op
@@ -26,13 +27,14 @@ OPS: Final[dict[str, FusedOp]] = {
 """Public ops by name."""
 
 
+@public()
 def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Return why a backend cannot compute an op for this device and dtype, or None if it can.
 
     Raises:
         ValueError: The backend or the op is unknown.
     """
-    check_choice("why_not", "op", op, OPS)
+    check_choice("op", op, OPS)
     return OPS[op].why_not(backend, device, dtype)
 
 

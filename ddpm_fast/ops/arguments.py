@@ -13,20 +13,19 @@ from ..checks import check_device, check_storage, check_strided, check_values, d
 from ..errors import InvalidType, InvalidValue
 
 
-def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any], *, may_be_same: bool = True) -> None:
+def check_apart(out: Tensor, inputs: Mapping[str, Any], *, may_be_same: bool = True) -> None:
     """Raise a ValueError if `out` has no memory, or overlaps an input there without being the same elements.
 
     An elementwise kernel may run in place. With an offset it would read elements that it has overwritten.
 
     Args:
-        op: Name of the op.
         out: A dense tensor.
         inputs: Dense tensors by name. Other values are ignored.
         may_be_same: Whether `out` may be an input itself.
     """
     out_begin, out_end = _extent(out)
     if out_begin == (0, 0):  # its storage was freed, or it has no elements
-        check_storage(op, "out", out)
+        check_storage("out", out)
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
             continue
@@ -39,7 +38,7 @@ def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any], *, may_be_same:
                 if may_be_same
                 else (f"apart from {name}", "an overlap")
             )
-            raise InvalidValue(op, "out", f"to be {wanted} in memory", got)
+            raise InvalidValue("out", f"to be {wanted} in memory", got)
 
 
 def _extent(x: Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -52,7 +51,6 @@ def _extent(x: Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
 
 
 def check_like(
-    op: str,
     name: str,
     x: Any,
     like_name: str,
@@ -65,7 +63,6 @@ def check_like(
     """Raise unless x is a dense tensor that goes with `like`: of its dtype, on its device, and of its shape or the one given.
 
     Args:
-        op: Name of the op.
         name: Name of the argument.
         x: The argument.
         like_name: Name of `like`.
@@ -77,16 +74,16 @@ def check_like(
     if optional and x is None:
         return
     if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:
-        check_strided(op, name, x)
+        check_strided(name, x)
     wanted = tuple(like.shape) if shape is None else shape
     given = tuple(x.shape)
     if given != wanted and not _fits(given, wanted):
-        raise InvalidValue(op, name, f"to have shape [{', '.join(map(str, wanted))}]", list(given))
+        raise InvalidValue(name, f"to have shape [{', '.join(map(str, wanted))}]", list(given))
     if x.dtype != like.dtype and x.dtype not in also:
         others = ", ".join(dtype_names([dtype for dtype in also if dtype != like.dtype]))
         dtypes = f"to be {others} or of {like_name}'s dtype" if others else f"to have the dtype of {like_name}"
-        raise InvalidType(op, name, f"{dtypes}, {like.dtype}", x.dtype)
-    check_device(op, name, x, like_name, like)
+        raise InvalidType(name, f"{dtypes}, {like.dtype}", x.dtype)
+    check_device(name, x, like_name, like)
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
@@ -97,7 +94,7 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
     return not wrong
 
 
-def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, device: torch.device) -> Tensor:
+def index_tensor(name: str, index: int | Tensor, bound: int, n: int, device: torch.device) -> Tensor:
     """Return the samples' timesteps as int64 [n] on the device.
 
     `index` is an int, or int64 with one or n elements. An int is checked here. A CPU tensor is checked by
@@ -106,18 +103,18 @@ def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, de
     """
     if isinstance(index, Tensor):
         if index.layout is not torch.strided:
-            check_strided(op, name, index)
+            check_strided(name, index)
         if index.dtype != torch.int64:
-            raise InvalidType(op, name, "to be an int or an int64 tensor", index.dtype)
+            raise InvalidType(name, "to be an int or an int64 tensor", index.dtype)
         try:
             if index.numel() == 1 or index.shape == (n,):
                 return index.to(device).reshape(-1).expand(n).contiguous()
         except RuntimeError:
-            check_values(op, name, index)
+            check_values(name, index)
             raise
-        raise InvalidValue(op, name, f"to be an int or of shape [{n}]", list(index.shape))
+        raise InvalidValue(name, f"to be an int or of shape [{n}]", list(index.shape))
     if not isinstance(index, int) or isinstance(index, bool):
-        raise InvalidType(op, name, "to be an int or an int64 tensor", type(index).__name__)
+        raise InvalidType(name, "to be an int or an int64 tensor", type(index).__name__)
     if not 0 <= index < bound:
-        raise InvalidValue(op, name, f"in 0..{bound - 1}", index)
+        raise InvalidValue(name, f"in 0..{bound - 1}", index)
     return torch.full((n,), index, dtype=torch.int64, device=device)

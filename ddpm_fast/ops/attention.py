@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_float, check_int, check_number
-from ..errors import InvalidValue
+from ..errors import InvalidValue, public
 from .autocast import autocast, autocast_dtype, in_autocast
 from .backend import why_not_matrix_kernels
 from .conv3x3 import is_trained_natively
@@ -27,6 +27,7 @@ from .packed_conv import step_of, why_not_tiles
 FEWEST_PIXELS: Final = {torch.bfloat16: 0, torch.float32: 64}
 
 
+@public(traced=True)
 def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backend: str | None = None) -> Tensor:
     """Return the self-attention of all pixels, softmax(q k^T scale) v (Vaswani et al. 2017).
 
@@ -51,14 +52,13 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
         TypeError: An argument has an unsupported type or dtype.
         BackendUnavailable: The named backend cannot run.
     """
-    op = "attention"
-    check_float(op, "qkv", qkv)
-    check_int(op, "num_heads", num_heads, 1, (1 << 31) - 1)
+    check_float("qkv", qkv)
+    check_int("num_heads", num_heads, 1, (1 << 31) - 1)
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads):
-        raise InvalidValue(op, "qkv", f"to be [N, L, 3 C] with C a multiple of {num_heads} heads", list(qkv.shape))
+        raise InvalidValue("qkv", f"to be [N, L, 3 C] with C a multiple of {num_heads} heads", list(qkv.shape))
     if scale is None:
         scale = float(max(qkv.shape[2] // (3 * num_heads), 1) ** -0.5)
-    check_number(op, "scale", scale, finite=True)
+    check_number("scale", scale, finite=True)
     (qkv,) = autocast(qkv)
     y: Tensor = attention_op(qkv, num_heads, scale, backend=backend)
     return y

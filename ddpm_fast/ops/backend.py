@@ -160,7 +160,7 @@ def _warn_once_without_cuda(device: torch.device, reason: str) -> None:
         f"ddpm_fast's compiled kernels cannot run on {device}: {reason}. Triton or PyTorch compute its ops. "
         f"{cuda_remedy(device)}",
         RuntimeWarning,
-        stacklevel=6,  # the caller of the op
+        stacklevel=7,  # the caller of the op
     )
 
 

@@ -132,7 +132,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
-def shared_format(op: str, tensors: Sequence[Tensor]) -> torch.memory_format:
+def shared_format(tensors: Sequence[Tensor]) -> torch.memory_format:
     """Return the memory format that all tensors have. A tensor of one channel has both.
 
     Raises:
@@ -141,7 +141,7 @@ def shared_format(op: str, tensors: Sequence[Tensor]) -> torch.memory_format:
     for layout in (torch.contiguous_format, torch.channels_last):
         if all(each.is_contiguous(memory_format=layout) for each in tensors):
             return layout
-    raise InvalidValue(op, "", "tensors of one memory format", f"strides {[each.stride() for each in tensors]}")
+    raise InvalidValue("", "tensors of one memory format", f"strides {[each.stride() for each in tensors]}")
 
 
 def sizes(x: Tensor, layout: torch.memory_format | None = None) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_choice, check_map, check_number, check_type
 from ..dtypes import opmath
-from ..errors import InvalidValue
+from ..errors import InvalidValue, public
 from .arguments import check_like
 from .autocast import autocast
 from .backend import BFLOAT16, BUILD, MATRIX_DTYPES, Bfloat16, product_dtype, why_not_matrix_kernels
@@ -29,6 +29,7 @@ _CHANNELS_LAST: Final = torch.channels_last
 _LARGE_TILES: Final = 128
 
 
+@public(traced=True)
 def conv3x3(
     x: Tensor,
     weight: Tensor,
@@ -73,30 +74,28 @@ def conv3x3(
         TypeError: An argument has an unsupported type or dtype.
         BackendUnavailable: The named backend cannot run.
     """
-    op = "conv3x3"
-    check_map(op, "x", x)
+    check_map("x", x)
     for name, value in (("skip", skip), ("residual", residual)):
         if value is not None:
-            check_map(op, name, value)
+            check_map(name, value)
     x, skip, residual = autocast(x, skip, residual)
     n, channels, height, width = x.shape
     if skip is not None:
-        check_like(op, "skip", skip, "x", x, (n, skip.shape[1], height, width))
+        check_like("skip", skip, "x", x, (n, skip.shape[1], height, width))
         channels += skip.shape[1]
-    check_like(op, "weight", weight, "x", x, ("out", channels, 3, 3), also=(torch.float32,))
+    check_like("weight", weight, "x", x, ("out", channels, 3, 3), also=(torch.float32,))
     out_channels = weight.shape[0]
-    check_like(op, "bias", bias, "x", x, (out_channels,), also=(torch.float32,), optional=True)
+    check_like("bias", bias, "x", x, (out_channels,), also=(torch.float32,), optional=True)
     if affine is not None:
-        wide = opmath(x.dtype)
-        check_like(op, "affine", affine, "the statistics", x.new_empty(0, dtype=wide), (n, 3, channels))
-    check_choice(op, "activation", activation, ("silu", None))
-    check_number(op, "divisor", divisor, finite=True)
+        check_like("affine", affine, "the statistics", x.new_empty(0, dtype=opmath(x.dtype)), (n, 3, channels))
+    check_choice("activation", activation, ("silu", None))
+    check_number("divisor", divisor, finite=True)
     if divisor == 0:
-        raise InvalidValue(op, "divisor", "to be another number than 0", divisor)
-    check_type(op, "upsample", upsample, bool)
+        raise InvalidValue("divisor", "to be another number than 0", divisor)
+    check_type("upsample", upsample, bool)
     if residual is not None:
         scale = 2 if upsample else 1
-        check_like(op, "residual", residual, "x", x, (n, out_channels, scale * height, scale * width))
+        check_like("residual", residual, "x", x, (n, out_channels, scale * height, scale * width))
     silu = activation == "silu"
     y: Tensor = conv3x3_op(x, weight, bias, skip, affine, silu, residual, float(divisor), upsample, backend=backend)
     return y

@@ -18,7 +18,7 @@ from ..checks import (
     checked_seeds,
 )
 from ..dtypes import FLOATS, opmath
-from ..errors import expect
+from ..errors import expect, public
 from ..predictions import TARGETS, Prediction
 from ..schedule import NoiseSchedule, Objective, objective_of
 from .arguments import check_like, index_tensor
@@ -27,6 +27,7 @@ from .fused_op import FusedOp
 from .op_spec import Gradient, OpSpec, schema_of
 
 
+@public(traced=True)
 def denoising_loss(
     model_output: Tensor,
     x_0: Tensor,
@@ -71,24 +72,23 @@ def denoising_loss(
         TypeError: An argument has an unsupported type or dtype.
         BackendUnavailable: The named backend cannot run.
     """
-    op = "denoising_loss"
-    check_float(op, "x_0", x_0)
+    check_float("x_0", x_0)
     if isinstance(schedule, NoiseSchedule):  # a look-up, as torch.compile cannot trace the computation
         name = "epsilon" if prediction is None else prediction
-        check_choice(op, "prediction", name, TARGETS)
+        check_choice("prediction", name, TARGETS)
         target, factor = schedule.target(name, x_0.device), 1
     else:
-        objective = objective_of(op, schedule, prediction)
+        objective = objective_of(schedule, prediction)
         target, factor = objective.on(x_0.device), objective.out_channels(1)
-        check_float(op, "x_0", x_0, min_dim=2 if factor > 1 else 1)  # a learned variance doubles the channels
+        check_float("x_0", x_0, min_dim=2 if factor > 1 else 1)  # a learned variance doubles the channels
     total = target.table.shape[0]
-    model_output, t, seeds = checked_loss(op, model_output, x_0, t, total, noise, seeds, reduction, factor)
+    model_output, t, seeds = checked_loss(model_output, x_0, t, total, noise, seeds, reduction, factor)
     model_output = model_output if factor == 1 else model_output[:, : x_0.shape[1]]
     if weight is not None:
-        check_float(op, "weight", weight)
-        check_device(op, "weight", weight, "x_0", x_0)
-        check_storage(op, "weight", weight)
-        expect(weight.shape == x_0.shape[:1], op, "weight", f"to have shape [{len(x_0)}], one per sample", list(weight.shape))
+        check_float("weight", weight)
+        check_device("weight", weight, "x_0", x_0)
+        check_storage("weight", weight)
+        expect(weight.shape == x_0.shape[:1], "weight", f"to have shape [{len(x_0)}], one per sample", list(weight.shape))
     source = (noise, seeds) if target.reads_epsilon else (None, None)
     x = x_0 if target.reads_x_0 else None
     losses: Tensor = denoising_loss_op(model_output, x, t, target.table, *source, backend=backend)  # [N]
@@ -96,7 +96,6 @@ def denoising_loss(
 
 
 def checked_loss(
-    op: str,
     model_output: Tensor,
     x_0: Tensor,
     t: int | Tensor,
@@ -109,7 +108,6 @@ def checked_loss(
     """Check a loss's arguments besides x_0. Return the model's output in x_0's dtype, the samples' timesteps and seeds.
 
     Args:
-        op: The function that error messages name.
         model_output: As in `denoising_loss`, like the following ones.
         x_0: [N, C, ...].
         t: Timestep.
@@ -121,14 +119,14 @@ def checked_loss(
     """
     n, *sizes = x_0.shape
     shape = (n, sizes[0] * factor, *sizes[1:]) if factor > 1 else (n, *sizes)
-    check_like(op, "model_output", model_output, "x_0", x_0, shape, also=FLOATS)
+    check_like("model_output", model_output, "x_0", x_0, shape, also=FLOATS)
     model_output = model_output.to(x_0.dtype)
-    check_one_of(op, "noise", noise, "seeds", seeds)
-    check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
-    check_like(op, "noise", noise, "x_0", x_0, optional=True)
+    check_one_of("noise", noise, "seeds", seeds)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_like("noise", noise, "x_0", x_0, optional=True)
     if seeds is not None:
-        seeds = checked_seeds(op, seeds, n, x_0.device)
-    return model_output, index_tensor(op, "t", t, num_timesteps, n, x_0.device), seeds
+        seeds = checked_seeds(seeds, n, x_0.device)
+    return model_output, index_tensor("t", t, num_timesteps, n, x_0.device), seeds
 
 
 def reduced(losses: Tensor, reduction: str) -> Tensor:
@@ -139,7 +137,7 @@ def reduced(losses: Tensor, reduction: str) -> Tensor:
 
 
 def _check(arguments: Any) -> None:
-    check_range("denoising_loss", "t", arguments.t, arguments.table.shape[0])
+    check_range("t", arguments.t, arguments.table.shape[0])
 
 
 def _gradient_by_reference(model_output: Tensor, *arguments: Any) -> Tensor | None:

@@ -94,7 +94,7 @@ class Execution:
             return None if spec.reference is not None else "it has no reference"
         if not isinstance(backend, str) or backend not in BACKENDS:
             kind = InvalidValue if isinstance(backend, str) else InvalidType
-            raise kind(self.name, "backend", f"to be one of {', '.join(BACKENDS)} or None", repr(backend))
+            raise kind("backend", f"to be one of {', '.join(BACKENDS)} or None", repr(backend))
         if backend in spec.limits and (reason := spec.limits[backend](device, dtype, arguments)) is not None:
             return reason
         if backend == "native":
@@ -130,7 +130,7 @@ class Execution:
             spec.check(a)
         results = self.allocated(a, saves, out)
         for each in out:
-            check_apart(self.name, each, a._asdict())
+            check_apart(each, a._asdict())
         if backend == "triton" or spec.native is not None:
             self._check_storage(a)  # a kernel of the compiled module checks its fields
         if backend == "triton":
@@ -158,7 +158,7 @@ class Execution:
         spec = self.spec
         a = spec.Arguments(*arguments, "native")
         maps = [a[i] for i in spec.maps if a[i] is not None]
-        layout = spec.layout or shared_format(self.name, [*maps, *out])
+        layout = spec.layout or shared_format([*maps, *out])
         values: tuple[Any, ...] = self.kernel.values(self.allocated(a, saves=False, out=out), a, layout)[0]
         return values
 
@@ -183,10 +183,10 @@ class Execution:
     def _check_storage(self, arguments: Sequence[Any]) -> None:
         for i in self.spec.tensors:
             if arguments[i] is not None:
-                check_storage(self.name, self.spec.Arguments._fields[i], arguments[i])
+                check_storage(self.spec.Arguments._fields[i], arguments[i])
 
     def _copied(self, i: int, value: Tensor, layout: torch.memory_format) -> Tensor:
-        check_storage(self.name, self.spec.Arguments._fields[i], value)
+        check_storage(self.spec.Arguments._fields[i], value)
         return value.contiguous(memory_format=layout)
 
     def allocated(self, arguments: Any, saves: bool = True, out: Outs = ()) -> Any:

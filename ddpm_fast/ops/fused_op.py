@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_strided
+from ..errors import public
 from .arguments import check_apart
 from .backend import BackendUnavailable
 from .derivative import Derivative
@@ -45,11 +46,12 @@ class FusedOp(Execution):
         self._count = len(spec.Results._fields)
         returns = "Tensor" if self._count == 1 else f"({', '.join(['Tensor'] * self._count)})"
         LIBRARY.define(f"{spec.name}({spec.schema}, str? backend) -> {returns}", tags=[torch.Tag.pt2_compliant_tag])
-        LIBRARY.impl(spec.name, self._compute, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ddpm_fast::{spec.name}", self._fake, lib=LIBRARY)
-        LIBRARY.impl(spec.name, self._autograd, "Autograd", with_keyset=True)
+        named = public(spec.name, traced=True)  # a compiled graph calls these, not the public function
+        LIBRARY.impl(spec.name, named(self._compute), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ddpm_fast::{spec.name}", named(self._fake), lib=LIBRARY)
+        LIBRARY.impl(spec.name, named(self._autograd), "Autograd", with_keyset=True)
         if spec.reference is not None:
-            LIBRARY.impl(spec.name, self._batched, "FuncTorchBatchedDecomposition")
+            LIBRARY.impl(spec.name, named(self._batched), "FuncTorchBatchedDecomposition")
         self._overload = getattr(torch.ops.ddpm_fast, spec.name).default
 
     def __call__(self, *arguments: Any, backend: str | None = None, out: Outs = ()) -> Any:
@@ -95,7 +97,7 @@ class FusedOp(Execution):
             self._check_storage(arguments)
         results = self.checked_reference(arguments)
         for each in () if torch.compiler.is_compiling() else out:
-            check_apart(self.name, each, self.spec.Arguments(*arguments, "reference")._asdict())
+            check_apart(each, self.spec.Arguments(*arguments, "reference")._asdict())
         return self._wanted(_written(results, out))
 
     # ------------------------------------------------------------------------------------------------------- torch.library
@@ -104,7 +106,7 @@ class FusedOp(Execution):
         spec, arguments = self.spec, values[:-1]
         for i in spec.tensors:
             if arguments[i] is not None:
-                check_strided(self.name, spec.Arguments._fields[i], arguments[i])
+                check_strided(spec.Arguments._fields[i], arguments[i])
         chosen = self.choose(values[-1], arguments, is_transformed())
         return self._sent(self._all_by_reference(arguments) if chosen == "reference" else self.run(chosen, arguments), values)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_map
 from ..dtypes import opmath
+from ..errors import public
 from .arguments import check_like
 from .backend import why_not_matrix_kernels
 from .derivative import named_gradients
@@ -17,6 +18,7 @@ from .group_norm_silu import check_norm
 from .op_spec import Gradient, OpSpec
 
 
+@public(traced=True)
 def group_norm_affine(
     x: Tensor,
     num_groups: int,
@@ -56,13 +58,12 @@ def group_norm_affine(
         TypeError: An argument has an unsupported type or dtype.
         BackendUnavailable: The named backend cannot run.
     """
-    op = "group_norm_affine"
-    check_map(op, "x", x)
+    check_map("x", x)
     channels = 0
     if skip is not None:
-        check_like(op, "skip", skip, "x", x, (x.shape[0], "S", *x.shape[2:]))
+        check_like("skip", skip, "x", x, (x.shape[0], "S", *x.shape[2:]))
         channels = skip.shape[1]
-    scale, shift_2 = check_norm(op, x, num_groups, weight, bias, eps, shift, scale_shift, more_channels=channels)
+    scale, shift_2 = check_norm(x, num_groups, weight, bias, eps, shift, scale_shift, more_channels=channels)
     affine: Tensor = group_norm_affine_op(x, skip, num_groups, weight, bias, eps, shift, scale, shift_2, backend=backend)
     return affine
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_choice, check_float, check_int, check_number
 from ..dtypes import opmath
-from ..errors import InvalidType, InvalidValue
+from ..errors import InvalidType, InvalidValue, public
 from .arguments import check_like
 from .derivative import gradients_of
 from .fused_op import FusedOp
@@ -20,6 +20,7 @@ from .op_spec import Gradient, OpSpec, schema_of
 _TRITON_MAX_CHANNELS_PER_GROUP = 4096  # a tile of its kernels holds whole groups
 
 
+@public(traced=True)
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
@@ -64,9 +65,9 @@ def group_norm_silu(
         BackendUnavailable: The named backend cannot run.
     """
     if activation != "silu":
-        check_choice("group_norm_silu", "activation", activation, ("silu", None))
-    check_float("group_norm_silu", "x", x, min_dim=2)
-    scale, shift_2 = check_norm("group_norm_silu", x, num_groups, weight, bias, eps, shift, scale_shift)
+        check_choice("activation", activation, ("silu", None))
+    check_float("x", x, min_dim=2)
+    scale, shift_2 = check_norm(x, num_groups, weight, bias, eps, shift, scale_shift)
     y: Tensor = group_norm_silu_op(
         *(x, num_groups, weight, bias, eps, shift, scale, shift_2, activation == "silu"), backend=backend
     )
@@ -74,7 +75,6 @@ def group_norm_silu(
 
 
 def check_norm(
-    op: str,
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -88,17 +88,17 @@ def check_norm(
     """Return the two tensors of `scale_shift`, or raise if an argument of a norm does not fit x, which the caller checks."""
     n, channels = x.shape[:2]
     channels += more_channels
-    check_int(op, "num_groups", num_groups, 1)
+    check_int("num_groups", num_groups, 1)
     if channels % num_groups:
-        raise InvalidValue(op, "num_groups", f"to divide the {channels} channels of x", num_groups)
-    check_number(op, "eps", eps, above=0, finite=True)
+        raise InvalidValue("num_groups", f"to divide the {channels} channels of x", num_groups)
+    check_number("eps", eps, above=0, finite=True)
     if scale_shift is not None and not (isinstance(scale_shift, (tuple, list)) and len(scale_shift) == 2):
-        raise InvalidType(op, "scale_shift", "to be a pair of tensors", type(scale_shift).__name__)
+        raise InvalidType("scale_shift", "to be a pair of tensors", type(scale_shift).__name__)
     scale, shift_2 = (None, None) if scale_shift is None else scale_shift
     for name, value in (("weight", weight), ("bias", bias)):
-        check_like(op, name, value, "x", x, (channels,), also=(torch.float32,), optional=True)
+        check_like(name, value, "x", x, (channels,), also=(torch.float32,), optional=True)
     for name, value in (("shift", shift), ("scale_shift[0]", scale), ("scale_shift[1]", shift_2)):
-        check_like(op, name, value, "x", x, (n, channels), also=(torch.float32,), optional=True)
+        check_like(name, value, "x", x, (n, channels), also=(torch.float32,), optional=True)
     return scale, shift_2
 
 

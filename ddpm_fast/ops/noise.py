@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_dtype, check_int, check_ints, checked_device, checked_seeds
-from ..errors import InvalidType, InvalidValue
+from ..errors import InvalidType, InvalidValue, public
 from .fused_op import FusedOp
 from .op_spec import OpSpec
 
 
+@public()
 def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
     """Return the seeds of samples start .. start + n - 1 of a run.
 
@@ -34,14 +35,15 @@ def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
         TypeError: An argument is not an int.
         ValueError: An argument is out of range.
     """
-    check_int("sample_seeds", "seed", seed, -(1 << 63), (1 << 64) - 1)
-    check_int("sample_seeds", "n", n, 0, 1 << 32)
-    check_int("sample_seeds", "start", start, 0, 1 << 63)
+    check_int("seed", seed, -(1 << 63), (1 << 64) - 1)
+    check_int("n", n, 0, 1 << 32)
+    check_int("start", start, 0, 1 << 63)
     if start + n >= 1 << 63:
-        raise InvalidValue("sample_seeds", "start + n", "to be below 2^63", start + n)
+        raise InvalidValue("start + n", "to be below 2^63", start + n)
     return reference.sample_seeds(seed, n, start)
 
 
+@public(traced=True)
 def noise(
     shape: Sequence[int],
     seeds: Tensor,
@@ -88,11 +90,10 @@ def noise(
 
     Source: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
     """
-    return _noise("noise", shape, seeds, stream, dtype, device, memory_format, backend)
+    return _noise(shape, seeds, stream, dtype, device, memory_format, backend)
 
 
 def _noise(
-    caller: str,
     shape: Sequence[int],
     seeds: Tensor,
     stream: int,
@@ -101,27 +102,27 @@ def _noise(
     memory_format: torch.memory_format,
     backend: str | None = None,
 ) -> Tensor:
-    check_ints(caller, "shape", shape, 0, "a sequence of ints")
+    check_ints("shape", shape, 0, "a sequence of ints")
     shape = tuple(shape)
     if not math.prod(shape[1:]) <= 1 << 34:
-        raise InvalidValue(caller, "shape", "to have at most 2^34 elements per sample", math.prod(shape[1:]))
-    check_dtype(caller, "dtype", dtype)
-    check_int(caller, "stream", stream, 0, (1 << 32) - 1)
+        raise InvalidValue("shape", "to have at most 2^34 elements per sample", math.prod(shape[1:]))
+    check_dtype("dtype", dtype)
+    check_int("stream", stream, 0, (1 << 32) - 1)
     channels_last = memory_format is torch.channels_last
     if not (memory_format is torch.contiguous_format or (channels_last and len(shape) == 4)):
         kind = InvalidValue if isinstance(memory_format, torch.memory_format) else InvalidType
         raise kind(
-            caller,
             "memory_format",
             "to be torch.contiguous_format or, for [N, C, H, W], torch.channels_last",
             f"{memory_format!r} with shape {list(shape)}",
         )
-    device = checked_device(caller, device) if device is not None else getattr(seeds, "device", torch.device("cpu"))
-    seeds = checked_seeds(caller, seeds, shape[0], device)
+    device = checked_device(device) if device is not None else getattr(seeds, "device", torch.device("cpu"))
+    seeds = checked_seeds(seeds, shape[0], device)
     drawn: Tensor = noise_op(shape, seeds, stream, dtype, channels_last, backend=backend)
     return drawn
 
 
+@public()
 def initial_noise(
     shape: Sequence[int],
     seeds: Tensor,
@@ -148,7 +149,7 @@ def initial_noise(
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range.
     """
-    return _noise("initial_noise", shape, seeds, reference.STREAM_X_T, dtype, device, memory_format)
+    return _noise(shape, seeds, reference.STREAM_X_T, dtype, device, memory_format)
 
 
 def _output(arguments: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_dtype, check_float, check_one_of, check_range, check_type, checked_seeds
-from ..errors import InvalidType
+from ..errors import InvalidType, public
 from ..schedule import NoiseSchedule, Objective
 from .arguments import check_like, index_tensor
 from .compiled_kernel import dtype_code
@@ -17,6 +17,7 @@ from .fused_op import FusedOp
 from .op_spec import Gradient, OpSpec
 
 
+@public(traced=True)
 def q_sample(
     x_0: Tensor,
     t: int | Tensor,
@@ -55,14 +56,14 @@ def q_sample(
         BackendUnavailable: The named backend cannot run.
     """
     dtype = _checked_dtype(x_0, dtype)
-    check_one_of("q_sample", "noise", noise, "seeds", seeds)
+    check_one_of("noise", noise, "seeds", seeds)
     schedule = schedule.schedule if isinstance(schedule, Objective) else schedule
-    check_type("q_sample", "schedule", schedule, NoiseSchedule)
-    t = index_tensor("q_sample", "t", t, schedule.num_timesteps, x_0.shape[0], x_0.device)
+    check_type("schedule", schedule, NoiseSchedule)
+    t = index_tensor("t", t, schedule.num_timesteps, x_0.shape[0], x_0.device)
     if noise is not None:
-        check_like("q_sample", "noise", noise, "x_t", x_0.new_empty(0, dtype=dtype), tuple(x_0.shape))
+        check_like("noise", noise, "x_t", x_0.new_empty(0, dtype=dtype), tuple(x_0.shape))
     if seeds is not None:
-        seeds = checked_seeds("q_sample", seeds, x_0.shape[0], x_0.device)
+        seeds = checked_seeds(seeds, x_0.shape[0], x_0.device)
     table = schedule.target("x_t", x_0.device).table
     x_t: Tensor = q_sample_op(x_0, t, table, noise, seeds, dtype, backend=backend)
     return x_t
@@ -70,12 +71,12 @@ def q_sample(
 
 def _checked_dtype(x_0: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype of x_t, or raise."""
-    check_float("q_sample", "x_0", x_0, also=(torch.uint8,))
+    check_float("x_0", x_0, also=(torch.uint8,))
     if x_0.dtype == torch.uint8:
-        check_dtype("q_sample", "dtype", dtype, optional=True)
+        check_dtype("dtype", dtype, optional=True)
         return dtype or torch.float32
     if dtype is not None and dtype is not x_0.dtype:
-        raise InvalidType("q_sample", "dtype", f"to be that of x_0, {x_0.dtype}, or None, as x_0 is not uint8", dtype)
+        raise InvalidType("dtype", f"to be that of x_0, {x_0.dtype}, or None, as x_0 is not uint8", dtype)
     return x_0.dtype
 
 
@@ -97,6 +98,6 @@ q_sample_op = FusedOp(
         has_triton=True,
         gradient=Gradient(_backward, reads=("t", "table")),
         fields={"dtype": lambda a: dtype_code(a.dtype)},  # x_0 may be uint8
-        check=lambda a: check_range("q_sample", "t", a.t, a.table.shape[0]),
+        check=lambda a: check_range("t", a.t, a.table.shape[0]),
     )
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_device, check_float, check_int, check_number, check_range, check_strided, check_type, checked_seeds
 from ..dtypes import opmath
-from ..errors import InvalidType, InvalidValue
+from ..errors import InvalidType, InvalidValue, public
 from ..plan import COLUMNS, SamplingPlan
 from .arguments import check_apart, check_like
 from .compiled_kernel import is_dense
@@ -18,6 +18,7 @@ from .fused_op import FusedOp
 from .op_spec import Gradient, OpSpec
 
 
+@public(traced=True)
 def reverse_step(
     x_t: Tensor,
     model_output: Tensor,
@@ -76,44 +77,43 @@ def reverse_step(
         TypeError: An argument has an unsupported type or dtype.
         BackendUnavailable: The named backend cannot run.
     """
-    op = "reverse_step"
-    check_float(op, "x_t", x_t)
-    check_type(op, "plan", plan, SamplingPlan)
+    check_float("x_t", x_t)
+    check_type("plan", plan, SamplingPlan)
     if guidance_scale is not None:
-        check_number(op, "guidance_scale", guidance_scale, finite=True)
+        check_number("guidance_scale", guidance_scale, finite=True)
     given: Any = return_x_0
     if type(given) is not bool:  # faster than a call of the check
-        check_type(op, "return_x_0", return_x_0, bool)
+        check_type("return_x_0", return_x_0, bool)
     n = x_t.shape[0]
     _check_model_output(x_t, model_output, plan, guidance_scale)
     if isinstance(step, Tensor):
         if step.layout is not torch.strided or step.is_nested:
-            check_strided(op, "step", step)
+            check_strided("step", step)
         if step.dtype != torch.int64:
-            raise InvalidType(op, "step", "to be an int or an int64 tensor", step.dtype)
+            raise InvalidType("step", "to be an int or an int64 tensor", step.dtype)
         if step.numel() != 1 and step.shape != (n,):
-            raise InvalidValue(op, "step", f"to be an int or to have 1 or {n} elements", f"shape {list(step.shape)}")
-        check_device(op, "step", step, "x_t", x_t)
+            raise InvalidValue("step", f"to be an int or to have 1 or {n} elements", f"shape {list(step.shape)}")
+        check_device("step", step, "x_t", x_t)
         steps = step.reshape(-1)
     else:
-        check_int(op, "step", step, 0, plan.num_steps - 1)
+        check_int("step", step, 0, plan.num_steps - 1)
         steps = plan.steps(x_t.device)[step : step + 1]
     if noise is not None and seeds is not None:
-        raise InvalidValue(op, "", "at most one of noise and seeds", "both")
+        raise InvalidValue("", "at most one of noise and seeds", "both")
     if noise is None and seeds is None and plan.is_random:
-        raise InvalidValue(op, "", "noise or seeds, since the plan's steps draw noise (sigma > 0)", "neither")
+        raise InvalidValue("", "noise or seeds, since the plan's steps draw noise (sigma > 0)", "neither")
     if noise is not None:
-        check_like(op, "noise", noise, "x_t", x_t)
+        check_like("noise", noise, "x_t", x_t)
     if seeds is not None:
-        seeds = checked_seeds(op, seeds, n, x_t.device)
+        seeds = checked_seeds(seeds, n, x_t.device)
     if x_0_prev is not None:
-        check_like(op, "x_0_prev", x_0_prev, "x_t", x_t)
+        check_like("x_0_prev", x_0_prev, "x_t", x_t)
     elif plan.needs_x_0_prev:
-        raise InvalidValue(op, "x_0_prev", "to be given, as the plan weighs it by k3", "None")
+        raise InvalidValue("x_0_prev", "to be given, as the plan weighs it by k3", "None")
     if x_0_prev2 is not None:
-        check_like(op, "x_0_prev2", x_0_prev2, "x_t", x_t)
+        check_like("x_0_prev2", x_0_prev2, "x_t", x_t)
     elif plan.needs_x_0_prev2:
-        raise InvalidValue(op, "x_0_prev2", "to be given, as the plan weighs it by k4", "None")
+        raise InvalidValue("x_0_prev2", "to be given, as the plan weighs it by k4", "None")
     inputs = x_t, model_output, plan.table(x_t.device), steps, noise, seeds, x_0_prev, x_0_prev2
     options = guidance_scale, reference.VARIANCES.index(plan.variance), return_x_0
     outs = () if out is None else _checked_out(out, x_t, inputs, return_x_0)
@@ -125,32 +125,30 @@ def _checked_out(
     out: Tensor | tuple[Tensor, Tensor], x_t: Tensor, inputs: tuple[Tensor | None, ...], return_x_0: bool
 ) -> tuple[Tensor, ...]:
     """Return the destinations as a tuple, after a check."""
-    op = "reverse_step"
     outs = out if isinstance(out, tuple) else (out,)
     if isinstance(out, tuple) and not (return_x_0 and len(outs) == 2):
         wanted = "a pair (x_{t-1}, x_0^)" if return_x_0 else "a tensor, without return_x_0"
-        raise InvalidValue(op, "out", f"to be {wanted}", f"a tuple of {len(outs)}")
+        raise InvalidValue("out", f"to be {wanted}", f"a tuple of {len(outs)}")
     if not is_dense(x_t):
         got = f"strides {x_t.stride()} for shape {list(x_t.shape)}: pass x_t.contiguous(), or no out"
-        raise InvalidValue(op, "x_t", "to be contiguous or channels_last with out=", got)
+        raise InvalidValue("x_t", "to be contiguous or channels_last with out=", got)
     for each in outs:
-        check_like(op, "out", each, "x_t", x_t)
+        check_like("out", each, "x_t", x_t)
         if not torch.compiler.is_compiling() and each.is_neg():
-            raise InvalidValue(op, "out", "to be a tensor without lazy negation", "one: pass out.resolve_neg()")
+            raise InvalidValue("out", "to be a tensor without lazy negation", "one: pass out.resolve_neg()")
         if each.stride() != x_t.stride():
-            raise InvalidValue(op, "out", f"to be dense, with the strides of x_t, {x_t.stride()}", each.stride())
+            raise InvalidValue("out", f"to be dense, with the strides of x_t, {x_t.stride()}", each.stride())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *outs)):
-        raise InvalidValue(op, "", "no gradients with out= (call under torch.no_grad())", "an input that requires one")
+        raise InvalidValue("", "no gradients with out= (call under torch.no_grad())", "an input that requires one")
     if len(outs) == 2 and outs[0] is outs[1]:
-        raise InvalidValue(op, "out", "to be two tensors", "one twice")
+        raise InvalidValue("out", "to be two tensors", "one twice")
     if len(outs) == 2 and x_t.numel() and not torch.compiler.is_compiling():
-        check_apart(op, outs[1], {"the destination of x_{t-1}": outs[0]}, may_be_same=False)
+        check_apart(outs[1], {"the destination of x_{t-1}": outs[0]}, may_be_same=False)
     return outs
 
 
 def _check_model_output(x_t: Tensor, model_output: Tensor, plan: SamplingPlan, guidance_scale: float | None) -> None:
-    op = "reverse_step"
-    check_float(op, "model_output", model_output)
+    check_float("model_output", model_output)
     shape = list(x_t.shape)
     why = ""
     if guidance_scale is not None:
@@ -158,20 +156,19 @@ def _check_model_output(x_t: Tensor, model_output: Tensor, plan: SamplingPlan, g
         why += " (two halves, for guidance)"
     if plan.variance != "fixed":
         if x_t.dim() < 2:
-            raise InvalidValue(op, "x_t", "of shape [N, C, ...] with learned variance", shape)
+            raise InvalidValue("x_t", "of shape [N, C, ...] with learned variance", shape)
         shape[1] *= 2
         why += " (twice the channels, for learned variance)"
     if list(model_output.shape) != shape:
-        raise InvalidValue(op, "model_output", f"to have shape {shape}{why}", list(model_output.shape))
+        raise InvalidValue("model_output", f"to have shape {shape}{why}", list(model_output.shape))
     half = (torch.float16, torch.bfloat16)
     if model_output.dtype != x_t.dtype and not (x_t.dtype == torch.float32 and model_output.dtype in half):
         raise InvalidType(
-            op,
             "model_output",
             f"to have the dtype of x_t, {x_t.dtype}, or half precision if that is float32",
             model_output.dtype,
         )
-    check_device(op, "model_output", model_output, "x_t", x_t)
+    check_device("model_output", model_output, "x_t", x_t)
 
 
 def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
@@ -246,6 +243,6 @@ reverse_step_op = FusedOp(
             "has_guidance": lambda a: a.guidance_scale is not None,
             "guidance_scale": lambda a: a.guidance_scale or 0.0,
         },
-        check=lambda a: check_range("reverse_step", "step", a.steps, a.table.shape[0]),
+        check=lambda a: check_range("step", a.steps, a.table.shape[0]),
     )
 )

@@ -24,8 +24,8 @@ def _why_not_float32(dtype: torch.dtype) -> str | None:
 
 
 def _check_steps(a: Any) -> None:
-    check_range("time_terms", "step", a.step, len(a.timesteps))
-    check_range("time_terms", "timesteps", a.timesteps, a.table.shape[1])
+    check_range("step", a.step, len(a.timesteps))
+    check_range("timesteps", a.timesteps, a.table.shape[1])
 
 
 time_terms_op: Final = FusedOp(

@@ -60,15 +60,12 @@ def ddim_plan(
         TypeError: `schedule` is neither a NoiseSchedule nor an Objective.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
-    path = PosteriorPath(
-        *("ddim_plan", schedule, num_steps, spacing, previous, prediction, clip, learned_variance, final_alpha_bar)
-    )
+    path = PosteriorPath(schedule, num_steps, spacing, previous, prediction, clip, learned_variance, final_alpha_bar)
     sigma = eta * path.beta_tilde.sqrt()
     if bool((sigma.square() > 1 - path.abar_prev).any()):
         noisy = path.beta_tilde > 0
         largest = float(((1 - path.abar_prev) / path.beta_tilde)[noisy].min().sqrt())
         raise InvalidValue(
-            "ddim_plan",
             "eta",
             f"to be at most {math.floor(largest * 1e4) / 1e4}, which leaves sigma_t^2 at most 1 - abar_prev at every step",
             eta,
@@ -123,18 +120,14 @@ def ddim_inversion_plan(
         TypeError: `schedule` is neither a NoiseSchedule nor an Objective.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
-    caller = "ddim_inversion_plan"
     expect(
         evaluate_at != "start" or initial_alpha_bar == 1,
-        caller,
         "initial_alpha_bar",
         'to be 1 with evaluate_at="start"',
         initial_alpha_bar,
     )
-    expect(evaluate_at != "start" or previous is None, caller, "previous", 'to be None with evaluate_at="start"', previous)
-    path = PosteriorPath(
-        *(caller, schedule, num_steps, spacing, previous, prediction, clip, learned_variance, initial_alpha_bar)
-    )
+    expect(evaluate_at != "start" or previous is None, "previous", 'to be None with evaluate_at="start"', previous)
+    path = PosteriorPath(schedule, num_steps, spacing, previous, prediction, clip, learned_variance, initial_alpha_bar)
     zero = torch.zeros_like(path.abar)
     if evaluate_at == "start":
         plan = path.ddim(torch.cat([zero[:1], path.abar[:-1]]), zero, True)
@@ -156,7 +149,6 @@ def _evaluated_at_arrival(path: PosteriorPath) -> SamplingPlan:
     from_x_t, from_m = path.objective.epsilon_weights_at(signal, noise, path.timesteps)
     expect(
         bool(from_m.isfinite().all()) and not path.gives_mean,
-        "ddim_inversion_plan",
         "prediction",
         'to be "epsilon", "v_prediction" or "flow", or "sample" with initial_alpha_bar below 1, with evaluate_at="arrival", '
         "as an image alone does not determine epsilon",

@@ -55,7 +55,7 @@ def ddpm_plan(
         TypeError: `schedule` is neither a NoiseSchedule nor an Objective.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
-    path = PosteriorPath("ddpm_plan", schedule, num_steps, spacing, previous, prediction, clip)
+    path = PosteriorPath(schedule, num_steps, spacing, previous, prediction, clip)
     variance = path.objective.variance if variance is None else variance
     zero = torch.zeros_like(path.beta)
     if path.gives_mean:  # m is the mean, whatever the clip does to x_0^

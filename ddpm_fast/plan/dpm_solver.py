@@ -111,8 +111,7 @@ def dpm_solver_plan(
         ValueError: An argument is out of range, `start` is not a timestep of the plan, or the model predicts epsilon where abar
             is 0.
     """
-    caller = "dpm_solver_plan"
-    expect(order < 3 or eta in (0, 1), caller, "eta", "to be 0 or 1 with order 3", eta)
+    expect(order < 3 or eta in (0, 1), "eta", "to be 0 or 1 with order 3", eta)
     if levels is not None:
         for name, value, default in (
             *(("num_steps", num_steps, _STEPS), ("spacing", spacing, "linspace"), ("final", final, "zero")),
@@ -120,9 +119,8 @@ def dpm_solver_plan(
             ("lambda_min", lambda_min, -math.inf),
         ):
             left_out = value is None or (isinstance(value, type(default)) and value == default)
-            expect(left_out, caller, name, "to be left out with levels", repr(value))
+            expect(left_out, name, "to be left out with levels", repr(value))
     chain = noise_levels(
-        caller,
         schedule,
         num_steps,
         spacing=spacing,
@@ -153,13 +151,12 @@ def dpm_solver_plan(
     level = torch.arange(len(h))
     columns = {"k0": alpha[1:] * phi + change, "k1": k1, "k3": change_prev - change, "k4": -change_prev}
     if corrections is not None:
-        fits = levels is not None and order == 2 and eta == 0
-        expect(fits, caller, "corrections", "to go with levels, order 2 and eta 0", "others")
+        expect(levels is not None and order == 2 and eta == 0, "corrections", "to go with levels, order 2 and eta 0", "others")
         shape, free = (chain.num_steps, len(FITTED)), "without k3 in the first and last step and k1 in the last"
         wanted = f"to be numbers {[*shape]} in {-MAX_CORRECTION}..{MAX_CORRECTION}, {free}"
-        added = checked_tensor(caller, "corrections", corrections, wanted, torch.float64).clone()
+        added = checked_tensor("corrections", corrections, wanted, torch.float64).clone()
         usable = added.shape == shape and bool((added.abs() <= MAX_CORRECTION).all())  # NaN is not
-        expect(usable and not added[0, 2] and not added[-1, 1:].any(), caller, "corrections", wanted, corrections)
+        expect(usable and not added[0, 2] and not added[-1, 1:].any(), "corrections", wanted, corrections)
         added = added[-len(h) :]
         if len(h) < chain.num_steps:  # a step that another one preceded is now the first
             added[0] = 0

@@ -59,7 +59,6 @@ def heun_plan(
         ValueError: An argument is out of range, `start` is not a timestep of the plan, or abar is 0 at its first timestep.
     """
     levels = noise_levels(
-        "heun_plan",
         schedule,
         num_steps,
         spacing=spacing,
@@ -75,7 +74,6 @@ def heun_plan(
     alpha, sigma, t = levels.alpha, levels.sigma, levels.timesteps
     expect(
         float(alpha[0]) != 0,
-        "heun_plan",
         "",
         "abar to be above 0 at the first timestep",
         f"0 at {int(t[0])}: pass a finite lambda_min",

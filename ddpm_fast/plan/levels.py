@@ -66,7 +66,6 @@ class Levels:
 
 
 def noise_levels(
-    caller: str,
     schedule: NoiseSchedule | Objective,
     num_steps: int | None,
     *,
@@ -90,22 +89,22 @@ def noise_levels(
         TypeError: An argument has an unsupported type.
         ValueError: An argument is out of range.
     """
-    objective = objective_of(caller, schedule, prediction, "learned_range" if learned_variance else None)
+    objective = objective_of(schedule, prediction, "learned_range" if learned_variance else None)
     schedule = objective.schedule
     ratios = noise_ratios(schedule.alpha_bars)  # ascending
-    expect(len(ratios) >= 2, caller, "schedule", "to have at least 2 timesteps", len(ratios))
+    expect(len(ratios) >= 2, "schedule", "to have at least 2 timesteps", len(ratios))
     last = count_levels(schedule, lambda_min)
-    expect(last >= 2, caller, "lambda_min", f"to be at most {-ratios[1].log():.4g}, lambda at timestep 1", lambda_min)
+    expect(last >= 2, "lambda_min", f"to be at most {-ratios[1].log():.4g}, lambda at timestep 1", lambda_min)
     if levels is not None:
-        ratio = _listed(caller, schedule, levels)
+        ratio = _listed(schedule, levels)
         timesteps = fractional_timesteps(schedule, ratio).round().long()
     elif isinstance(spacing, str) and spacing == "karras":  # an array would be compared item by item
-        ratio = _karras(caller, ratios[:last], num_steps, sigma_min, sigma_max, rho)
+        ratio = _karras(ratios[:last], num_steps, sigma_min, sigma_max, rho)
         timesteps = fractional_timesteps(schedule, ratio).round().long()
     else:
         for name, value, unset in (("sigma_min", sigma_min, None), ("sigma_max", sigma_max, None), ("rho", rho, RHO)):
-            expect(value == unset, caller, name, 'to go with spacing="karras"', f"{value!r} with {spacing!r}")
-        timesteps = _spaced(caller, last, num_steps, spacing)
+            expect(value == unset, name, 'to go with spacing="karras"', f"{value!r} with {spacing!r}")
+        timesteps = _spaced(last, num_steps, spacing)
         ratio = ratios[timesteps]
     end = ratios[:1] if final == "sigma_min" else torch.zeros(1, dtype=torch.float64)
     ratio = torch.cat([ratio, end])
@@ -117,7 +116,7 @@ def noise_levels(
         listed = timesteps.tolist()
         if start not in listed:
             nearest = min(listed, key=lambda each: abs(each - start))
-            raise InvalidValue(caller, "start", "to be one of the plan's timesteps", f"{start}; the nearest is {nearest}")
+            raise InvalidValue("start", "to be one of the plan's timesteps", f"{start}; the nearest is {nearest}")
         first = listed.index(start)
     return Levels(timesteps[first:], alpha[first:], sigma[first:], len(timesteps), objective)
 
@@ -144,18 +143,18 @@ def count_levels(schedule: NoiseSchedule, lambda_min: float) -> int:
     return int((-noise_ratios(schedule.alpha_bars).log() >= lambda_min).sum())
 
 
-def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing | Sequence[int]) -> Tensor:
+def _spaced(last: int, num_steps: int | None, spacing: LevelSpacing | Sequence[int]) -> Tensor:
     """Return timesteps in 0..last - 1, int64 [S], strictly descending, as diffusers' solver rounds them.
 
     They differ from those of `ddpm_plan`: the last step ends at the final level, so no step starts at timestep 0, except with
     "trailing" (as in diffusers).
     """
     if not isinstance(spacing, str):
-        return checked_timesteps(caller, last, num_steps, spacing, True)
-    check_choice(caller, "spacing", spacing, ("linspace", "leading", "trailing", "karras"))
+        return checked_timesteps(last, num_steps, spacing, True)
+    check_choice("spacing", spacing, ("linspace", "leading", "trailing", "karras"))
     if spacing == "trailing":
-        return spaced_timesteps(caller, last, _checked_num_steps(caller, num_steps, last), spacing)
-    num_steps = _checked_num_steps(caller, num_steps, last - 1)
+        return spaced_timesteps(last, _checked_num_steps(num_steps, last), spacing)
+    num_steps = _checked_num_steps(num_steps, last - 1)
     descending: np.ndarray
     if spacing == "leading":
         descending = np.arange(num_steps, 0, -1) * (last // (num_steps + 1))
@@ -164,24 +163,21 @@ def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing
     return torch.from_numpy(descending.astype(np.int64))
 
 
-def _listed(caller: str, schedule: NoiseSchedule, levels: Sequence[float]) -> Tensor:
+def _listed(schedule: NoiseSchedule, levels: Sequence[float]) -> Tensor:
     """Return listed levels, sigma / alpha, float64 [S]. Raise unless they descend between the levels of the timesteps."""
     low, high = level_range(schedule)
     wanted = f"to be strictly descending numbers in {low:.6g}..{high:.6g}, the levels of the timesteps"
-    listed = checked_tensor(caller, "levels", levels, wanted, torch.float64)
+    listed = checked_tensor("levels", levels, wanted, torch.float64)
     usable = listed.dim() == 1 and listed.numel() > 0 and bool((listed.diff() < 0).all())
     within = usable and low * (1 - _SLACK) <= float(listed[-1]) and float(listed[0]) <= high * (1 + _SLACK)
-    expect(within, caller, "levels", wanted, levels)
+    expect(within, "levels", wanted, levels)
     return listed
 
 
-def _karras(
-    caller: str, ratios: Tensor, num_steps: int | None, sigma_min: float | None, sigma_max: float | None, rho: float
-) -> Tensor:
+def _karras(ratios: Tensor, num_steps: int | None, sigma_min: float | None, sigma_max: float | None, rho: float) -> Tensor:
     """Return sigma / alpha, evenly spaced after the power 1 / rho (Karras et al. 2022, eq. 5).
 
     Args:
-        caller: The function that error messages name.
         ratios: sigma / alpha of each timestep, float64 [T].
         num_steps: The number of steps S.
         sigma_min: The last level. None: that of timestep 0.
@@ -191,23 +187,23 @@ def _karras(
     Returns:
         float64 [S]. The nearest timesteps of two levels may be one.
     """
-    num_steps = _checked_num_steps(caller, num_steps, len(ratios))
+    num_steps = _checked_num_steps(num_steps, len(ratios))
     is_whole = not bool(ratios[-1].isinf())
     ratios = ratios[ratios.isfinite()]
     low, high = float(ratios[0]), float(ratios[-1])
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
         within = value is None or low * (1 - _SLACK) <= value <= high * (1 + _SLACK)
-        expect(within, caller, name, f"to be in {low:.6g}..{high:.6g}, the levels of the timesteps", value)
-    expect(is_whole or sigma_max is not None, caller, "sigma_max", "to be given, as abar is 0 at the last timestep", sigma_max)
+        expect(within, name, f"to be in {low:.6g}..{high:.6g}, the levels of the timesteps", value)
+    expect(is_whole or sigma_max is not None, "sigma_max", "to be given, as abar is 0 at the last timestep", sigma_max)
     low = low if sigma_min is None else float(sigma_min)
     high = high if sigma_max is None else float(sigma_max)
-    expect(low * _APART < high, caller, "sigma_max", f"to be above the last level, {low:.6g}", high)
+    expect(low * _APART < high, "sigma_max", f"to be above the last level, {low:.6g}", high)
     high, low = high ** (1 / rho), low ** (1 / rho)
     return torch.linspace(0, 1, num_steps, dtype=torch.float64).mul(low - high).add(high).pow(rho)
 
 
-def _checked_num_steps(caller: str, num_steps: int | None, most: int) -> int:
+def _checked_num_steps(num_steps: int | None, most: int) -> int:
     """Return the number of steps, or the error that names its range."""
-    check_int(caller, "num_steps", num_steps, 1, most)
+    check_int("num_steps", num_steps, 1, most)
     assert num_steps is not None
     return num_steps

@@ -29,26 +29,25 @@ def named_plan(objective: Objective, *, clip: Clip = 1.0, **options: Unpack[Plan
         TypeError: An argument has an unsupported type, or is unknown.
         ValueError: There is no such sampler, it does not take an option, or an option is out of range.
     """
-    caller = "named_plan"
-    chosen = checked_options(caller, PlanOptions, options)
+    chosen = checked_options(PlanOptions, options)
     name = chosen.pop("sampler") or DEFAULT_SAMPLER
     named = SAMPLERS[name]
     spacing, steps = chosen.pop("spacing") or named.spacing, chosen.pop("steps")
     most = _most_steps(named, objective.schedule, spacing)
-    expect(steps is None or steps <= most, caller, "steps", f"to be in 1..{most} with {name}", steps)
+    expect(steps is None or steps <= most, "steps", f"to be in 1..{most} with {name}", steps)
     even = spacing != "karras" or "sigma_min" in _arguments(named)
-    expect(even, caller, "spacing", f"to be leading, trailing or linspace with {name}", spacing)
+    expect(even, "spacing", f"to be leading, trailing or linspace with {name}", spacing)
     given = {option: value for option, value in chosen.items() if value is not None}
     for option, value in given.items():
         takers = [each for each, known in SAMPLERS.items() if option in _arguments(known)]
-        expect(name in takers, caller, option, f"to go with sampler {' or '.join(takers)}", f"{value} with {name}")
+        expect(name in takers, option, f"to go with sampler {' or '.join(takers)}", f"{value} with {name}")
     variance = given.get("variance", objective.variance)
     if variance.startswith("learned") != objective.predicts_variance:
         wanted = "learned or learned_range, as the model predicts it"
         wanted = wanted if objective.predicts_variance else "fixed_small or fixed_large for this model"
-        raise InvalidValue(caller, "variance", f"to be {wanted}", variance)
+        raise InvalidValue("variance", f"to be {wanted}", variance)
     arguments = {**named.defaults, **given, **named.fixed, **(named.with_karras if spacing == "karras" else {})}
-    with renaming(caller, {"num_steps": "steps"}):
+    with renaming({"num_steps": "steps"}):
         return _builder(named)(objective, steps or min(named.steps, most), spacing=spacing, clip=clip, **arguments)
 
 
@@ -67,8 +66,7 @@ def default_plan(objective: Objective, *, steps: Annotated[int | None, within(lo
     """
     named = SAMPLERS[DEFAULT_SAMPLER]
     most = _most_steps(named, objective.schedule, named.spacing)
-    with renaming("default_plan"):
-        return named_plan(objective, steps=None if steps is None else min(steps, most), clip=clip)
+    return named_plan(objective, steps=None if steps is None else min(steps, most), clip=clip)
 
 
 def _builder(named: NamedSampler) -> Callable[..., SamplingPlan]:

@@ -38,7 +38,6 @@ class PosteriorPath:
 
     def __init__(
         self,
-        caller: str,
         schedule: NoiseSchedule | Objective,
         num_steps: int | None,
         spacing: Spacing | Sequence[int],
@@ -51,7 +50,6 @@ class PosteriorPath:
         """Check the arguments of a plan and compute what samplers share.
 
         Args:
-            caller: The function that error messages name.
             schedule: The noise schedule, or an objective.
             num_steps: The number of steps, as in `ddpm_plan`.
             spacing: The timesteps, as in `ddpm_plan`.
@@ -68,17 +66,16 @@ class PosteriorPath:
         # "previous_sample" is a matter of plans. The other parts of the objective hold for it.
         self.gives_mean = isinstance(schedule, NoiseSchedule) and prediction == "previous_sample"
         kind: Any = None if self.gives_mean else prediction
-        self.objective = objective_of(caller, schedule, kind, "learned_range" if learned_variance else None)
+        self.objective = objective_of(schedule, kind, "learned_range" if learned_variance else None)
         self.clip, schedule = clip, self.objective.schedule
-        self.timesteps = checked_timesteps(caller, schedule.num_timesteps, num_steps, spacing, previous is None)
+        self.timesteps = checked_timesteps(schedule.num_timesteps, num_steps, spacing, previous is None)
         if previous is None:
             self.previous = torch.cat([self.timesteps[1:], torch.tensor([-1])])
         else:
-            self.previous = checked_arrivals(caller, self.timesteps, previous)
+            self.previous = checked_arrivals(self.timesteps, previous)
         self.abar = schedule.alpha_bars[self.timesteps]
         if (before_x_0 := self.abar[self.previous == -1]).numel() and final_alpha_bar < float(before_x_0.max()):
             raise InvalidValue(
-                caller,
                 "final_alpha_bar",
                 f"to be at least abar of the last timestep, {float(before_x_0.max()):.6g}",
                 final_alpha_bar,

@@ -8,7 +8,6 @@ from typing import Annotated
 import torch
 
 from ..checks import check_int
-from ..errors import renaming
 from ..options import within
 from ..schedule import NoiseSchedule, Objective
 from .ddpm import ddpm_plan
@@ -54,11 +53,8 @@ def repaint_plan(
         TypeError: An argument has an unsupported type.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
-    caller = "repaint_plan"
-    with renaming(caller):
-        descent = ddpm_plan(schedule, num_steps, prediction=prediction, variance="fixed_small", clip=clip)
-    total = descent.schedule.num_timesteps
-    check_int(caller, "jump_length", jump_length, 1, num_steps - 1 if jump_num_sample > 1 else total)
+    descent = ddpm_plan(schedule, num_steps, prediction=prediction, variance="fixed_small", clip=clip)
+    check_int("jump_length", jump_length, 1, num_steps - 1 if jump_num_sample > 1 else descent.schedule.num_timesteps)
     learned = learned_variance or (isinstance(schedule, Objective) and schedule.predicts_variance)
     abar = torch.cat([torch.ones(1, dtype=torch.float64), descent.schedule.alpha_bars[descent.timesteps.flip(0)]])
     # A level counts the steps that are left: x_T is at level num_steps, x_0 at level 0.

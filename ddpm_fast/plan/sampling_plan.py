@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_strided, check_type
-from ..errors import InvalidValue, expect
+from ..errors import InvalidValue, expect, public, public_methods
 from ..options import checked, within
 from ..predictions import TARGETS, Prediction, Variance
 from ..reference import VARIANCES, PlanRow
@@ -57,6 +57,7 @@ class Fit:
     network: str = ""
 
 
+@public_methods
 @dataclass(frozen=True, eq=False, repr=False)
 class SamplingPlan:
     """A sampler as a table of coefficients.
@@ -110,17 +111,16 @@ class SamplingPlan:
 
     def __post_init__(self) -> None:
         """Check the fields, and derive what the plan needs."""
-        caller = "SamplingPlan"
-        check_type(caller, "schedule", self.schedule, NoiseSchedule)
-        _check_tensor(caller, "timesteps", self.timesteps, torch.int64, 1)
-        _check_tensor(caller, "coefficients", self.coefficients, torch.float64, 2)
+        check_type("schedule", self.schedule, NoiseSchedule)
+        _check_tensor("timesteps", self.timesteps, torch.int64, 1)
+        _check_tensor("coefficients", self.coefficients, torch.float64, 2)
         total, low, high = self.schedule.num_timesteps, int(self.timesteps.min()), int(self.timesteps.max())
-        expect(low >= 0 and high < total, caller, "timesteps", f"in 0..{total - 1}", f"values from {low} to {high}")
-        check_choice(caller, "prediction", self.prediction, (*TARGETS, "previous_sample", "custom"))
-        check_choice(caller, "variance", self.variance, VARIANCES)
+        expect(low >= 0 and high < total, "timesteps", f"in 0..{total - 1}", f"values from {low} to {high}")
+        check_choice("prediction", self.prediction, (*TARGETS, "previous_sample", "custom"))
+        check_choice("variance", self.variance, VARIANCES)
         if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
             wanted, got = [self.num_steps, len(COLUMNS)], list(self.coefficients.shape)
-            raise InvalidValue("SamplingPlan", "coefficients", f"of shape {wanted}", got)
+            raise InvalidValue("coefficients", f"of shape {wanted}", got)
         for name in ("timesteps", "coefficients"):  # the caller may change its tensors
             object.__setattr__(self, name, getattr(self, name).clone())
         abar = self.schedule.alpha_bars[self.timesteps]
@@ -128,16 +128,15 @@ class SamplingPlan:
         for name, default in (("alpha_bars_prev", following), ("alpha_bars", abar)):
             given = getattr(self, name)
             values = default if isinstance(given, Tensor) and given.numel() == 0 else given
-            _check_tensor(caller, name, values, torch.float64, 1)
+            _check_tensor(name, values, torch.float64, 1)
             if values.numel() != self.num_steps or not bool(((values >= 0) & (values <= 1)).all()):
-                raise InvalidValue(caller, name, f"to be {self.num_steps} values in 0..1", values.tolist())
+                raise InvalidValue(name, f"to be {self.num_steps} values in 0..1", values.tolist())
             object.__setattr__(self, name, values.clone())
         usable = torch.isfinite(self.coefficients[:, : COLUMNS.index("clip")])
         if not bool(usable.all()):
             row, column = (int(i) for i in (~usable).nonzero()[0])
             t, value = int(self.timesteps[row]), float(self.coefficients[row, column])
             raise InvalidValue(
-                "SamplingPlan",
                 "",
                 "finite coefficients",
                 f"{COLUMNS[column]} = {value} at timestep {t} (abar = {float(abar[row]):.3g}) "
@@ -169,14 +168,13 @@ class SamplingPlan:
             TypeError: `steps` is not a slice.
             ValueError: The slice is empty or has a stride, or the plan uses x_0_prev, which its first step would lack.
         """
-        check_type("SamplingPlan", "steps", steps, slice)
+        check_type("steps", steps, slice)
         rows = range(self.num_steps)[steps]
-        expect(rows.step == 1 and rows, "SamplingPlan", "", f"a slice of consecutive steps in 0..{self.num_steps - 1}", steps)
+        expect(rows.step == 1 and rows, "", f"a slice of consecutive steps in 0..{self.num_steps - 1}", steps)
         if len(rows) == self.num_steps:
             return self
         if self.needs_x_0_prev:
             raise InvalidValue(
-                "SamplingPlan",
                 "",
                 "a whole plan, as its steps use the x_0^ of earlier ones",
                 "a slice: build it with start=, or call starting_at(timestep)",
@@ -185,7 +183,7 @@ class SamplingPlan:
         names = ("timesteps", "coefficients", "alpha_bars_prev", "alpha_bars")
         return replace(self, **{name: getattr(self, name)[some] for name in names})
 
-    @checked("SamplingPlan.")
+    @checked()
     def starting_at(self, timestep: Annotated[int, within(low=0)]) -> SamplingPlan:
         """Return the plan from a timestep on, for a start from x_t instead of x_T.
 
@@ -198,19 +196,18 @@ class SamplingPlan:
         Raises:
             ValueError: The plan does not have the timestep, or is a multistep plan from coefficients.
         """
-        caller = "SamplingPlan.starting_at"
         timesteps = self.timesteps.tolist()
         if timestep not in timesteps:
             nearest = min(timesteps, key=lambda each: abs(each - timestep))
-            raise InvalidValue(caller, "timestep", "to be one of the plan's", f"{timestep}; the nearest is {nearest}")
+            raise InvalidValue("timestep", "to be one of the plan's", f"{timestep}; the nearest is {nearest}")
         if not self.needs_x_0_prev:
             return self[timesteps.index(timestep) :]
         wanted = "a plan that remembers how it was built, as its steps use the x_0^ of earlier ones"
-        expect(self.builder is not None, caller, "", wanted, "one from coefficients")
+        expect(self.builder is not None, "", wanted, "one from coefficients")
         assert self.builder is not None
         return self.builder(start=timestep)
 
-    @checked("SamplingPlan.")
+    @checked()
     def in_steps(self, num_steps: Annotated[int | None, within(low=1)], timesteps: Sequence[int] | None = None) -> SamplingPlan:
         """Return the plan of the same call in another number of steps, or at other timesteps.
 
@@ -223,8 +220,8 @@ class SamplingPlan:
         Raises:
             ValueError: The plan is one from coefficients, the call lists its timesteps, or an argument is out of range.
         """
-        caller, given = "SamplingPlan.in_steps", self.builder
-        expect(given is not None, caller, "", "a plan that remembers how it was built", "one from coefficients")
+        given = self.builder
+        expect(given is not None, "", "a plan that remembers how it was built", "one from coefficients")
         assert given is not None
         options = {name: value for name, value in given.keywords.items() if name not in ("levels", "corrections")}
         if timesteps is not None:
@@ -286,19 +283,19 @@ class SamplingPlan:
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """Return `coefficients` in float32, [S, 11], rounded once. The tensor is cached for each device."""
-        return self._tensors("SamplingPlan.table", device)[0]
+        return self._tensors(device)[0]
 
     def steps(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the steps 0..S-1, int64 [S]. The tensor is cached for each device.
 
         `steps(device)[i]` is a step on the device, without a copy from the host.
         """
-        return self._tensors("SamplingPlan.steps", device)[1]
+        return self._tensors(device)[1]
 
-    def _tensors(self, caller: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def _tensors(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Return the table and the steps on `device`, from the cache if they are there."""
         if type(device) is not torch.device or device not in self._on_device:
-            device = numbered(caller, device)
+            device = numbered(device)
         if device not in self._on_device:
             # The cache serves all callers. Autograd cannot save an inference tensor, so make ordinary ones.
             with torch.inference_mode(False):
@@ -314,6 +311,7 @@ def builds_plan(build: Callable[_P, SamplingPlan]) -> Callable[_P, SamplingPlan]
     """Check the arguments of a function that builds plans, see `checked`, and record its call in `SamplingPlan.builder`."""
     build = checked()(build)
 
+    @public()
     @wraps(build)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> SamplingPlan:
         plan = build(*args, **kwargs)
@@ -330,10 +328,10 @@ def call_of(builder: partial[SamplingPlan]) -> str:
     return f"{builder.func.__name__}({', '.join(given)})"
 
 
-def _check_tensor(caller: str, name: str, value: Tensor, dtype: torch.dtype, dim: int) -> None:
+def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, dim: int) -> None:
     """Raise unless `value` is a dense tensor of this dtype and number of dimensions on the CPU, with elements."""
-    check_strided(caller, name, value)
+    check_strided(name, value)
     if value.dtype != dtype or value.device.type != "cpu" or value.numel() == 0 or value.dim() != dim:
         got = f"{value.dtype} {list(value.shape)} on {value.device}"
         wanted = f"{dtype} of {dim} dimension{'s' * (dim > 1)} on the CPU, with elements"
-        raise InvalidValue(caller, name, f"to be {wanted}", got)
+        raise InvalidValue(name, f"to be {wanted}", got)

@@ -17,13 +17,12 @@ Spacing = Literal["leading", "trailing", "linspace"]
 INTEGERS: Final = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) -> Tensor:
+def spaced_timesteps(total: int, num_steps: int, spacing: Spacing) -> Tensor:
     """Return the timesteps of a named spacing, rounded as diffusers rounds them.
 
     For some counts diffusers' "trailing" adds timestep -1. This function omits it.
 
     Args:
-        caller: The function that error messages name.
         total: The number of timesteps T.
         num_steps: The number of steps S, in 1..T.
         spacing: "leading", "trailing" or "linspace".
@@ -34,7 +33,7 @@ def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) 
     Raises:
         ValueError: `num_steps` is out of range, or `spacing` is unknown.
     """
-    check_int(caller, "num_steps", num_steps, 1, total)
+    check_int("num_steps", num_steps, 1, total)
     descending: np.ndarray
     if spacing == "leading":
         descending = np.arange(num_steps)[::-1] * (total // num_steps)
@@ -43,19 +42,14 @@ def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) 
     elif spacing == "linspace":
         descending = np.linspace(0, total - 1, num_steps).round()[::-1]
     else:
-        raise InvalidValue(
-            caller, "spacing", 'to be "leading", "trailing", "linspace" or a sequence of timesteps', repr(spacing)
-        )
+        raise InvalidValue("spacing", 'to be "leading", "trailing", "linspace" or a sequence of timesteps', repr(spacing))
     return torch.from_numpy(descending.astype(np.int64))
 
 
-def checked_timesteps(
-    caller: str, total: int, num_steps: int | None, spacing: Spacing | Sequence[int], must_descend: bool
-) -> Tensor:
+def checked_timesteps(total: int, num_steps: int | None, spacing: Spacing | Sequence[int], must_descend: bool) -> Tensor:
     """Return the timesteps of a named spacing, or the listed ones after a check.
 
     Args:
-        caller: The function that error messages name.
         total: The number of timesteps T.
         num_steps: The number of steps S. None takes every timestep, or the length of the list.
         spacing: A named spacing, or a sequence of timesteps.
@@ -68,24 +62,23 @@ def checked_timesteps(
         ValueError: An argument is out of range.
     """
     if isinstance(spacing, str):
-        return spaced_timesteps(caller, total, total if num_steps is None else num_steps, spacing)
-    check_int(caller, "num_steps", num_steps, 1, optional=True)
-    timesteps = checked_tensor(caller, "spacing", spacing, "to be a name or timesteps")
+        return spaced_timesteps(total, total if num_steps is None else num_steps, spacing)
+    check_int("num_steps", num_steps, 1, optional=True)
+    timesteps = checked_tensor("spacing", spacing, "to be a name or timesteps")
     usable = timesteps.dim() == 1 and timesteps.numel() > 0 and timesteps.dtype in INTEGERS
     usable = usable and int(timesteps.min()) >= 0 and int(timesteps.max()) < total
     if not usable or (must_descend and not bool((timesteps.diff() < 0).all())):
         kind = "strictly descending timesteps" if must_descend else "timesteps"
-        raise InvalidValue(caller, "spacing", f"to be {kind} in 0..{total - 1}", timesteps.tolist())
+        raise InvalidValue("spacing", f"to be {kind} in 0..{total - 1}", timesteps.tolist())
     if num_steps not in (None, timesteps.numel()):
-        raise InvalidValue(caller, "num_steps", f"to be None or {timesteps.numel()}, as spacing lists", num_steps)
+        raise InvalidValue("num_steps", f"to be None or {timesteps.numel()}, as spacing lists", num_steps)
     return timesteps.to(torch.int64)
 
 
-def checked_arrivals(caller: str, timesteps: Tensor, previous: Sequence[int]) -> Tensor:
+def checked_arrivals(timesteps: Tensor, previous: Sequence[int]) -> Tensor:
     """Return where each step arrives, as given, after a check.
 
     Args:
-        caller: The function that error messages name.
         timesteps: The start of each step, int64 [S].
         previous: The arrival of each step. At least -1, and below the start.
 
@@ -95,11 +88,10 @@ def checked_arrivals(caller: str, timesteps: Tensor, previous: Sequence[int]) ->
     Raises:
         ValueError: Another number of steps, or an arrival out of range.
     """
-    arrivals = checked_tensor(caller, "previous", previous, "to be timesteps")
+    arrivals = checked_tensor("previous", previous, "to be timesteps")
     usable = arrivals.shape == timesteps.shape and arrivals.dtype in INTEGERS
     if not usable or bool((arrivals >= timesteps).any()) or bool((arrivals < -1).any()):
         raise InvalidValue(
-            caller,
             "previous",
             f"to be {timesteps.numel()} timesteps, each at least -1 and below the one that its step starts from",
             arrivals.tolist(),
@@ -107,9 +99,9 @@ def checked_arrivals(caller: str, timesteps: Tensor, previous: Sequence[int]) ->
     return arrivals.to(torch.int64)
 
 
-def checked_tensor(caller: str, name: str, values: object, wanted: str, dtype: torch.dtype | None = None) -> Tensor:
+def checked_tensor(name: str, values: object, wanted: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return numbers as a tensor on the CPU. Raise a TypeError for anything else."""
     try:
         return torch.as_tensor(values, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidType(caller, name, wanted, repr(values)) from error
+        raise InvalidType(name, wanted, repr(values)) from error

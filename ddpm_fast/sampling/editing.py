@@ -48,7 +48,7 @@ def vary(sampler: Sampler, images: Tensor, strength: _Strength = 0.5, **options:
         ValueError: An argument is out of range or does not fit the sampler. Checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
-    return _denoised(sampler, images, strength, _request("vary", sampler, "images", images, options))
+    return _denoised(sampler, images, strength, _request(sampler, "images", images, options))
 
 
 @checked()
@@ -82,10 +82,9 @@ def interpolate(
         ValueError: An argument is out of range or does not fit the sampler. Checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
-    caller = "interpolate"
-    pairs = _request(caller, sampler, "a", a, options)
-    _check_images(caller, "b", b, sampler)
-    expect(a.shape == b.shape, caller, "b", f"to have the shape of a, {list(a.shape)}", list(b.shape))
+    pairs = _request(sampler, "a", a, options)
+    _check_images("b", b, sampler)
+    expect(a.shape == b.shape, "b", f"to have the shape of a, {list(a.shape)}", list(b.shape))
     condition = pairs.given["condition"]
     request = replace(
         pairs,
@@ -127,12 +126,11 @@ def invert(sampler: Sampler, images: Tensor, **options: Unpack[BatchOptions]) ->
         ValueError: An argument is out of range or does not fit the sampler. Checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
-    request = _request("invert", sampler, "images", images, options, BatchOptions, denoises=False)
+    request = _request(sampler, "images", images, options, BatchOptions, denoises=False)
     plan = sampler.plan
     abar = float(plan.schedule.alpha_bars[plan.timesteps[-1]])
     if plan.is_random or _denoises(plan) or float(plan.alpha_bars_prev[-1]) > abar * (1 + 1e-9):
-        wanted = "to have a plan from an image to noise (ddim_inversion_plan)"
-        raise InvalidValue("invert", "sampler", wanted, f"\n{plan}")
+        raise InvalidValue("sampler", "to have a plan from an image to noise (ddim_inversion_plan)", f"\n{plan}")
     x_T, _ = sampler.draw(request.changed(x_T=images.detach()))
     return x_T
 
@@ -158,8 +156,8 @@ def inpaint(sampler: Sampler, images: Tensor, mask: Tensor, **options: Unpack[Ed
         ValueError: An argument is out of range or does not fit the sampler. Checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
-    request = _request("inpaint", sampler, "images", images, options, in_range=False)
-    _check_mask("inpaint", mask, images)
+    request = _request(sampler, "images", images, options, in_range=False)
+    _check_mask(mask, images)
     known = images.detach().to(sampler.device, opmath(sampler.dtype))
     painted = mask.detach().to(sampler.device, known.dtype).expand(len(images), -1, -1, -1)
     results = []
@@ -190,12 +188,11 @@ def load_image(image: Any, sampler: Sampler) -> Tensor:
         TypeError: An argument has an unsupported type.
     """
     shape = sampler.shape
-    expect(len(shape) == 3 and shape[0] in (1, 3, 4), "load_image", "sampler", "to draw pictures, grey, RGB or RGBA", shape)
-    return to_unit_range(read_image(image, shape, caller="load_image", name="image"))[None]
+    expect(len(shape) == 3 and shape[0] in (1, 3, 4), "sampler", "to draw pictures, grey, RGB or RGBA", shape)
+    return to_unit_range(read_image(image, shape, name="image"))[None]
 
 
 def _request(
-    caller: str,
     sampler: Sampler,
     name: str,
     images: Tensor,
@@ -208,7 +205,6 @@ def _request(
     """Check the sampler, the images and the options of a call. Return the request. Images without labels have no class.
 
     Args:
-        caller: Name of the calling function for error messages.
         sampler: The sampler.
         name: Name of the images for error messages.
         images: The images.
@@ -217,9 +213,9 @@ def _request(
         denoises: The plan has to go from noise to an image.
         in_range: The images have to be about in [-1, 1].
     """
-    _check_sampler(caller, sampler, denoises=denoises)
-    _check_images(caller, name, images, sampler, in_range=in_range)
-    return sampler.request(caller, len(images), options, struct=struct, in_turn=False)
+    _check_sampler(sampler, denoises=denoises)
+    _check_images(name, images, sampler, in_range=in_range)
+    return sampler.request(len(images), options, struct=struct, in_turn=False)
 
 
 def _keep_known(plan: SamplingPlan, known: Tensor, painted: Tensor, seeds: Tensor) -> Callback:
@@ -255,11 +251,11 @@ def _denoised(sampler: Sampler, images: Tensor, strength: float, request: Reques
     return drawn
 
 
-def _check_sampler(caller: str, sampler: Sampler, *, denoises: bool) -> None:
+def _check_sampler(sampler: Sampler, *, denoises: bool) -> None:
     """Raise unless this is a Sampler, and with `denoises` one whose plan goes from noise to an image."""
-    expect(len(sampler.shape) == 3, caller, "sampler", "to draw images (C, H, W)", sampler.shape)
+    expect(len(sampler.shape) == 3, "sampler", "to draw images (C, H, W)", sampler.shape)
     if denoises and not _denoises(sampler.plan):
-        raise InvalidValue(caller, "sampler", "to have a plan from noise to an image", f"\n{sampler.plan}")
+        raise InvalidValue("sampler", "to have a plan from noise to an image", f"\n{sampler.plan}")
 
 
 def _denoises(plan: SamplingPlan) -> bool:
@@ -273,28 +269,28 @@ def _denoises(plan: SamplingPlan) -> bool:
     return falls and end > image * (1 - 1e-9)
 
 
-def _check_images(caller: str, name: str, images: Tensor, sampler: Sampler, *, in_range: bool = True) -> None:
+def _check_images(name: str, images: Tensor, sampler: Sampler, *, in_range: bool = True) -> None:
     """Raise unless these are finite images of the sampler's shape, about in [-1, 1]."""
-    check_float(caller, name, images)
+    check_float(name, images)
     images = images.detach()
     if images.shape[1:] != sampler.shape or not len(images) or images.is_meta:
         shape = ", ".join(map(str, ["N", *sampler.shape]))
-        raise InvalidValue(caller, name, f"to be [{shape}] with values", f"{list(images.shape)} on {images.device}")
-    expect(images.isfinite().all(), caller, name, "to be finite", "NaN or infinity")
+        raise InvalidValue(name, f"to be [{shape}] with values", f"{list(images.shape)} on {images.device}")
+    expect(images.isfinite().all(), name, "to be finite", "NaN or infinity")
     if in_range and float(images.abs().max()) > _LARGEST:
         low, high = float(images.min()), float(images.max())
-        raise InvalidValue(caller, name, "to be in [-1, 1]", f"values from {low:.4g} to {high:.4g}")
+        raise InvalidValue(name, "to be in [-1, 1]", f"values from {low:.4g} to {high:.4g}")
 
 
-def _check_mask(caller: str, mask: Tensor, images: Tensor) -> None:
+def _check_mask(mask: Tensor, images: Tensor) -> None:
     """Raise unless the mask is bool or in 0..1, and of a shape that goes with the images."""
-    check_strided(caller, "mask", mask)
+    check_strided("mask", mask)
     if mask.dtype not in (torch.bool, *FLOATS):
-        raise InvalidType(caller, "mask", "to be bool or floating", mask.dtype)
+        raise InvalidType("mask", "to be bool or floating", mask.dtype)
     n, channels, height, width = images.shape
     fits = mask.dim() == 4 and mask.shape[0] in (1, n) and mask.shape[1] in (1, channels)
     if not fits or mask.shape[2:] != (height, width) or mask.is_meta:
         wanted = f"[{n} or 1, {channels} or 1, {height}, {width}] with values"
-        raise InvalidValue(caller, "mask", f"to be {wanted}", f"{list(mask.shape)} on {mask.device}")
+        raise InvalidValue("mask", f"to be {wanted}", f"{list(mask.shape)} on {mask.device}")
     if not bool(((mask >= 0) & (mask <= 1)).all()):
-        raise InvalidValue(caller, "mask", "to be in 0..1", f"values from {float(mask.min()):.4g} to {float(mask.max()):.4g}")
+        raise InvalidValue("mask", "to be in 0..1", f"values from {float(mask.min()):.4g} to {float(mask.max()):.4g}")

@@ -9,7 +9,7 @@ from typing import Annotated, Final, Unpack
 import torch
 from torch import Tensor
 
-from ..errors import expect, renaming
+from ..errors import expect
 from ..ops.modes import threads_after_fork
 from ..options import checked, taking, within
 from ..plan import SamplingPlan, dpm_solver_plan
@@ -72,17 +72,15 @@ def fit_plan(
         (teacher.prediction == plan.prediction, f"to have the prediction {same}", teacher.prediction),
         (teacher.variance == plan.variance, f"to have the variance {same}", teacher.variance),
     ):
-        expect(holds, "fit_plan", "teacher", wanted, got)
-    with renaming("fit_plan"):
-        request, taught = sampler.request("fit_plan", 2 * num_images, draw), sampler.with_plan(teacher)
-    expect(request.given["callback"] is None, "fit_plan", "callback", "to be None", "a function")
+        expect(holds, "teacher", wanted, got)
+    request, taught = sampler.request(2 * num_images, draw), sampler.with_plan(teacher)
+    expect(request.given["callback"] is None, "callback", "to be None", "a function")
     with threads_after_fork(), progress_bar(rounds, "fitting", "round", shown=request.given["progress"]) as bar:
         request = request.changed(progress=False)
         targets, _ = taught.draw(request)
         error, unseen = partial(_error, sampler, request, targets), slice(num_images, 2 * num_images)
         before = least = error(unseen, numbers)
-        finite = bool(targets.isfinite().all()) and math.isfinite(before)
-        expect(finite, "fit_plan", "model", "to return finite values", "others")
+        expect(bool(targets.isfinite().all()) and math.isfinite(before), "model", "to return finite values", "others")
         for _ in range(rounds):
             moved = min(_moves(sampler, request, targets[:num_images], numbers), key=partial(error, slice(num_images)))
             bar.update()
@@ -100,11 +98,11 @@ def _numbers(plan: SamplingPlan) -> Tensor:
     options = {} if plan.builder is None or plan.builder.func is not dpm_solver_plan else plan.builder.keywords
     whole = options and not plan.is_random and options.get("start") is None and options.get("final", "zero") == "zero"
     wanted = "to have a whole dpm_solver_plan of order 2 without noise that ends at x_0"
-    expect(whole and options.get("order", 2) == 2, "fit_plan", "sampler", wanted, "another plan")
+    expect(whole and options.get("order", 2) == 2, "sampler", wanted, "another plan")
     added = options.get("corrections") or [[0.0] * len(FITTED)] * plan.num_steps
     numbers = torch.cat([noise_ratios(plan.alpha_bars).log()[None], torch.tensor(added, dtype=torch.float64).T])
     fits = bool(numbers.isfinite().all() and (numbers[0].diff() < -2 * _STEP).all())
-    expect(fits, "fit_plan", "sampler", "to have finite levels that are more than 2 % apart", numbers[0].exp().tolist())
+    expect(fits, "sampler", "to have finite levels that are more than 2 % apart", numbers[0].exp().tolist())
     return numbers
 
 

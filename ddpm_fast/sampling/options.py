@@ -41,8 +41,8 @@ class BatchOptions(TypedDict, total=False):
     progress: Annotated[bool, _draw("Show a progress bar.", default=True)]
 
 
-class EditOptions(BatchOptions, total=False):
-    """The arguments of functions that draw from given images, or to files."""
+class SeededOptions(BatchOptions, total=False):
+    """The arguments of every function that draws noise for many images."""
 
     seed: Annotated[
         int | Tensor,
@@ -52,6 +52,11 @@ class EditOptions(BatchOptions, total=False):
             default=0,
         ),
     ]
+
+
+class EditOptions(SeededOptions, total=False):
+    """The arguments of functions that draw from given images, or to files."""
+
     guidance_scale: Annotated[
         float | None,
         _draw(
@@ -81,5 +86,5 @@ class DrawOptions(EditOptions, total=False):
     ]
 
 
-for _struct in (BatchOptions, EditOptions, DrawOptions):
+for _struct in (BatchOptions, SeededOptions, EditOptions, DrawOptions):
     document(_struct)

@@ -30,7 +30,6 @@ from .progress import progress_bar
 from .sample_formats import Pixels, SampleFiles
 from .sampler import Sampler
 
-_CALLER: Final = SampleFiles.caller
 _FORMAT: Final = 1  # a manifest's
 _COUNTER: Final = "ddpm_fast/images_written"  # a key of the processes' store
 _APART: Final = timedelta(hours=24)  # between the ends of the first process and the last
@@ -92,19 +91,19 @@ def write_samples(
     """
     batch_size, seed, shape = options.get("batch_size"), options.get("seed", 0), sampler.shape
     batch_size = 64 if batch_size is None else batch_size
-    check_path(_CALLER, "out", out)
-    check_int(_CALLER, "seed", seed, -(1 << 63), (1 << 64) - 1)
-    request = sampler.request(_CALLER, num_samples, options, struct=EditOptions)
+    check_path("out", out)
+    check_int("seed", seed, -(1 << 63), (1 << 64) - 1)
+    request = sampler.request(num_samples, options, struct=EditOptions)
     scale, condition = request.given["guidance_scale"], request.given["condition"]
-    labels = None if request.labels is None else request.labels.cpu().numpy()
-    none = sampler.interface.labels.blank(1).numpy()
-    given = None if labels is None else _digest(np.append(labels, none))  # what guidance reads, too
-    if labels is not None and (labels == sampler.interface.labels.none).all():  # "none"
+    kind, labels = sampler.interface.labels, None if request.labels is None else request.labels.cpu()
+    # Guidance also reads the label for no class.
+    given = None if labels is None else _digest(torch.cat([labels, kind.blank(1)]).numpy())
+    if labels is not None and kind.are_none(labels):
         labels = None
     ranges = model_config(sampler.network).get("data_range")
     files = SampleFiles(out, num_samples, shape, labels, pictures=ranges is None)
     blocks = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
-    with ExitStack() as locks, joined(_CALLER, _APART) as processes:
+    with ExitStack() as locks, joined(_APART) as processes:
         _check_own_gpu(processes, sampler.device, share_gpu)
         manifest = {
             "format": _FORMAT,
@@ -141,7 +140,7 @@ def _check_own_gpu(processes: Processes, device: torch.device, share_gpu: bool) 
         place += visible  # a part of a GPU
     sharing = processes.from_all(place).count(place)
     wanted, got = "to be another GPU in each process", f"{device} in {sharing} processes; share_gpu=True allows it"
-    expect(share_gpu or sharing == 1, _CALLER, "device", wanted, got)
+    expect(share_gpu or sharing == 1, "device", wanted, got)
 
 
 def _values(images: Tensor, block: range, ranges: Pairs | None) -> Pixels:
@@ -152,7 +151,7 @@ def _values(images: Tensor, block: range, ranges: Pairs | None) -> Pixels:
     finite = images.flatten(1).isfinite().all(dim=1)
     if not finite.all():
         index = block.start + int((~finite).nonzero()[0])
-        raise InvalidValue(_CALLER, "images", "to be finite", f"NaN or infinity in image {index}")
+        raise InvalidValue("images", "to be finite", f"NaN or infinity in image {index}")
     values = to_uint8(images) if ranges is None else in_range(images, ranges).float()
     pixels: Pixels = values.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return pixels
@@ -172,7 +171,7 @@ def _missing(
             return True
         if manifest["weights"] is None:
             wanted = f"to be a module with weights or a FrozenUNet to go on with {str(files.result)!r}"
-            raise InvalidValue(_CALLER, "model", wanted, "a function or object whose weights are unknown; choose another out")
+            raise InvalidValue("model", wanted, "a function or object whose weights are unknown; choose another out")
         return False
 
     def begin() -> list[range]:
@@ -189,7 +188,7 @@ def _missing(
     found = processes.on_first(begin)
     if found is None and not files.agrees(manifest):
         got = f"{str(files.result)!r}, in which rank {processes.rank} finds nothing"
-        raise UnusablePath(_CALLER, "out", "to be in a folder that all processes see", got)
+        raise UnusablePath("out", "to be in a folder that all processes see", got)
     return processes.from_first(found or [])
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
+from torch import Tensor
 
 from ..checks import check_same
 from ..errors import UnusablePath, expect
@@ -35,7 +36,7 @@ class SampleFiles(ResultFolder):
         out: File or folder to write. Its ending chooses the format.
         num_samples: Number of images.
         shape: (C, H, W) of an image.
-        labels: int64 [num_samples], or None.
+        labels: Labels [num_samples, ...] on the CPU, or None.
         pictures: False: the values are floats, for which there is the npz alone.
 
     Attributes:
@@ -43,7 +44,6 @@ class SampleFiles(ResultFolder):
         dtype: Type of the values, as numpy writes it: "|u1", or "<f4" in an npz of data that are no pictures.
     """
 
-    caller = "write_samples"
     argument = "out"
     record_name = _MANIFEST
     hint = "choose another out"
@@ -53,39 +53,39 @@ class SampleFiles(ResultFolder):
         out: str | os.PathLike[str],
         num_samples: int,
         shape: Sequence[int],
-        labels: np.ndarray | None,
+        labels: Tensor | None,
         *,
         pictures: bool,
     ) -> None:
         result, kind = Path(out), kind_of(os.fspath(out))
-        expect(kind, self.caller, "out", "to be a folder or an .npz", repr(os.fspath(out)))
+        expect(kind, "out", "to be a folder or an .npz", repr(os.fspath(out)))
         self.kind = kind or "folder"
         self.dtype = "|u1" if pictures or self.kind == "folder" else "<f4"
         self.num_samples, self.shape, self.labels = num_samples, tuple(shape), labels
         super().__init__(result.with_name(f"{result.name}.parts") if self.kind == "npz" else result, result)
         fits = len(shape) == 3 and (self.kind == "npz" or shape[0] in (1, 3, 4))
         one_of = "" if self.kind == "npz" else " with C one of 1, 3, 4"
-        expect(fits, self.caller, "shape", f"to be (C, H, W){one_of} for {str(result)!r}", tuple(shape))
-        check_writable(self.caller, "out", result, result.parent if self.kind == "npz" else result)
+        expect(fits, "shape", f"to be (C, H, W){one_of} for {str(result)!r}", tuple(shape))
+        check_writable("out", result, result.parent if self.kind == "npz" else result)
         fits = self.kind == "folder" or result.is_file() or not result.exists()
-        expect(fits, self.caller, "out", "to be a file", f"{str(result)!r}, which is a folder or a device")
+        expect(fits, "out", "to be a file", f"{str(result)!r}, which is a folder or a device")
 
     def manifest(self) -> dict[str, Any] | None:
         """Return the fields of the manifest, which is the comment of a whole npz, or None if there is none."""
         if self.kind == "folder" or not self.result.exists():
-            return read_json(self.caller, self.record, _fields) if self.record.exists() else None
+            return read_json(self.record, _fields) if self.record.exists() else None
         try:
             with zipfile.ZipFile(self.result) as archive:
                 return _fields(json.loads(archive.comment))
         except Exception as error:  # damaged archives raise errors of many types
             wanted, got = "to be new or written by the same call", f"{str(self.result)!r} without a manifest: {error}"
-            raise UnusablePath(self.caller, "out", wanted, got) from error
+            raise UnusablePath("out", wanted, got) from error
 
     def agrees(self, wanted: Mapping[str, Any]) -> bool:
         """Return False if there is no manifest. Raise a ValueError if it differs in a field."""
         found = self.manifest()
         if found is not None:
-            check_same(self.caller, wanted, found, repr(str(self.result)), f"; {self.hint}")
+            check_same(wanted, found, repr(str(self.result)), f"; {self.hint}")
         return found is not None
 
     def remove_leftovers(self) -> None:
@@ -139,7 +139,7 @@ class SampleFiles(ResultFolder):
                 for block in blocks:
                     member.write(self._read(block).tobytes())
             if self.labels is not None:
-                archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(self.labels.astype("<i8")))
+                archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(self.labels.numpy()))
             archive.comment = json.dumps(manifest).encode()
         whole.replace(self.result)
         flush_names(self.result.parent)
@@ -152,7 +152,7 @@ class SampleFiles(ResultFolder):
         """Return the images of a block's file, mapped into memory. Raise a ValueError if they are not `dtype` [n, H, W, C]."""
         found: Pixels = np.load(self._part(block), "r")
         channels, height, width = self.shape
-        expect(found.shape[1:] == (height, width, channels) and found.dtype == self.dtype, "", "block", "whole", found.shape)
+        expect(found.shape[1:] == (height, width, channels) and found.dtype == self.dtype, "block", "whole", found.shape)
         return found
 
 

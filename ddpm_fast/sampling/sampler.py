@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_ints
 from ..dtypes import opmath
-from ..errors import InvalidValue, expect, renaming
+from ..errors import InvalidValue, expect, public, public_methods
 from ..files.images import evenly_spaced
 from ..inference import StepState, adapted, interface_of
 from ..inference import cuda_graph as graphs
@@ -41,6 +41,7 @@ class _Loop(NamedTuple):
     held: object = None
 
 
+@public_methods
 class Sampler:
     """A network, a plan and a device, ready to draw images.
 
@@ -91,7 +92,7 @@ class Sampler:
         TypeError: An argument has an unsupported type.
     """
 
-    @checked("Sampler")
+    @checked()
     def __init__(
         self,
         model: Model,
@@ -103,27 +104,26 @@ class Sampler:
         cuda_graph: bool | None = None,
         no_label: Annotated[int | None, within(0, (1 << 63) - 1)] = None,
     ) -> None:
-        check_model("Sampler", model)
+        check_model(model)
         model = inference_form(model)
         self._no_label = no_label
         if no_label is not None:
-            interface_of(model).labels.check_none("Sampler", no_label)
-            check_takes_labels("Sampler", model, "no_label", no_label)
+            interface_of(model).labels.check_none(no_label)
+            check_takes_labels(model, "no_label", no_label)
         self.interface = self._interface_of(model, plan)
         self.shape = _checked_shape(self.interface, shape)
-        self.device = sampling_device("Sampler", model, device)
+        self.device = sampling_device(model, device)
         may_capture = self.device.type in graphs.DEVICE_TYPES
-        wanted = f"to be None or False on {self.device.type}"
-        expect(not cuda_graph or may_capture, "Sampler", "cuda_graph", wanted, "True")
+        expect(not cuda_graph or may_capture, "cuda_graph", f"to be None or False on {self.device.type}", "True")
         with threads_after_fork(), current_device(self.device):
-            self._adapter = adapted("Sampler", model, self.device, dtype, plan.schedule.num_timesteps)
+            self._adapter = adapted(model, self.device, dtype, plan.schedule.num_timesteps)
         self.network, self.dtype = self._adapter.model, self._adapter.dtype
         self._captures = may_capture and (self._adapter.is_frozen if cuda_graph is None else cuda_graph)
         self._state_dtype = opmath(self.dtype)
         self._set_plan(plan)
 
     def _set_plan(self, plan: SamplingPlan) -> None:
-        self._adapter.check_plan("Sampler", plan)
+        self._adapter.check_plan(plan)
         self._plan = plan
         self._loops: OrderedDict[Hashable, _Loop] = OrderedDict()  # the one used last is last
         self._capture_stream: Any = None
@@ -141,7 +141,7 @@ class Sampler:
         """The plan. `with_plan` takes another."""
         return self._plan
 
-    @checked("Sampler.")
+    @checked()
     def with_plan(self, plan: SamplingPlan) -> Sampler:
         """Return a Sampler with another plan and the same network.
 
@@ -151,7 +151,7 @@ class Sampler:
         """
         other = object.__new__(type(self))
         vars(other).update(vars(self), interface=self._interface_of(self.network, plan))
-        other.interface.check_images("Sampler", "shape", self.shape)
+        other.interface.check_images("shape", self.shape)
         other._set_plan(plan)
         return other
 
@@ -180,10 +180,10 @@ class Sampler:
                 model or the callback does what it must not.
             TypeError: An argument has an unsupported type, or is unknown.
         """
-        images, _ = self.draw(self.request("Sampler", num_samples, options))
+        images, _ = self.draw(self.request(num_samples, options))
         return images
 
-    @checked("Sampler.")
+    @checked()
     @taking(DrawOptions)
     def trajectory(
         self, num_samples: int, *, num_frames: Annotated[int, within(low=1)] = 51, **options: Unpack[DrawOptions]
@@ -199,7 +199,7 @@ class Sampler:
             The images as a call of the Sampler returns them, and the states [frames, num_samples, C, H, W] on the CPU, from
             x_T to x_0.
         """
-        request = self.request("Sampler.trajectory", num_samples, options)
+        request = self.request(num_samples, options)
         return self.draw(request, min(num_frames, self.plan.num_steps + 1))
 
     def __reduce__(self) -> Any:
@@ -208,17 +208,20 @@ class Sampler:
     def _interface_of(self, model: Model, plan: SamplingPlan) -> Interface:
         return interface_of(model, predicts_variance=plan.variance != "fixed", no_label=self._no_label)
 
-    def request(self, caller: str, num_samples: int, options: Any, **further: Any) -> Request:
+    def request(self, num_samples: int, options: Any, **further: Any) -> Request:
         """Return the checked arguments of a call, for `draw` and `steps`.
 
         Args:
-            caller: Name of the calling function for error messages.
             num_samples: Number of images.
             options: Options of the call, see `DrawOptions`.
             **further: Arguments of `checked_request`. By default the classes take turns, as for new images.
         """
-        given = (caller, self.network, self.interface, self.shape, num_samples, options)
+        given = (self.network, self.interface, self.shape, num_samples, options)
         return checked_request(*given, **{"in_turn": True} | further)
+
+    def evaluate(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None, condition: Tensor | None = None) -> Tensor:
+        """Return the network's output for checked arguments on the device, see `Adapter.evaluate`."""
+        return self._adapter.evaluate(x_t, t, class_labels, condition)
 
     def draw(self, request: Request, num_frames: int = 0) -> tuple[Tensor, Tensor]:
         """Return the images of a request, drawn one batch after the other, and as many states of each on the CPU."""
@@ -231,7 +234,7 @@ class Sampler:
             seeds = request.seeds.to(device)
             inputs = [None if x is None else x.to(device) for x in (request.labels, given["x_T"], given["condition"])]
             with (
-                # On a GPU it counts the steps handed over: the host would have to wait to know how many are done.
+                # On a GPU it counts steps as they are submitted, because the host does not wait for them.
                 progress_bar(len(batches) * plan.num_steps, "sampling", "step", shown=given["progress"]) as bar,
                 evaluation_mode(self.network),
                 torch.inference_mode(),
@@ -347,6 +350,7 @@ class Sampler:
         return _Loop(state, replay, (advance, weights))
 
 
+@public()
 @taking(DrawOptions)
 def sample(
     model: Model,
@@ -382,9 +386,8 @@ def sample(
         ValueError: An argument is out of range or does not fit the model, checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
-    with renaming("sample"):
-        sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph, no_label=no_label)
-        request = sampler.request("sample", num_samples, options)
+    sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph, no_label=no_label)
+    request = sampler.request(num_samples, options)
     images, _ = sampler.draw(request)
     return images
 
@@ -398,8 +401,7 @@ def _checked_shape(interface: Interface, shape: Sequence[int] | None) -> tuple[i
     """Return the shape (C, H, W) of an image that the network draws."""
     shape = interface.shape if shape is None else shape
     if shape is None:
-        expected = "to be (C, H, W), as the model has no config with in_channels and sample_size"
-        raise InvalidValue("Sampler", "shape", expected, "None")
-    check_ints("Sampler", "shape", shape, 1, "integers (C, H, W)")
-    interface.check_images("Sampler", "shape", shape)
+        raise InvalidValue("shape", "to be (C, H, W), as the model has no config with in_channels and sample_size", "None")
+    check_ints("shape", shape, 1, "integers (C, H, W)")
+    interface.check_images("shape", shape)
     return tuple(shape)

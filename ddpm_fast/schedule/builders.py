@@ -19,20 +19,20 @@ _BetaOrZero = Annotated[float, within(low=0, high=1)]
 _Finite = Annotated[float, within(finite=True)]
 
 
-@checked("NoiseSchedule.")
+@checked()
 def linear(num_timesteps: _Timesteps, beta_start: _Beta, beta_end: _Beta, scale_to_num_timesteps: bool) -> Tensor:
     """Return evenly spaced betas."""
     scale = 1000 / num_timesteps if scale_to_num_timesteps else 1.0
     return torch.linspace(beta_start * scale, beta_end * scale, num_timesteps, dtype=torch.float64)
 
 
-@checked("NoiseSchedule.")
+@checked()
 def scaled_linear(num_timesteps: _Timesteps, beta_start: _Beta, beta_end: _Beta) -> Tensor:
     """Return betas with evenly spaced square roots."""
     return torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).square()
 
 
-@checked("NoiseSchedule.")
+@checked()
 def cosine(num_timesteps: _Timesteps, s: Annotated[float, within(low=0, finite=True)], max_beta: _Beta) -> Tensor:
     """Return the betas of Nichol and Dhariwal 2021."""
 
@@ -42,12 +42,10 @@ def cosine(num_timesteps: _Timesteps, s: Annotated[float, within(low=0, finite=T
     return _from_alpha_bar(alpha_bar, num_timesteps, max_beta)
 
 
-@checked("NoiseSchedule.")
+@checked()
 def sigmoid(num_timesteps: _Timesteps, start: _Finite, end: _Finite, tau: _Finite, max_beta: _Beta) -> Tensor:
     """Return the betas of Jabri et al. 2022."""
-    caller = "NoiseSchedule.sigmoid"
-    fits = start != end and tau != 0
-    expect(fits, caller, "start", "unequal to end, and tau unequal to 0", f"{start}, {end} and {tau}")
+    expect(start != end and tau != 0, "start", "unequal to end, and tau unequal to 0", f"{start}, {end} and {tau}")
     first, last = (torch.tensor(v / tau, dtype=torch.float64).sigmoid() for v in (start, end))
 
     def alpha_bar(u: Tensor) -> Tensor:
@@ -56,14 +54,14 @@ def sigmoid(num_timesteps: _Timesteps, start: _Finite, end: _Finite, tau: _Finit
     return _from_alpha_bar(alpha_bar, num_timesteps, max_beta)
 
 
-@checked("NoiseSchedule.")
+@checked()
 def sigmoid_betas(num_timesteps: _Timesteps, beta_start: _BetaOrZero, beta_end: _BetaOrZero) -> Tensor:
     """Return betas along a sigmoid."""
     ramp = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
     return ramp * (beta_end - beta_start) + beta_start
 
 
-@checked("NoiseSchedule.")
+@checked()
 def laplace(num_timesteps: _Timesteps, max_beta: _Beta) -> Tensor:
     """Return the betas that diffusers calls "laplace"."""
 
@@ -75,7 +73,7 @@ def laplace(num_timesteps: _Timesteps, max_beta: _Beta) -> Tensor:
     return _from_alpha_bar(alpha_bar, num_timesteps, max_beta)
 
 
-@checked("NoiseSchedule.")
+@checked()
 def flow(num_timesteps: _Timesteps) -> Tensor:
     """Return the betas of flow matching."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import MAX_TIMESTEPS, check_choice, check_strided, check_type, checked_device
-from ..errors import InvalidType, InvalidValue, expect, renaming
+from ..errors import InvalidType, InvalidValue, expect, public_methods, renaming
 from ..files.models import model_folder, scheduler_file
 from ..files.writing import read_json
 from ..options import checked
@@ -39,6 +39,7 @@ class Target(NamedTuple):
             return cls(columns.to(device, torch.float32), *(columns != 0).any(dim=0).tolist())
 
 
+@public_methods
 class NoiseSchedule:
     """The betas of a diffusion process and the coefficients derived from them.
 
@@ -57,10 +58,10 @@ class NoiseSchedule:
         ValueError: `betas` has another dtype or shape, or a value outside (0, 1].
     """
 
-    @checked("NoiseSchedule")
+    @checked()
     def __init__(self, betas: Tensor, name: str = "from_betas", parameters: dict[str, Any] | None = None) -> None:
-        self._betas = _checked_betas("NoiseSchedule", betas)
-        check_choice("NoiseSchedule", "name", name, BUILDERS)
+        self._betas = _checked_betas(betas)
+        check_choice("name", name, BUILDERS)
         self._name = name
         self._parameters = dict(parameters or {})
         self._targets: dict[tuple[str, torch.device], Target] = {}
@@ -208,17 +209,15 @@ class NoiseSchedule:
         Raises:
             ValueError: A beta is outside (0, 1].
         """
-        caller = "NoiseSchedule.from_betas"
         if not isinstance(betas, Tensor):
             try:
                 betas = torch.as_tensor(betas, dtype=torch.float64)
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-                raise InvalidType(caller, "betas", "to be T numbers", repr(betas)) from error
-        return cls(_checked_betas(caller, betas))
+                raise InvalidType("betas", "to be T numbers", repr(betas)) from error
+        return cls(_checked_betas(betas))
 
     @classmethod
-    @renaming("NoiseSchedule.from_diffusers", {"num_timesteps": "num_train_timesteps", "betas": "trained_betas"})
-    @checked("NoiseSchedule.")
+    @checked()
     def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Return the schedule that the configuration of a diffusers scheduler describes.
 
@@ -231,24 +230,25 @@ class NoiseSchedule:
             TypeError: A value has another type than in diffusers.
             ValueError: diffusers' DDPMScheduler does not have this beta_schedule, or a value is out of range.
         """
-        rescale = config.get("rescale_betas_zero_snr", False)
-        check_type("NoiseSchedule.from_diffusers", "rescale_betas_zero_snr", rescale, bool)
-        if config.get("trained_betas") is not None:
-            schedule = cls.from_betas(config["trained_betas"])
-        else:
-            name = config.get("beta_schedule", "linear")
-            if not isinstance(name, str) or name not in _DIFFUSERS_BUILDERS:
-                known = ", ".join(_DIFFUSERS_BUILDERS)
-                raise InvalidValue("NoiseSchedule.from_diffusers", "beta_schedule", f"to be one of {known}", repr(name))
-            parameters: dict[str, Any] = {"num_timesteps": config.get("num_train_timesteps", 1000)}
-            if name not in ("squaredcos_cap_v2", "laplace"):
-                parameters |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
-            builder: Callable[..., NoiseSchedule] = getattr(cls, _DIFFUSERS_BUILDERS[name])
-            schedule = builder(**parameters)
-        return schedule.rescale_zero_terminal_snr() if rescale else schedule
+        with renaming({"num_timesteps": "num_train_timesteps", "betas": "trained_betas"}):
+            rescale = config.get("rescale_betas_zero_snr", False)
+            check_type("rescale_betas_zero_snr", rescale, bool)
+            if config.get("trained_betas") is not None:
+                schedule = cls.from_betas(config["trained_betas"])
+            else:
+                name = config.get("beta_schedule", "linear")
+                if not isinstance(name, str) or name not in _DIFFUSERS_BUILDERS:
+                    known = ", ".join(_DIFFUSERS_BUILDERS)
+                    raise InvalidValue("beta_schedule", f"to be one of {known}", repr(name))
+                parameters: dict[str, Any] = {"num_timesteps": config.get("num_train_timesteps", 1000)}
+                if name not in ("squaredcos_cap_v2", "laplace"):
+                    parameters |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
+                builder: Callable[..., NoiseSchedule] = getattr(cls, _DIFFUSERS_BUILDERS[name])
+                schedule = builder(**parameters)
+            return schedule.rescale_zero_terminal_snr() if rescale else schedule
 
     @classmethod
-    @checked("NoiseSchedule.")
+    @checked()
     def from_pretrained(cls, path: str | os.PathLike[str]) -> NoiseSchedule:
         """Read the schedule of a model's folder, from its scheduler_config.json.
 
@@ -260,9 +260,8 @@ class NoiseSchedule:
             OSError: The model cannot be downloaded.
             ValueError: The file is damaged, or describes a schedule that is not supported. The message names it.
         """
-        caller = "NoiseSchedule.from_pretrained"
-        folder = model_folder(caller, "path", path)
-        return read_json(caller, scheduler_file(caller, folder), schedule_from_config)
+        folder = model_folder("path", path)
+        return read_json(scheduler_file(folder), schedule_from_config)
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Return this schedule with zero terminal SNR (Lin et al. 2023, Algorithm 1).
@@ -275,7 +274,7 @@ class NoiseSchedule:
             ValueError: The schedule has one timestep.
         """
         first, last = self.sqrt_alpha_bars[0], self.sqrt_alpha_bars[-1]
-        expect(first != last, "NoiseSchedule.rescale_zero_terminal_snr", "", "a schedule of at least 2 timesteps", "1")
+        expect(first != last, "", "a schedule of at least 2 timesteps", "1")
         alpha_bars = ((self.sqrt_alpha_bars - last) * (first / (first - last))).square()
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
         return NoiseSchedule(1 - alpha_bars / previous)
@@ -389,7 +388,7 @@ class NoiseSchedule:
     def target(self, name: str, device: torch.device | str = "cpu") -> Target:
         """Return x_t, or a prediction, as kernels read it. It is computed once for each device and must not be changed."""
         if type(device) is not torch.device or (name, device) not in self._targets:
-            device = numbered("NoiseSchedule.table", device)
+            device = numbered(device)
         if (name, device) not in self._targets:
             columns = _COLUMNS[name](self.sqrt_alpha_bars, self.sqrt_one_minus_alpha_bars)
             self._targets[name, device] = Target.of(torch.stack(columns, dim=1), device)
@@ -404,7 +403,7 @@ class NoiseSchedule:
         return {"name": self.name, **self._parameters}
 
     @classmethod
-    @checked("NoiseSchedule.")
+    @checked()
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Return the schedule that `to_config` described.
 
@@ -417,13 +416,12 @@ class NoiseSchedule:
         """
         parameters = dict(config)
         name = parameters.pop("name", None)
-        expect(name in BUILDERS, "NoiseSchedule.from_config", "name", f"to be one of {', '.join(BUILDERS)}", repr(name))
+        expect(name in BUILDERS, "name", f"to be one of {', '.join(BUILDERS)}", repr(name))
         builder: Callable[..., NoiseSchedule] = getattr(cls, name)
         known = inspect.signature(builder).parameters
         required = [key for key, parameter in known.items() if parameter.default is parameter.empty]
         expect(
             set(required) <= parameters.keys() <= known.keys(),
-            "NoiseSchedule.from_config",
             "",
             f"the arguments of {name} to be among {', '.join(known)}",
             ", ".join(parameters) or "none",
@@ -489,38 +487,38 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     kind, own = config.get("_class_name"), config.get("_ddpm_fast")
     if kind is not None or own is None:
         wanted = "to be a scheduler of diffusers that has the noise levels of DDPM, such as DDPMScheduler"
-        expect(kind in _DDPM_SCHEDULERS, "schedule_from_config", "_class_name", wanted, repr(kind))
+        expect(kind in _DDPM_SCHEDULERS, "_class_name", wanted, repr(kind))
         wanted = "to be false, because its levels are those of flow matching"
-        expect(not config.get("use_flow_sigmas"), "schedule_from_config", "use_flow_sigmas", wanted, "true")
+        expect(not config.get("use_flow_sigmas"), "use_flow_sigmas", wanted, "true")
     if own is None:
         return NoiseSchedule.from_diffusers(config)
     schedule = NoiseSchedule.from_config(own)
     if (length := config.get("num_train_timesteps", schedule.num_timesteps)) != schedule.num_timesteps:
         wanted = f"{schedule.num_timesteps}, as in _ddpm_fast"
-        raise InvalidValue("schedule_from_config", "num_train_timesteps", f"to be {wanted}", repr(length))
+        raise InvalidValue("num_train_timesteps", f"to be {wanted}", repr(length))
     return schedule
 
 
-def numbered(caller: str, device: torch.device | str) -> torch.device:
+def numbered(device: torch.device | str) -> torch.device:
     """Return `device` with its index, as tensors report it: "cuda" becomes the current GPU. Raise if it is not available."""
-    device = checked_device(caller, device)
+    device = checked_device(device)
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def _checked_betas(caller: str, betas: Tensor) -> Tensor:
+def _checked_betas(betas: Tensor) -> Tensor:
     """Return a float64 copy of betas on the CPU, or raise unless they are floating [T] in (0, 1]."""
     if not isinstance(betas, Tensor):
         raise InvalidType(
-            caller, "betas", "to be a floating tensor [T]", f"{type(betas).__name__}: NoiseSchedule.from_betas takes a sequence"
+            "betas", "to be a floating tensor [T]", f"{type(betas).__name__}: NoiseSchedule.from_betas takes a sequence"
         )
-    check_strided(caller, "betas", betas)
+    check_strided("betas", betas)
     if betas.dim() != 1 or not 1 <= betas.numel() <= MAX_TIMESTEPS or not betas.is_floating_point() or betas.is_meta:
         got = f"{betas.dtype} {list(betas.shape)} on {betas.device}"
         wanted = f"a floating tensor of shape [T] with values, T in 1..{MAX_TIMESTEPS}"
-        raise InvalidValue(caller, "betas", f"to be {wanted}", got)
+        raise InvalidValue("betas", f"to be {wanted}", got)
     betas = betas.detach().to("cpu", torch.float64, copy=True)
     outside = ~((betas > 0) & (betas <= 1))  # NaN included
     if outside.any():
         first = int(outside.nonzero()[0])
-        raise InvalidValue(caller, "betas", "to be in (0, 1]", f"{betas[first]:.6g} at index {first}")
+        raise InvalidValue("betas", "to be in (0, 1]", f"{betas[first]:.6g} at index {first}")
     return betas

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_float, check_number, check_values
-from ..errors import InvalidType, InvalidValue, expect, renaming
+from ..errors import InvalidType, InvalidValue, expect, public, public_methods
 from ..options import checked
 from ..predictions import TARGETS, Prediction, Variance
 from .noise_schedule import NoiseSchedule, Target
 
 
+@public_methods
 @dataclass(frozen=True, eq=False, repr=False)
 class Objective:
     """The prediction of a network, the variance of its reverse steps, and the weights of its loss.
@@ -55,28 +56,25 @@ class Objective:
     _targets: dict[torch.device, Target] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        caller = "Objective"
         if not isinstance(self.schedule, NoiseSchedule):
             raise InvalidType(
-                caller,
                 "schedule",
                 "to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config))",
                 type(self.schedule).__name__,
             )
-        check_choice(caller, "variance", self.variance, get_args(Variance))
-        check_choice(caller, "loss_weight", self.loss_weight, (None, "min_snr"))
-        check_number(caller, "gamma", self.gamma, above=0, finite=True)
+        check_choice("variance", self.variance, get_args(Variance))
+        check_choice("loss_weight", self.loss_weight, (None, "min_snr"))
+        check_number("gamma", self.gamma, above=0, finite=True)
         if isinstance(self.prediction, str):
-            check_choice(caller, "prediction", self.prediction, TARGETS)
+            check_choice("prediction", self.prediction, TARGETS)
             return
-        check_float(caller, "prediction", self.prediction)
-        check_values(caller, "prediction", self.prediction)
+        check_float("prediction", self.prediction)
+        check_values("prediction", self.prediction)
         shape, got = [self.schedule.num_timesteps, 2], list(self.prediction.shape)
-        expect(got == shape, caller, "prediction", f"to be a name, or two columns of shape {shape}", got)
+        expect(got == shape, "prediction", f"to be a name, or two columns of shape {shape}", got)
         target = self.prediction.detach().to("cpu", torch.float64, copy=True)
         bad = (~(target.isfinite().all(dim=1) & (target != 0).any(dim=1))).nonzero().flatten().tolist()
-        wanted = "to have finite columns that are not both 0"
-        expect(not bad, caller, "prediction", wanted, f"others at timestep {next(iter(bad), '')}")
+        expect(not bad, "prediction", "to have finite columns that are not both 0", f"others at timestep {next(iter(bad), '')}")
         object.__setattr__(self, "prediction", target)
         self._targets[torch.device("cpu")] = Target.of(target, "cpu")  # in place before torch.compile looks
 
@@ -120,16 +118,19 @@ class Objective:
         return torch.stack(self.target_at(*self._levels), dim=1)
 
     @property
+    @public()
     def x_0_weights(self) -> Tensor:
         """The weights of x_t and m in x_0^, float64 [T, 2] on the CPU. A ValueError if D is 0 at a timestep."""
         return self._determined("x_0", self.x_0_weights_at(*self._levels))
 
     @property
+    @public()
     def epsilon_weights(self) -> Tensor:
         """The weights of x_t and m in epsilon^, float64 [T, 2] on the CPU. A ValueError if D is 0 at a timestep."""
         return self._determined("epsilon", self.epsilon_weights_at(*self._levels))
 
     @property
+    @public()
     def loss_weights(self) -> Tensor:
         """The weight of each timestep's loss on the prediction itself, float64 [T] on the CPU.
 
@@ -151,7 +152,7 @@ class Objective:
         stacked = torch.stack(tuple(columns), dim=1)
         lost = (~stacked.isfinite().all(dim=1)).nonzero().flatten().tolist()
         got = f"{self.name}, for which D = 0 at timestep {next(iter(lost), '')}"
-        expect(not lost, "Objective", "prediction", f"to determine {what} at every timestep", got)
+        expect(not lost, "prediction", f"to determine {what} at every timestep", got)
         return stacked
 
     def target_at(self, alpha: Tensor, sigma: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,6 +192,7 @@ class Objective:
         return self._targets[device]
 
     @cached_property
+    @public()
     def bound_columns(self) -> Tensor:
         """The coefficients of the variational bound, float64 [7, T] on the CPU. A ValueError if D is 0 at a timestep.
 
@@ -242,7 +244,7 @@ class Objective:
         }
 
     @classmethod
-    @checked("Objective.")
+    @checked()
     def from_config(cls, config: Mapping[str, Any]) -> Objective:
         """Return the objective that `to_config` described.
 
@@ -250,12 +252,10 @@ class Objective:
             TypeError: `config` is no mapping, or a value has the wrong type.
             ValueError: A key is missing or unknown, or a value is out of range.
         """
-        caller = "Objective.from_config"
         keys = ("schedule", "prediction", "variance", "loss_weight", "gamma")
-        expect(config.keys() == {*keys}, caller, "", f"the keys {', '.join(keys)}", ", ".join(config) or "none")
+        expect(config.keys() == {*keys}, "", f"the keys {', '.join(keys)}", ", ".join(config) or "none")
         schedule, prediction = NoiseSchedule.from_config(config["schedule"]), config["prediction"]
-        with renaming(caller):
-            return cls(**{**config, "schedule": schedule, "prediction": checked_columns(prediction)})
+        return cls(**{**config, "schedule": schedule, "prediction": checked_columns(prediction)})
 
 
 def checked_columns(prediction: Any) -> Any:
@@ -263,11 +263,10 @@ def checked_columns(prediction: Any) -> Any:
     try:
         return torch.tensor(prediction, dtype=torch.float64) if isinstance(prediction, list) else prediction
     except (TypeError, ValueError) as error:
-        raise InvalidValue("", "prediction", "to be a name, or T pairs of numbers", error) from error
+        raise InvalidValue("prediction", "to be a name, or T pairs of numbers", error) from error
 
 
 def objective_of(
-    caller: str,
     schedule: NoiseSchedule | Objective,
     prediction: Prediction | None = None,
     variance: Variance | None = None,
@@ -275,20 +274,17 @@ def objective_of(
     """Return the objective that a caller's arguments describe.
 
     Args:
-        caller: The function that error messages name.
         schedule: The noise schedule, or an objective.
         prediction: The prediction. None: that of the given objective, or "epsilon".
         variance: The variance. None: that of the given objective, or "fixed_small".
     """
-    with renaming(caller):
-        if not isinstance(schedule, Objective):
-            default: Prediction = "epsilon"
-            return Objective(
-                schedule, default if prediction is None else prediction, "fixed_small" if variance is None else variance
-            )
-        wanted = "to be left out with an Objective, which has it"
-        expect(prediction is None, caller, "prediction", wanted, repr(prediction))
-        return schedule if variance is None else replace(schedule, variance=variance)
+    if not isinstance(schedule, Objective):
+        default: Prediction = "epsilon"
+        return Objective(
+            schedule, default if prediction is None else prediction, "fixed_small" if variance is None else variance
+        )
+    expect(prediction is None, "prediction", "to be left out with an Objective, which has it", repr(prediction))
+    return schedule if variance is None else replace(schedule, variance=variance)
 
 
 def _determinant(a: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:
             all are compared.
     """
     try:
-        for name, entry in read_state("train", checkpoint).files.items():
+        for name, entry in read_state(checkpoint).files.items():
             if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != entry.size:
                 return f"{name} is missing or has another size"
             if part is not None and name.startswith(part) and file_sha256(checkpoint / name) != entry.sha256:
@@ -163,11 +163,10 @@ def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:
     return None
 
 
-def read_state(caller: str, checkpoint: Path) -> Checkpoint:
+def read_state(checkpoint: Path) -> Checkpoint:
     """Return the content of a checkpoint's state.json.
 
     Args:
-        caller: Name of the calling function for error messages.
         checkpoint: The checkpoint's folder.
 
     Raises:
@@ -182,10 +181,10 @@ def read_state(caller: str, checkpoint: Path) -> Checkpoint:
         state = msgspec.convert(values, Checkpoint)
         digest = values.pop("sha256", None)
         if digest != _sha256_of(values):
-            raise InvalidValue("", "sha256", f"to be {_sha256_of(values)}", f"{digest!r}: the file has been changed")
+            raise InvalidValue("sha256", f"to be {_sha256_of(values)}", f"{digest!r}: the file has been changed")
         return state
 
-    return read_json(caller, checkpoint / "state.json", parse)
+    return read_json(checkpoint / "state.json", parse)
 
 
 def _write(folder: Path, state: Mapping[str, Any], write: Callable[[Path], None]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import expect
+from ..errors import MissingPath, UnusablePath, expect
 from ..files.writing import write_json, write_text
 from ..inference import interface_of
 from ..nn import UNet
@@ -52,19 +52,19 @@ def export_checkpoint(
         (checkpoints.resolve() not in (out.resolve(), *out.resolve().parents), "to be apart from the run's checkpoints"),
         (not RunFolder(out).checkpoints.path.is_dir(), "to be no training run"),
     ):
-        expect(holds, "export_checkpoint", "out_dir", wanted, out)
-    check_writable("export_checkpoint", "out_dir", out, out)
-    config = run.read_config("export_checkpoint")
+        expect(holds, "out_dir", wanted, out)
+    check_writable("out_dir", out, out)
+    config = run.read_config()
 
     def read(checkpoint: Path) -> tuple[UNet, Checkpoint]:
-        check_is_unet("export_checkpoint", "run_dir", checkpoint)
-        return UNet.from_pretrained(checkpoint / "unet_ema").to(dtype), read_state("export_checkpoint", checkpoint)
+        check_is_unet("run_dir", checkpoint)
+        return UNet.from_pretrained(checkpoint / "unet_ema").to(dtype), read_state(checkpoint)
 
     found = run.checkpoints.read_newest("unet_ema/", read)
     if found is None:
-        raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {checkpoints}, got none")
+        raise MissingPath("", f"a checkpoint in {checkpoints}", "none")
     model, state = found
-    log = run.log.until(state.step, "export_checkpoint")
+    log = run.log.until(state.step)
     objective = Objective.from_config(config["objective"])
     options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
     options |= {name: Path(options[name]).name for name in ("data", "condition", "init") if options.get(name) is not None}
@@ -86,15 +86,15 @@ def export_checkpoint(
         write_json(out / "training.json", record)
         write_text(out / "training_log.csv", log)
     except OSError as error:
-        raise OSError(f"export_checkpoint: expected to write a model to {out}, got: {error}; export it again") from error
+        raise UnusablePath("", f"to write a model to {out}", f"{error}; export it again") from error
     return out
 
 
-def check_is_unet(caller: str, name: str, folder: Path) -> None:
+def check_is_unet(name: str, folder: Path) -> None:
     """Raise a ValueError if a checkpoint holds another network than a `UNet`."""
     file = folder / WEIGHTS["unet_ema"]
     got = f"another network, which its folder does not describe; make it, and load {file} with load_state_dict"
-    expect(not file.exists(), caller, name, "to hold a UNet", got)
+    expect(not file.exists(), name, "to hold a UNet", got)
 
 
 def write_scheduler(folder: Path, objective: Objective) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from ..errors import UnusablePath
 from ..files.writing import write_text
 
 COLUMNS: Final = ("samples", "loss", "grad_norm", "lr", "images_per_second", "seconds")
@@ -62,16 +63,16 @@ class CsvLog(Logger):
 
     def row(self, values: Mapping[str, float], step: int) -> None:
         """Append a row."""
-        new = not self._exists("train") or not self.path.stat().st_size  # a run was killed before the names were written
+        new = not self._exists() or not self.path.stat().st_size  # a run was killed before the names were written
         with open(self.path, "a", newline="", encoding="utf-8", opener=_open_itself) as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(["step", *values])
             writer.writerow([step, *(format(each, ".6g") if isinstance(each, float) else each for each in values.values())])
 
-    def until(self, step: int, caller: str = "train") -> str:
+    def until(self, step: int) -> str:
         """Return the text up to the row of `step`, without a truncated last row."""
-        if not self._exists(caller):
+        if not self._exists():
             return ""
         text = self.path.read_text(encoding="utf-8", errors="replace")
         lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
@@ -85,16 +86,16 @@ class CsvLog(Logger):
 
     def cut(self, step: int) -> None:
         """Remove the rows after `step`, which a resumed run writes again."""
-        if self._exists("train"):
+        if self._exists():
             write_text(self.path, self.until(step))
 
-    def _exists(self, caller: str) -> bool:
+    def _exists(self) -> bool:
         """Return whether there is a file. Raise an OSError if it is a pipe, a link or a folder: opening a pipe could wait."""
         if not os.path.lexists(self.path):
             return False
         if self.path.is_symlink() or not self.path.is_file():
             got = "a link" if self.path.is_symlink() else "a folder, a pipe or a device"
-            raise OSError(f"{caller}: expected {str(self.path)!r} to be a file, got {got}")
+            raise UnusablePath(repr(str(self.path)), "to be a file", got)
         return True
 
 

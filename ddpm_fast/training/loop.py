@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ..allocator import kept_memory
 from ..distributed import Processes, ProcessLost
-from ..errors import ArgumentError
 from ..files.writing import write_json
 from .report import CallbackError, Report, call_back
 from .state import State, begin
@@ -65,7 +64,7 @@ def run_steps(task: Task, state: State) -> TrainResult:
             stack.enter_context(task.run.folder.locked())
         if task.run.device.type == "cpu":
             stack.enter_context(kept_memory())
-        processes.check_same("train", task.identity() if processes.size > 1 else {})
+        processes.check_same(task.identity() if processes.size > 1 else {})
         config = processes.on_first(lambda: begin(task, state))
         state.copy_from_first(processes)
         gpus = [task.run.device] if task.run.device.type == "cuda" else []
@@ -172,9 +171,9 @@ class Saving:
 
     @contextmanager
     def if_it_fails(self) -> Iterator[None]:
-        """Save the finished steps if the body fails, and raise its error with the name of the last good checkpoint.
+        """Save the finished steps if the body fails, and note the last good checkpoint on its error.
 
-        The cause may be an image, a file, another process, or a lack of memory. The error of a callback stays unchanged.
+        The error of a callback stays unchanged.
         """
         try:
             yield
@@ -182,21 +181,15 @@ class Saving:
             self._try_to_save()
             raise failed.args[0] from failed.args[0].__context__  # as it was raised, perhaps after an error of the run
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            is_lost, out_of_memory = isinstance(error, ProcessLost), _is_out_of_memory(error)
-            is_known = is_lost or out_of_memory or not isinstance(error, RuntimeError)
+            is_lost = isinstance(error, ProcessLost)
+            is_known = is_lost or _is_out_of_memory(error) or not isinstance(error, RuntimeError)
             if not (is_known and self._task.run.processes.is_first):
                 raise
             # A GPU may still wait for the lost process, or have used half of a sum.
             if not is_lost or self._task.run.device.type == "cpu":
                 self._try_to_save()
-            path, step, hint = self._task.run.folder.path, self._state.step, self._last_good()
-            if isinstance(error, OSError):
-                raise OSError(f"train: expected to write to {path} at step {step}, got: {error}; {hint}") from error
-            if isinstance(error, ArgumentError):  # an image is damaged that was not decoded before
-                raise error.renamed(caller="train", got=f"{error.got}; {hint}") from error
-            if out_of_memory:
-                raise MemoryError(f"train: expected memory for step {step + 1}, got: {error}; {hint}") from error
-            raise (ProcessLost if is_lost else ValueError)(f"train: {error}; {hint}") from error
+            error.add_note(f"the run in {self._task.run.folder.path} ended at step {self._state.step}; {self._last_good()}")
+            raise
 
     def _try_to_save(self) -> None:
         """Save the finished steps if the weights are finite. A full disk, a lost folder or a lack of memory may prevent it."""

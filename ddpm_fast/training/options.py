@@ -69,7 +69,7 @@ class ModelOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.channels:
-            raise InvalidValue("ModelOptions", "channels", "to be at least one number", "none")
+            raise InvalidValue("channels", "to be at least one number", "none")
 
 
 @described
@@ -184,8 +184,7 @@ class TrainOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps * self.batch_size >= 1 << 63:
-            got = f"{self.steps} steps of {self.batch_size} images"
-            raise InvalidValue("TrainOptions", "steps", "times batch_size to be below 2^63", got)
+            raise InvalidValue("steps", "times batch_size to be below 2^63", f"{self.steps} steps of {self.batch_size} images")
 
 
 STRUCTS: Final = (DataOptions, ModelOptions, TrainOptions)

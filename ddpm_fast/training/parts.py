@@ -35,19 +35,18 @@ of what the time embedding adds to them, all is lost with one channel, and half 
 _log = logging.getLogger("ddpm_fast")
 
 
-def objective_of(caller: str, schedule: NoiseSchedule | Objective, options: TrainOptions) -> Objective:
+def objective_of(schedule: NoiseSchedule | Objective, options: TrainOptions) -> Objective:
     """Return the objective of a run, which the schedule or the options have."""
     if isinstance(schedule, Objective):
         objective = schedule
         for name in ("prediction", "variance", "loss_weight"):
             given = getattr(options, name)
             left_out = given == getattr(TrainOptions, name)
-            expect(left_out, caller, f"options.{name}", "to be left out, as schedule is an Objective", given)
+            expect(left_out, f"options.{name}", "to be left out, as schedule is an Objective", given)
     else:
-        with renaming(caller):
-            objective = Objective(schedule, options.prediction, options.variance, options.loss_weight)
+        objective = Objective(schedule, options.prediction, options.variance, options.loss_weight)
     if options.sample_every:
-        check_int(caller, "sample_steps", options.sample_steps, 1, objective.schedule.num_timesteps, optional=True)
+        check_int("sample_steps", options.sample_steps, 1, objective.schedule.num_timesteps, optional=True)
     return objective
 
 
@@ -57,10 +56,9 @@ def built_from(run: Run, data: DataOptions, model: ModelOptions) -> tuple[UNet, 
     # The size of a run that goes on is not known here: images of another size are an error, and are not resized.
     kept = {name: stored.get(name) for name in ("data_range", "condition_range")} if stored else None
     load = partial(load_dataset, data, known=kept)
-    with renaming("train"):
-        dataset = run.processes.machine_by_machine(load) if data.data in DATASETS else load()  # rank 0 downloads
+    dataset = run.processes.machine_by_machine(load) if data.data in DATASETS else load()  # rank 0 downloads
     config = _unet_config(model, dataset.info, run.objective, stored)
-    with torch.random.fork_rng([]), renaming("train", {"block_out_channels": "channels", "attention_head_dim": "head_dim"}):
+    with torch.random.fork_rng([]), renaming({"block_out_channels": "channels", "attention_head_dim": "head_dim"}):
         torch.manual_seed(run.rng.weights_seed)
         network = UNet(**config)
         if model.weak_shortcuts:
@@ -83,19 +81,17 @@ def fitted(
     """
     _check_trainable(model)
     if isinstance(model, UNet):
-        expect(num_classes is None, "Trainer", "num_classes", "to be None, as model has num_class_embeds", num_classes)
-        embeds = model.config["num_class_embeds"]
-        num_classes = None if embeds is None else embeds - 1
+        expect(num_classes is None, "num_classes", "to be None, as model has num_class_embeds", num_classes)
+        num_classes = interface_of(model).labels.count
     adapted = _adapted(dataset, model, objective, num_classes)
     info = adapted.info
-    labels = Labels() if num_classes is None else Labels.of_classes(info.classes)
-    with renaming("Trainer"):
-        _ = objective.loss_weights  # a ValueError if they are not determined
-        if objective.predicts_variance:
-            _ = objective.bound_columns  # a ValueError if x_0^ is not determined
-            kind = info.dtype
-            wanted = "to have uint8 images, as the bound that trains a learned variance is one of 256 grey levels"
-            expect(kind == torch.uint8, "", "dataset", wanted, kind)
+    labels = Labels() if num_classes is None else info.labels
+    _ = objective.loss_weights  # a ValueError if they are not determined
+    if objective.predicts_variance:
+        _ = objective.bound_columns  # a ValueError if x_0^ is not determined
+        kind = info.dtype
+        wanted = "to have uint8 images, as the bound that trains a learned variance is one of 256 grey levels"
+        expect(kind == torch.uint8, "dataset", wanted, kind)
     if isinstance(model, UNet):
         _warn_of_small_groups(model)
         _check_fit(model, info, objective)
@@ -103,7 +99,7 @@ def fitted(
         describe_images(model, info.shape[1:], info.described | {key: stored[key] for key in Labels.KEYS})
     else:
         number = len(info.classes)
-        expect(num_classes in (None, number), "Trainer", "num_classes", f"to be {number}, the classes of dataset", num_classes)
+        expect(num_classes in (None, number), "num_classes", f"to be {number}, the classes of dataset", num_classes)
         _check_call(model, info, objective, labels)
     return adapted, labels
 
@@ -112,18 +108,17 @@ def _check_trainable(model: nn.Module) -> None:
     """Raise a ValueError unless the network can be trained, and checkpoints can hold it and its optimizer's state."""
     if isinstance(model, UNet):
         wanted = "to have num_class_embeds = None or the number of classes plus one"
-        expect(model.config["num_class_embeds"] != 1, "Trainer", "model", wanted, "1")
+        expect(model.config["num_class_embeds"] != 1, "model", wanted, "1")
     for name, parameter in model.named_parameters():
         got = f'{parameter.dtype} in {name}; use precision="bf16" for speed'
-        expect(parameter.dtype == torch.float32, "Trainer", "model", "to be float32", got)
-        expect(not parameter.is_meta, "Trainer", "model", "to have weights", f"{name} on the meta device")
+        expect(parameter.dtype == torch.float32, "model", "to be float32", got)
+        expect(not parameter.is_meta, "model", "to have weights", f"{name} on the meta device")
         trained = parameter.requires_grad or not isinstance(model, UNet)
-        expect(trained, "Trainer", "model", "to have parameters that require gradients", f"{name} without")
+        expect(trained, "model", "to have parameters that require gradients", f"{name} without")
     for name, value in model.state_dict().items():
-        tensor = isinstance(value, Tensor)
-        expect(tensor, "Trainer", "model", "to have a state_dict of tensors", f"a {type(value).__name__} in {name}")
+        expect(isinstance(value, Tensor), "model", "to have a state_dict of tensors", f"a {type(value).__name__} in {name}")
     trained = any(parameter.requires_grad for parameter in model.parameters())
-    expect(trained, "Trainer", "model", "to have parameters that require gradients", "none")
+    expect(trained, "model", "to have parameters that require gradients", "none")
 
 
 def _adapted(dataset: Any, model: nn.Module, objective: Objective, num_classes: int | None) -> ItemDataset:
@@ -133,13 +128,12 @@ def _adapted(dataset: Any, model: nn.Module, objective: Objective, num_classes: 
     config = model.config if isinstance(model, UNet) else {}
     # The names are the network's, those that torchvision's data sets have, or numbers.
     given = (config.get("class_names"), getattr(dataset, "classes", None))
-    classes = None if num_classes is None else Labels.names_of(num_classes, *given)
-    with renaming("Trainer"):
-        interface = Interface.from_config(config, predicts_variance=objective.predicts_variance)
-        odd = objective.predicts_variance and (interface.predicted_channels or 0) % 2
-        wanted = "to have an even number of out_channels, to predict the variance too"
-        expect(not odd, "", "model", wanted, interface.predicted_channels)
-        return Checked(dataset, interface.channels, classes, interface.read_channels)
+    labels = Labels.of_number(num_classes, *given)
+    interface = Interface.from_config(config, predicts_variance=objective.predicts_variance)
+    odd = objective.predicts_variance and (interface.predicted_channels or 0) % 2
+    wanted = "to have an even number of out_channels, to predict the variance too"
+    expect(not odd, "model", wanted, interface.predicted_channels)
+    return Checked(dataset, interface.channels, labels, interface.read_channels)
 
 
 def _warn_of_small_groups(model: UNet) -> None:
@@ -157,8 +151,8 @@ def _check_fit(model: UNet, info: DatasetInfo, objective: Objective) -> None:
     """Raise a ValueError unless the network takes the images and labels, and returns the channels that the objective needs."""
     for name, value in info.described.items():
         known = model.config.get(name)
-        expect(known in (None, value), "Trainer", "dataset", f"to have the {name} of model, {known}", value)
-    expect(len(info.shape) == 3, "Trainer", "dataset", "to have images [C, H, W] for a UNet", list(info.shape))
+        expect(known in (None, value), "dataset", f"to have the {name} of model, {known}", value)
+    expect(len(info.shape) == 3, "dataset", "to have images [C, H, W] for a UNet", list(info.shape))
     channels, height, width = info.shape
     reads, of = channels + info.condition_channels, "the images of dataset"
     predicted = f"{of} and their variance" if objective.predicts_variance else of
@@ -167,9 +161,9 @@ def _check_fit(model: UNet, info: DatasetInfo, objective: Objective) -> None:
         ("out_channels", interface.predicted_channels, objective.out_channels(channels), predicted),
         ("in_channels", interface.read_channels, reads, f"{of} and their conditions" if reads > channels else of),
     ):
-        expect(found == number, "Trainer", "model", f"to have {name} = {number}, as {whose}", found)
-    check_sides("Trainer", "dataset", (height, width), interface.multiple)
-    Labels.of_classes(info.classes).check_trained("Trainer", interface.labels)
+        expect(found == number, "model", f"to have {name} = {number}, as {whose}", found)
+    check_sides("dataset", (height, width), interface.multiple)
+    info.labels.check_trained(interface.labels)
 
 
 def _check_call(model: nn.Module, info: DatasetInfo, objective: Objective, labels: Labels) -> None:
@@ -185,9 +179,9 @@ def _check_call(model: nn.Module, info: DatasetInfo, objective: Objective, label
         with torch.random.fork_rng([]), evaluation_mode(model), torch.no_grad():
             out = predict(model, x, t, None if ends is None else ends.to(device))
     except Exception as error:  # whatever the network raises
-        raise InvalidValue("Trainer", "model", wanted, error) from error
+        raise InvalidValue("model", wanted, error) from error
     got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-    expect(got == returned, "Trainer", "model", wanted, got)
+    expect(got == returned, "model", wanted, got)
 
 
 def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,17 +191,17 @@ def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective,
         ValueError: The images do not fit the network.
     """
     channels, height, width = info.shape
-    labels = Labels.of_classes(info.classes) if options.conditional and len(info.classes) > 1 else Labels()
+    labels = info.labels if options.conditional and len(info.classes) > 1 else Labels()
     widths = options.channels
     factor = side_multiple(widths)
     wanted = f"images whose sides are multiples of {factor} for {len(widths)} levels of channels"
     fitting = [-(-side // factor) * factor for side in (height, width)]
     got = f"{width}x{height}; choose another image_size, such as {size_of(fitting)}, or fewer numbers in channels"
-    expect(height % factor == 0 and width % factor == 0, "train", "", wanted, got)
+    expect(height % factor == 0 and width % factor == 0, "", wanted, got)
     attended = [min(height, width) >> level in options.attention for level in range(len(widths))]
     groups = options.groups or stored.get("norm_num_groups") or _groups(widths)
     divides = options.groups is None or all(width % groups == 0 for width in widths)
-    expect(divides, "train", "groups", f"to divide all of channels {list(widths)}", groups)
+    expect(divides, "groups", f"to divide all of channels {list(widths)}", groups)
     return {
         "sample_size": height if height == width else [height, width],
         "in_channels": channels + info.condition_channels,

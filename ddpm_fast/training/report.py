@@ -166,7 +166,7 @@ class Report:
         if not task.run.processes.is_first or len(info.shape) != 3:  # signals and volumes are no pictures
             return
         labels, reads = task.labels, info.condition_channels
-        columns = min(len(labels.classes), 16) if labels.classes else 8
+        columns = labels.columns or 8
         num = columns * (2 if reads else 4)
         path = task.run.folder.samples / f"step-{state.step:08d}.png"
         with state.uncounted():
@@ -177,7 +177,7 @@ class Report:
                     default_plan(task.run.objective, steps=task.run.options.sample_steps),
                     num,
                     seed=seed,
-                    class_labels=(labels.in_turn(num, columns) if shown is None else shown.labels) if labels.number else None,
+                    class_labels=(labels.in_turn(num, columns) if shown is None else shown.labels) if labels.reads else None,
                     condition=None if shown is None else shown.condition,
                     device=task.run.device,
                     shape=info.shape,
@@ -188,7 +188,7 @@ class Report:
                     images = in_bands([shown.condition, images.cpu(), shown.images], columns)
                 channels = shown_channels(images.shape[1])
                 scale = max(1, 128 // max(images.shape[2:]))
-                titles = info.classes[:columns] if labels.number and shown is None else ()
+                titles = info.classes[:columns] if labels.reads and shown is None else ()
                 save_grid(images, path, columns=columns, channels=channels, scale=scale, titles=titles)
             except (
                 OSError,
@@ -206,7 +206,7 @@ def summary(task: Task, state: State) -> str:
     options, info, objective = task.run.options, task.dataset.info, task.run.objective
     channels, *sides = info.shape
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    kind = "class-conditional" if task.labels.number else "unconditional"
+    kind = "class-conditional" if task.labels.reads else "unconditional"
     epochs = options.steps * options.batch_size / len(task.dataset)
     threads = torch.get_num_threads() if task.run.device.type == "cpu" else None
     rows = {

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..checks import check_int, check_path, check_same, computing_device, listed
 from ..data.options import DataOptions
 from ..distributed import Processes
-from ..errors import expect, renaming
+from ..errors import MissingPath, expect, renaming
 from ..files.result_folder import ResultFolder
 from ..files.writing import read_json
 from ..options import Options
@@ -50,48 +50,44 @@ class RunFolder(ResultFolder):
         path: The folder. It need not exist.
     """
 
-    caller = "train"
     argument = "run_dir"
     record_name = "config.json"
     hint = "continue the run in it with resume=True (--resume), or name another folder"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        check_path("train", "run_dir", path)
+        check_path("run_dir", path)
         super().__init__(Path(path))
         self.log = CsvLog(self.path / "log.csv")
         self.samples = self.path / "samples"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = Checkpoints(self.path)
 
-    def read_config(self, caller: str = "train") -> dict[str, Any]:
+    def read_config(self) -> dict[str, Any]:
         """Return the configuration with which the run was started.
-
-        Args:
-            caller: Name of the calling function for error messages.
 
         Raises:
             FileNotFoundError: There is no run.
             ValueError: The file is not such a configuration. The message names the field.
         """
         if not self.record.is_file():
-            raise FileNotFoundError(f"{caller}: expected a run to resume in {self.path}, which has no {self.record.name}")
+            raise MissingPath("", f"a run to resume in {self.path}", f"none, as it has no {self.record.name}")
         import msgspec
 
         from ..schemas import RunConfig
 
         def parse(values: dict[str, Any]) -> dict[str, Any]:
             got = f"{values.get('format')!r}: another version has written it; a new run can start from its checkpoints (init)"
-            expect(values.get("format") == FORMAT, "", "format", f"to be {FORMAT}", got)
+            expect(values.get("format") == FORMAT, "format", f"to be {FORMAT}", got)
             config = msgspec.convert(values, RunConfig)
             options, structs = config.options, STRUCTS if config.starter == "train" else (TrainOptions,)
             missing = {name for struct in structs for name in struct().recorded()} - options.keys()
-            expect(not missing, "", "options", "to have all options of a run", f"none named {listed(missing)}")
-            with renaming("", {name: f"options.{name}" for name in options}):
+            expect(not missing, "options", "to have all options of a run", f"none named {listed(missing)}")
+            with renaming({name: f"options.{name}" for name in options}):
                 for struct in structs:
                     struct.from_values(options)
             return values
 
-        return read_json(caller, self.record, parse)
+        return read_json(self.record, parse)
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ def open_run(
 
     if options.ema_warmup is None:
         options = replace(options, ema_warmup=network is None or network.init is None)
-    check_int("train", "threads", options.threads, 1, max(1024, os.cpu_count() or 1), optional=True)  # more cannot be started
+    check_int("threads", options.threads, 1, max(1024, os.cpu_count() or 1), optional=True)  # more cannot be started
     device = _device(options.device, processes)
     # Rank 0 decides, as another process may see the folder later.
     resume = processes.from_first([options.resume or (options.auto_resume and folder.record.is_file())])[0]
@@ -170,12 +166,12 @@ def open_run(
 
 def _device(name: str | None, processes: Processes) -> torch.device:
     """Return the device to train on: of several processes on a machine each takes another GPU."""
-    device = computing_device("train", name)
+    device = computing_device(name)
     if processes.size == 1 or device.type != "cuda":
         return device
-    processes.check_gpu_backend("train")
+    processes.check_gpu_backend()
     if device == torch.device("cuda"):  # without a number
-        device = processes.own_gpu("train")
+        device = processes.own_gpu()
     torch.cuda.set_device(device)  # collectives use the current one
     return device
 
@@ -200,9 +196,9 @@ def _check_folder(
     else:
         if network is not None:
             got = "one of a Trainer; resume it with its Trainer"
-            expect(stored["starter"] == "train", "train", str(folder.path), "to hold a run that `train` started", got)
+            expect(stored["starter"] == "train", str(folder.path), "to hold a run that `train` started", got)
         fixed = {name: value for name, value in _recorded(data, network, options).items() if name not in CHANGEABLE}
-        check_same("train", fixed, stored["options"], repr(str(folder.path)))
+        check_same(fixed, stored["options"], repr(str(folder.path)))
         logged = folder.log.last_step()
         if logged and folder.checkpoints.are_lost():
             raise FileNotFoundError(
@@ -210,23 +206,21 @@ def _check_folder(
                 "steps, got none; mount its disk or bring them back, or remove log.csv to start again from step 0"
             )
         # Comparing checksums would read all files, which beginning the run does once more.
-        done = folder.checkpoints.read_newest(None, lambda checkpoint: read_state("train", checkpoint).step) or 0
-        wanted = f"to be at least {done}, the step of the run in {folder.path}"
-        expect(done <= options.steps, "train", "steps", wanted, options.steps)
-    check_writable("train", "run_dir", folder.path, folder.path)
+        done = folder.checkpoints.read_newest(None, lambda checkpoint: read_state(checkpoint).step) or 0
+        expect(done <= options.steps, "steps", f"to be at least {done}, the step of the run in {folder.path}", options.steps)
+    check_writable("run_dir", folder.path, folder.path)
 
 
 def _micro_batch_size(options: TrainOptions, stored: Mapping[str, Any] | None, processes: Processes) -> int:
     """Return the number of images whose gradients are computed at a time. A run that goes on keeps its own."""
     batch_size, size, count = options.batch_size, options.micro_batch_size, processes.size
-    check_int("train", "micro_batch_size", size, 1, batch_size, optional=True)
-    wanted = f"to be a multiple of {count}, one for each process"
-    expect(batch_size % count == 0, "train", "batch_size", wanted, batch_size)
+    check_int("micro_batch_size", size, 1, batch_size, optional=True)
+    expect(batch_size % count == 0, "batch_size", f"to be a multiple of {count}, one for each process", batch_size)
     if size is None:
         size = batch_size // count if stored is None else int(stored["options"]["micro_batch_size"])
     fitting = next(each for each in range(size, 0, -1) if batch_size % (each * count) == 0)
     wanted = f"times {count} process{'es' if count > 1 else ''} to divide batch_size {batch_size}"
-    expect(size == fitting, "train", "micro_batch_size", wanted, f"micro_batch_size {size}; {fitting} fits")
+    expect(size == fitting, "micro_batch_size", wanted, f"micro_batch_size {size}; {fitting} fits")
     return size
 
 
@@ -242,7 +236,6 @@ def _check_threads(threads: int) -> None:
     ):
         expect(
             threads == 1 or not fewer,
-            "train",
             f"the environment's {name}",
             f"to be {wanted}, as PyTorch would wait for {threads} threads forever",
             f"{value!r}; unset it, or pass threads=1 (--threads 1)",

@@ -143,8 +143,7 @@ class State:
             differing = [key for key in keys if wanted.get(key) != found.get(key)]
             if differing:
                 others = ", ".join(f"{key} is {found.get(key)!r} instead of {wanted.get(key)!r}" for key in differing)
-                got = f"{init!r}, in which {others}"
-                raise InvalidValue("train", "init", "to hold a network as the options describe it", got)
+                raise InvalidValue("init", "to hold a network as the options describe it", f"{init!r}, in which {others}")
             model.load_state_dict(source.state_dict())
 
     def load(self, folder: Path) -> None:
@@ -153,16 +152,16 @@ class State:
             if isinstance(model, UNet):
                 weights = UNet.from_pretrained(folder / name).state_dict()
             else:
-                weights = load_safetensors("train", folder / WEIGHTS[name])
-            check_weights("train", folder / name, "the options", model.state_dict(), weights)
+                weights = load_safetensors(folder / WEIGHTS[name])
+            check_weights(folder / name, "the options", model.state_dict(), weights)
             model.load_state_dict(weights)
         file = folder / "optimizer.safetensors"
-        tensors, moments = load_safetensors("train", file), self.moments
-        check_weights("train", file, "the network", moments, tensors)
-        check_finite("train", file, tensors)
+        tensors, moments = load_safetensors(file), self.moments
+        check_weights(file, "the network", moments, tensors)
+        check_finite(file, tensors)
         for name, moment in moments.items():
             moment.copy_(tensors[name])  # in the parameter's memory format: fused optimizers walk through the storage
-        state = read_state("train", folder)
+        state = read_state(folder)
         self.step, self.seconds, self.row = state.step, state.seconds, state.row
         device = next(self.model.parameters()).device
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in state.losses]
@@ -180,7 +179,7 @@ def begin(task: Task, state: State) -> dict[str, Any]:
         state.load(checkpoint)
     elif task.run.stored is not None:
         # A disk may have failed, so nothing is replaced.
-        expect(not checkpoints.folders(), "train", "", f"a whole checkpoint in {checkpoints.path}", "none that can be read")
+        expect(not checkpoints.folders(), "", f"a whole checkpoint in {checkpoints.path}", "none that can be read")
         if folder.log.last_step():
             _log.warning("%s has no checkpoint yet: the run starts again from step 0, and its log too", folder.path)
     write_json(folder.record, config)  # with the options that a resumed run changes
@@ -205,11 +204,11 @@ def _read_networks(init: Path) -> tuple[UNet, UNet]:
         network = UNet.from_pretrained(folder)
         return network, network
 
-    init = model_folder("train", "init", init, read_config)
+    init = model_folder("init", init, read_config)
     checkpoints, found = Checkpoints(init), None
     with suppress(FileNotFoundError):
         found = checkpoints.read_newest("", read) if checkpoints.path.is_dir() else read(init)
     if found is None:
         wanted = "to be the folder of a model, of a run with a checkpoint, or of a checkpoint"
-        raise UnusablePath("train", "init", wanted, repr(str(init)))
+        raise UnusablePath("init", wanted, repr(str(init)))
     return found

@@ -108,7 +108,7 @@ def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Te
     x_in = torch.cat([x_t, *condition], dim=1).contiguous(memory_format=task.memory_format) if condition else x_t
     dropout = {"dropout_seeds": seeds} if isinstance(task.model, UNet) and task.model.config["dropout"] > 0 else {}
     with torch.autocast(task.run.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-        output = predict(partial(state.model, **dropout), x_in, t, labels if task.labels.number else None)
+        output = predict(partial(state.model, **dropout), x_in, t, labels if task.labels.reads else None)
     output = output.float()
     weight = None if task.run.loss_weights is None else task.run.loss_weights[t]
     loss = denoising_loss(output, x_0, t, task.run.objective, seeds=seeds, weight=weight)

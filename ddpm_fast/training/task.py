@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import check_same
 from ..data.items import ItemDataset
-from ..errors import expect, renaming
+from ..errors import expect
 from ..interface import Labels
 from ..nn import UNet, UNetConfig
 from ..schedule import Objective
@@ -96,8 +96,7 @@ class Task:
     def config(self) -> dict[str, Any]:
         """Return the content of config.json."""
         info, exact = self.dataset.info, self.run.options.data_check == "exact"
-        with renaming("train"):  # an item may be wrong
-            fingerprint = self.dataset.fingerprint(exact=exact)
+        fingerprint = self.dataset.fingerprint(exact=exact)
         return {
             "format": FORMAT,
             "starter": "Trainer" if self.run.network is None else "train",
@@ -124,13 +123,12 @@ class Task:
             warn: Warn if gradients are summed in another order than before.
         """
         old, new, path = _kept(stored), _kept(config), self.run.folder.path
-        check_same("train", {**dict.fromkeys(old), **new}, old, repr(str(path)))
+        check_same({**dict.fromkeys(old), **new}, old, repr(str(path)))
         if self.run.options.data_check != "off":
             before, now = stored["dataset"]["fingerprint"], config["dataset"]["fingerprint"]
             same_number = stored["dataset"]["images"] == len(self.dataset)  # a sample of a data set may not show it
             expect(
                 same_number and all(before.get(kind, digest) == digest for kind, digest in now.items()),
-                "train",
                 "",
                 f"the images that the run in {path} was started with",
                 f'{len(self.dataset)} others; pass data_check="off" (--data-check off) to go on with them',

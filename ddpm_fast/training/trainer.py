@@ -16,6 +16,7 @@ from ..data.degradation import Degradation
 from ..data.options import DataOptions
 from ..data.published import DATASETS
 from ..distributed import joined
+from ..errors import public_methods
 from ..options import AnyOptions, checked, within
 from ..schedule import NoiseSchedule, Objective
 from .log import Logger
@@ -27,6 +28,7 @@ from .state import State
 from .task import Task
 
 
+@public_methods
 class Trainer:
     """A resumable training run of your own network, schedule and data set (Algorithm 1 of Ho et al. 2020).
 
@@ -68,7 +70,7 @@ class Trainer:
         ValueError: An argument is out of range, the network does not fit the images, or the first item is wrong.
     """
 
-    @checked("Trainer")
+    @checked()
     def __init__(
         self,
         model: nn.Module,
@@ -82,13 +84,13 @@ class Trainer:
         on_checkpoint: Callable[[Path], object] | None = None,
         loggers: Sequence[Logger] = (),
     ) -> None:
-        check_callable("Trainer", "on_step", on_step)
-        check_callable("Trainer", "on_checkpoint", on_checkpoint)
+        check_callable("on_step", on_step)
+        check_callable("on_checkpoint", on_checkpoint)
         for logger in loggers:
-            check_type("Trainer", "loggers", logger, Logger)
+            check_type("loggers", logger, Logger)
         self.model = model
         self._ema: nn.Module | None = None
-        self._folder, self._options, self._objective = RunFolder(run_dir), options, objective_of("Trainer", schedule, options)
+        self._folder, self._options, self._objective = RunFolder(run_dir), options, objective_of(schedule, options)
         self._dataset, self._labels = fitted(model, self._objective, dataset, num_classes)
         self._on_step, self._on_checkpoint, self._loggers = on_step, on_checkpoint, tuple(loggers)
 
@@ -112,7 +114,7 @@ class Trainer:
             ValueError: The resumed run has other options, another network, another schedule or other images, or an item
                 is wrong. The message names it. Other errors are those of `train`.
         """
-        with joined("Trainer.run") as processes:
+        with joined() as processes:
             run = open_run(self._folder, self._options, self._objective, processes)
             task = Task(
                 run,
@@ -194,9 +196,9 @@ def train_in(
     """
     if model.schedule is None:
         model = replace(model, schedule="flow" if options.prediction == "flow" else "linear")
-    objective = objective_of("train", getattr(NoiseSchedule, str(model.schedule))(model.num_timesteps), options)
+    objective = objective_of(getattr(NoiseSchedule, str(model.schedule))(model.num_timesteps), options)
     data, model = _with_absolute_paths(data), _with_absolute_paths(model)
-    with joined("train") as processes:
+    with joined() as processes:
         run = open_run(folder, options, objective, processes, data, model, stored)
         network, images = built_from(run, data, model)
         dataset, labels = fitted(network, objective, images)

@@ -567,10 +567,9 @@ def _tiling(x: Tensor, groups: int, backward: bool) -> _Tiling:
     n, c = x.shape[:2]
     hw = x.numel() // (n * c)
     if c * hw >= 2**31:
-        raise InvalidValue("group_norm_silu", "", "samples of fewer than 2^31 elements", c * hw)
+        raise InvalidValue("", "samples of fewer than 2^31 elements", c * hw)
     if c // groups > MAX_CHANNELS_PER_GROUP:
-        expected = f"at most {MAX_CHANNELS_PER_GROUP} channels in a group for the Triton kernels"
-        raise InvalidValue("group_norm_silu", "", expected, c // groups)
+        raise InvalidValue("", f"at most {MAX_CHANNELS_PER_GROUP} channels in a group for the Triton kernels", c // groups)
     last = not x.is_contiguous()
     resident = (RESIDENT_BACKWARD if backward else RESIDENT_FORWARD)[last]
     cpg = c // groups

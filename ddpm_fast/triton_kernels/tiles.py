@@ -126,7 +126,7 @@ def tiling(first: Tensor, *values: Any, ordered: bool) -> tuple[int, dict[str, A
     present = [first, *(value for value in values if isinstance(value, Tensor))]
     size = first.numel() // first.shape[0]
     if size >= 2**31:
-        raise InvalidValue("ddpm_fast", "", "samples of fewer than 2^31 elements", size)
+        raise InvalidValue("", "samples of fewer than 2^31 elements", size)
     channels_last = ordered and not all(tensor.is_contiguous() for tensor in present)
     c = first.shape[1] if channels_last else 1
     hw = size // c

@@ -26,6 +26,7 @@ from drawing import SCHEDULE, tiny_unet
 from items import write
 from launching import run_ranks
 from PIL import Image
+from refusals import by
 
 import ddpm_fast
 from ddpm_fast.cli.console import Command
@@ -259,7 +260,7 @@ def test_an_export_that_fails_is_one_line(trained: Path, tmp_path: Path, monkeyp
     error = safetensors.SafetensorError("No space left on device")
     monkeypatch.setattr(safetensors.torch, "save_file", Mock(side_effect=error))
     line = run("export", trained, tmp_path / "out", code=2).splitlines()[-1]
-    assert line.startswith(f"Error: export_checkpoint: expected to write a model to {tmp_path / 'out'}, got: ")
+    assert line.startswith(f"Error: export: expected to write a model to {tmp_path / 'out'}, got ")
     assert line.endswith(".safetensors cannot be written: No space left on device; export it again")
 
 
@@ -379,7 +380,7 @@ def test_sample_and_evaluate_refuse_before_work(
     command: str, arguments: str, wanted: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Sampler, "draw", lambda *_, **__: pytest.fail("images were drawn"))
-    monkeypatch.setattr(ddpm_fast, "variational_bound", lambda *_, **__: pytest.fail("a bound was computed"))
+    monkeypatch.setattr(ddpm_fast.VariationalBound, "of", lambda *_, **__: pytest.fail("a bound was computed"))
     monkeypatch.chdir(tmp_path)
     Path("folder.png").mkdir()
     Path("trained", "unet").mkdir(parents=True)
@@ -538,10 +539,18 @@ def test_images_that_are_not_finite_cost_no_others(
         assert np.array_equal(np.asarray(image), images.image_grid(drawn.nan_to_num(0), scale=scale)[..., 0])
 
 
+NAMED = {"--num": ["num_samples"]}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "status", "text"),
     [
-        (["--num"], InvalidValue("sample", "num_samples", "to be 1", 2), 2, "Error: fails: expected --num to be 1, got 2\n"),
+        (
+            ["--num"],
+            by("sample", InvalidValue("num_samples", "to be 1", 2)),
+            2,
+            "Error: fails: expected --num to be 1, got 2\n",
+        ),
         ([], OSError(13, "Permission denied", "a.png"), 2, "Error: [Errno 13] Permission denied: 'a.png'\n"),
         ([], ProcessLost("rank 1 has ended"), 1, "Error: rank 1 has ended\n"),
         ([], FirstFailed("rank 0 says why"), 1, ""),
@@ -554,7 +563,9 @@ def test_images_that_are_not_finite_cost_no_others(
     ids=lambda value: type(value).__name__,
 )
 def test_what_a_person_can_mend_is_one_line(options: list[str], error: Exception, status: int, text: str) -> None:
-    fails = Command("fails", callback=Mock(side_effect=error), params=[click.Option([option]) for option in options])
+    fails = Command(
+        "fails", callback=Mock(side_effect=error), params=[click.Option([option, *NAMED.get(option, ())]) for option in options]
+    )
     result = CliRunner().invoke(fails)
     assert (result.exit_code, result.stderr[-len(text) :] if text else result.stderr) == (status, text)
     assert (result.exception is error) == (str(error) == "a bug")  # Python shows its traceback
@@ -655,7 +666,7 @@ def test_names_that_are_no_text_are_shown(ending: str, code: int, said: str, sma
     [
         ("ddpm_fast.save_trajectory", "sample --model {small} --num 1 --steps 1 --gif a.gif", "Written: samples.png."),
         ("ddpm_fast.sampling.sampler.Sampler.__call__", "sample --model {small}", "Nothing was written."),
-        ("ddpm_fast.variational_bound", "evaluate bound --model {small} --data digits --num 1", "Nothing was written."),
+        ("ddpm_fast.VariationalBound.of", "evaluate bound --model {small} --data digits --num 1", "Nothing was written."),
         ("ddpm_fast.info.info", "info", "Nothing was written."),
         ("ddpm_fast.training.report.summary", "train run " + " ".join(TINY), "The last checkpoint of run: none."),
         (

@@ -62,7 +62,7 @@ def test_a_run_is_compared_with_its_own_data(tmp_path: Path) -> None:
             Image.new("L", (8, 8), shade).save(tmp_path / "data" / name / f"{i}.png")
     train(tmp_path / "run", steps=1, channels=[8], data=str(tmp_path / "data"))
     model = load_folder(tmp_path / "run")
-    real = fit._real_images(model, tmp_path / "run", {"data": None, "data_dir": None})
+    real = fit._real_images(model, tmp_path / "run", None, None)
     assert sorted(real.mean(dim=(1, 2, 3)).tolist()) == [-1.0] * 8 + [1.0] * 8
     assert "Frechet distance from 16 real images" in run("fit", tmp_path / "run", *FIT[2:], "--guidance=2")
     assert "in 3 steps (the model's plan)" in run(

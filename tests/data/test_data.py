@@ -18,7 +18,7 @@ import pytest
 import torch
 from items import assert_equal, encoded, flip_bits, read_data, whole, write
 from PIL import Image
-from refusals import refused
+from refusals import by, refused
 
 from ddpm_fast import DataOptions
 from ddpm_fast.data import published
@@ -200,7 +200,7 @@ def test_bad_requests_are_refused(
     image, numbers = encoded(GREYS), np.arange(240.0).reshape(2, 4, 6, 5)
     files = {"images/a.png": image, "a.npy": numbers, "mixed/a.png": image, "mixed/a.npy": numbers[0]}
     write(tmp_path, files | {"faces.zip": b"", "notes.txt": b""})
-    with refused(InvalidValue("load_dataset", *expected, got)):
+    with refused(by("load_dataset", InvalidValue(*expected, got))):
         read_data(name, **options)
 
 
@@ -208,7 +208,7 @@ def test_bad_requests_are_refused(
 def test_ranges_are_pairs_in_ascending_order(wrong: Any) -> None:
     ascends = isinstance(wrong, list) and len(wrong) > 1 and len(wrong[1]) == 2
     expected, got = (("data_range", "to have the lower number first"), "(5, 1)") if ascends else (PAIRS, repr(wrong))
-    with refused(InvalidValue("DataOptions", *expected, got)):
+    with refused(by("DataOptions", InvalidValue(*expected, got))):
         DataOptions(data_range=wrong)
 
 

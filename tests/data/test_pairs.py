@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from items import assert_equal, encoded, read_data, whole, write
-from refusals import refused
+from refusals import by, refused
 from test_data_tables import FEATURES, write_folder
 
 from ddpm_fast.data.items import read_batch
@@ -107,7 +107,7 @@ def test_what_cannot_be_paired_is_named_with_both_sources(
     monkeypatch.chdir(tmp_path)
     written = {"files": files(10, FLAT), "few": files(10, FLAT[:2]), "twice": files(10, FLAT) | {"3.bmp": b""}}
     write(tmp_path, written | {"rows.npy": rows(20), "few.npy": rows(20)[:3]})
-    with refused(InvalidValue("load_dataset", "condition", expected, got)):
+    with refused(by("load_dataset", InvalidValue("condition", expected, got))):
         read_data(name, condition=condition)
 
 

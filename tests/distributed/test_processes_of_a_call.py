@@ -24,17 +24,17 @@ MASTER = {name: TORCHRUN[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
 
 
 def test_one_process_needs_no_variables() -> None:
-    assert ranks("train", {}) == (0, 1, 0)
-    with joined("train") as team:
+    assert ranks({}) == (0, 1, 0)
+    with joined() as team:
         assert team == Processes(0, 1, 0, None)
         assert team.arrive().result() == 0
 
 
 def test_ranks_of_torchrun_and_slurm() -> None:
-    assert ranks("train", TORCHRUN) == (1, 4, 1)
-    assert ranks("train", SLURM | MASTER) == (3, 4, 1)
-    assert ranks("train", SLURM | TORCHRUN) == (1, 4, 1)
-    assert ranks("train", SLURM) == (0, 1, 0)  # a batch script, which is one process
+    assert ranks(TORCHRUN) == (1, 4, 1)
+    assert ranks(SLURM | MASTER) == (3, 4, 1)
+    assert ranks(SLURM | TORCHRUN) == (1, 4, 1)
+    assert ranks(SLURM) == (0, 1, 0)  # a batch script, which is one process
 
 
 @pytest.mark.parametrize(
@@ -48,21 +48,21 @@ def test_ranks_of_torchrun_and_slurm() -> None:
 )
 def test_wrong_variables_are_named(change: dict[str, str | None], wanted: str, got: str) -> None:
     environment = {name: value for name, value in (TORCHRUN | change).items() if value is not None}
-    with pytest.raises(ValueError, match=f"^train: expected the environment's {wanted}, got {got}"):
-        ranks("train", environment)
+    with pytest.raises(ValueError, match=f"^expected the environment's {wanted}, got {got}"):
+        ranks(environment)
 
 
 def test_a_missing_address_of_rank_0_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in TORCHRUN.keys() - {"MASTER_PORT"}:
         monkeypatch.setenv(name, TORCHRUN[name])
-    with pytest.raises(ValueError, match="MASTER_PORT expected, but not set"), joined("train"):
+    with pytest.raises(ValueError, match="MASTER_PORT expected, but not set"), joined():
         pass
 
 
 COLLECTIVES = """
 import torch
 from ddpm_fast.distributed import joined
-with joined("test") as team:
+with joined() as team:
     r = team.rank
     values = [torch.tensor([1e8, 1.0]), torch.tensor([1.0, 1e8]), torch.tensor([-1e8, 1.0]), torch.tensor([1.0, -1e8])]
     print(team.tree_sum(values[r]).tolist(), team.from_first([r + 0.5]), team.largest(r)(), team.on_first(lambda: r))
@@ -85,7 +85,7 @@ BARRIERS = """
 import os, sys, time
 from datetime import timedelta
 from ddpm_fast.distributed import joined
-with joined("test", timedelta(hours=1)) as team:
+with joined(timedelta(hours=1)) as team:
     if team.rank == 1:
         time.sleep(1)
         if "--die" in sys.argv:
@@ -117,7 +117,7 @@ from ddpm_fast.distributed import joined
 for backends in sys.argv[1:]:
     dist.init_process_group(backends)
 for _ in range(5):
-    with joined("test") as team:
+    with joined() as team:
         print(team.from_first([team.rank + 0.5]), team.largest(team.rank)(), team.store.add("key", 1) <= team.size)
     assert dist.is_initialized() == bool(sys.argv[1:])
 """
@@ -149,7 +149,7 @@ rank, began = os.environ["RANK"], sys.argv[1]
 if rank == "1" and "--early" in sys.argv and not os.path.exists(began):
     open(began, "w").close()
     os._exit(9)
-with joined("test") as team:
+with joined() as team:
     if rank == "1" and not os.path.exists(began):
         open(began, "w").close()
         os._exit(9)
@@ -176,9 +176,7 @@ def test_processes_of_two_machines_are_replaced(options: list[str], tmp_path: Pa
 
 
 def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
-    script = (
-        "import os\nfrom ddpm_fast.distributed import joined\nwith joined('test') as team:\n    if team.rank: os._exit(9)\n"
-    )
+    script = "import os\nfrom ddpm_fast.distributed import joined\nwith joined() as team:\n    if team.rank: os._exit(9)\n"
     done = run_ranks(2, ["-c", script + "    team.largest(1)()\n"], tmp_path)
     assert done[1].returncode == 9
     assert "ProcessLost: expected an answer of all processes" in done[0].stderr
@@ -201,11 +199,11 @@ def test_a_group_is_destroyed_at_the_end_and_aborted_after_an_error(exists: bool
     monkeypatch.setattr(joining, "ranks", lambda *_: (0, 2, 0))
     monkeypatch.setattr(joining, "_shared_store", lambda *_: dist.HashStore())
     ours = ["a group"] if exists else ["a group", "the default group"]  # the caller's default group stays
-    with joined("test"):
+    with joined():
         pass
     assert left.mock_calls == [mock.call.destroyed(group) for group in ours]
     left.reset_mock()
-    with pytest.raises(ZeroDivisionError), joined("test"):
+    with pytest.raises(ZeroDivisionError), joined():
         1 / 0  # noqa: B018
     assert left.mock_calls == [mock.call.aborted(group) for group in ours]
 
@@ -219,7 +217,7 @@ from ddpm_fast.distributed import ProcessLost, joined
 hour = timedelta(hours=1)
 
 def lives_on():
-    with joined("test", hour) as team:
+    with joined(hour) as team:
         for _ in range(2):
             arrival = team.arrive()
             if team.rank == 0:
@@ -228,7 +226,7 @@ def lives_on():
             print("arrived")
 
 def leaves():
-    with joined("test", hour) as team:
+    with joined(hour) as team:
         if team.rank == 1:  # it hangs
             team.store.wait(["left"], hour)
             os._exit(9)
@@ -266,13 +264,13 @@ def test_a_group_without_a_backend_for_gpus_is_refused(backends: str, got: str |
     chosen = mock.Mock()
     monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
     monkeypatch.setattr(dist, "get_backend", lambda: got)
-    monkeypatch.setattr(run, "computing_device", lambda caller, name: torch.device(name))
+    monkeypatch.setattr(run, "computing_device", lambda name: torch.device(name))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen)
     team = Processes(1, 2, 1)
     assert run._device("cpu", team) == torch.device("cpu")
     expected = 'to have a backend for CUDA tensors ("cpu:gloo,cuda:nccl")'
-    error = InvalidValue("train", "the default group of torch.distributed", expected, f'"{got}"')
+    error = InvalidValue("the default group of torch.distributed", expected, f'"{got}"')
     with refused(error) if got else nullcontext():
         assert run._device("cuda", team) == torch.device("cuda:1")
     assert chosen.mock_calls == ([] if got else [mock.call(torch.device("cuda:1"))])

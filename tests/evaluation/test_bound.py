@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from commands import run as run_command
 from commands import save_model
 from drawing import tiny_unet
 from items import read_data
-from refusals import refused
-from small_unets import SMALL
+from refusals import by, refused
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from ddpm_fast import NoiseSchedule, UNet, noise, sample_seeds, variational_bound
+from ddpm_fast import NoiseSchedule, Sampler, VariationalBound, ddim_plan, ddpm_plan, noise, sample_seeds
 from ddpm_fast.data.items import read_batch, to_unit_range
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 from ddpm_fast.reference import philox
@@ -58,8 +58,24 @@ class Formula(nn.Module):
         return m
 
 
+def bound_of(
+    model: Any,
+    x_0: Tensor,
+    *,
+    prediction: Any = None,
+    variance: Any = None,
+    clip: float | None = 1.0,
+    dtype: Any = None,
+    **given: Any,
+) -> VariationalBound:
+    """The bound with a plan of all timesteps."""
+    plan = ddpm_plan(SCHEDULE, prediction=prediction, variance=variance, clip=clip)
+    sampler = Sampler(model, plan, shape=x_0.shape[1:], dtype=dtype)
+    return VariationalBound.of(sampler, x_0, progress=False, **given)
+
+
 # Figures of openai/guided-diffusion's GaussianDiffusion.calc_bpd_loop (commit 22e0df8) for `images`, `Formula` and the noise
-# of `variational_bound` with seed 0, all in float64: one row an image of total, prior, L_{T-1} + ... + L_1, L_0, and the sums
+# of `VariationalBound.of` with seed 0, all in float64: one row an image of total, prior, L_{T-1} + ... + L_1, L_0, and the sums
 # over t of xstart_mse and mse. Keys: prediction, variance, clip.
 GOLDEN: dict[tuple[str, str, bool], list[list[float]]] = {
     ("epsilon", "fixed_small", True): [
@@ -102,15 +118,8 @@ GOLDEN: dict[tuple[str, str, bool], list[list[float]]] = {
 
 @pytest.mark.parametrize(("prediction", "variance", "clip"), GOLDEN)
 def test_figures_are_guided_diffusions(prediction: Any, variance: Any, clip: bool) -> None:
-    bound = variational_bound(
-        Formula(prediction, variance),
-        images(),
-        SCHEDULE,
-        prediction=prediction,
-        variance=variance,
-        clip=1.0 if clip else None,
-        progress=False,
-    )
+    model, options = Formula(prediction, variance), {"prediction": prediction, "variance": variance}
+    bound = bound_of(model, images(), **options, clip=1.0 if clip else None)
     columns = [
         bound.total,
         bound.prior,
@@ -132,7 +141,7 @@ def test_every_term_is_what_its_definition_says(variance: Any, clip: float | Non
     The test above has the sums and the prior.
     """
     x_0, model = images(), Formula(variance=variance)
-    bound = variational_bound(model, x_0, SCHEDULE, variance=variance, clip=clip, exact_cdf=True, progress=False)
+    bound = bound_of(model, x_0, variance=variance, clip=clip, exact_cdf=True)
     seeds = sample_seeds(0, 3)
 
     abar = SCHEDULE.alpha_bars
@@ -170,40 +179,30 @@ def test_every_term_is_what_its_definition_says(variance: Any, clip: float | Non
 
 def test_an_image_has_the_same_bound_in_any_batch() -> None:
     model = Formula()
-    together = variational_bound(model, images(5), SCHEDULE, seed=3, progress=False)
+    together = bound_of(model, images(5), seed=3)
     for batch_size in (1, 2, 7):
-        chunked = variational_bound(model, images(5), SCHEDULE, seed=3, batch_size=batch_size, progress=False)
+        chunked = bound_of(model, images(5), seed=3, batch_size=batch_size)
         assert torch.equal(chunked.terms, together.terms)
         assert torch.equal(chunked.prior, together.prior)
-    alone = variational_bound(model, images(5)[4:], SCHEDULE, seed=sample_seeds(3, 5)[4:], progress=False)
+    alone = bound_of(model, images(5)[4:], seed=sample_seeds(3, 5)[4:])
     assert torch.equal(alone.terms[0], together.terms[4])
-    seeds = sample_seeds(3, 5)
-    given = variational_bound(
-        model,
-        images(5),
-        SCHEDULE,
-        noise=lambda t: noise((5, *SHAPE[1:]), seeds, stream=t, dtype=torch.float64),
-        batch_size=2,
-        progress=False,
-    )
-    assert torch.equal(given.terms, together.terms)
-    assert not torch.equal(variational_bound(model, images(5), SCHEDULE, seed=4, progress=False).terms, together.terms)
+    assert not torch.equal(bound_of(model, images(5), seed=4).terms, together.terms)
 
 
 def test_a_float32_network_gives_float64_figures_and_stays_as_it_was() -> None:
     model = Formula().float()
-    exact = variational_bound(Formula(), images(), SCHEDULE, progress=False)
-    bound = variational_bound(model, images(), SCHEDULE, progress=False)
+    exact = bound_of(Formula(), images())
+    bound = bound_of(model, images())
     assert {tensor.dtype for tensor in (bound.terms, bound.prior, bound.x_0_mse, bound.epsilon_mse)} == {torch.float64}
     torch.testing.assert_close(bound.total, exact.total, rtol=1e-5, atol=0)
-    half = variational_bound(model, images(), SCHEDULE, dtype=torch.bfloat16, progress=False)
+    half = bound_of(model, images(), dtype=torch.bfloat16)
     assert not torch.equal(half.total, bound.total)
     torch.testing.assert_close(half.total, exact.total, rtol=0.05, atol=0)
     assert (model.training, model.unit.dtype) == (True, torch.float32)
 
 
 def test_labels_reach_the_network() -> None:
-    bound = partial(variational_bound, tiny_unet(classes=3).double(), images()[:, :1, :4, :4], SCHEDULE, progress=False)
+    bound = partial(bound_of, tiny_unet(classes=3).double(), images()[:, :1, :4, :4])
     mixed = bound(class_labels=[2, 0, 3], batch_size=2)
     for row, label in enumerate([2, 0, 3]):
         torch.testing.assert_close(bound(class_labels=label).terms[row], mixed.terms[row])
@@ -211,81 +210,73 @@ def test_labels_reach_the_network() -> None:
     torch.testing.assert_close(bound().terms[2], mixed.terms[2])  # 3 is "no label"
 
 
+X, PAIR = torch.zeros(2), [0, 1]
+
+
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("x_0", "options", "error"),
     [
         (
-            {"x_0": torch.zeros(2, 1, 4, 4, dtype=torch.uint8)},
-            InvalidType("variational_bound", "x_0", "to be float32, float64, float16 or bfloat16", "torch.uint8"),
+            torch.zeros(2, *SHAPE[1:], dtype=torch.uint8),
+            {},
+            InvalidType("x_0", "to be float32, float64, float16 or bfloat16", "torch.uint8"),
         ),
-        ({"x_0": [0.0]}, InvalidType("variational_bound", "x_0", "to be a tensor", "list")),
+        ([0.0], {}, InvalidType("x_0", "to be a tensor", "list")),
+        (torch.zeros(0, *SHAPE[1:]), {}, InvalidValue("x_0", "to have values", "shape [0, 2, 5, 5] on cpu")),
+        (torch.full((1, *SHAPE[1:]), 255.0), {}, InvalidValue("x_0", "in [-1, 1]", "values from 255 to 255")),
+        (torch.full((1, *SHAPE[1:]), math.nan), {}, InvalidValue("x_0", "in [-1, 1]", "values from nan to nan")),
+        (torch.zeros(1, 1, 5, 5), {}, InvalidValue("x_0", "to be [N, 2, 5, 5]", "[1, 1, 5, 5]")),
+        (images(), {"batch_size": 0}, InvalidValue("batch_size", "to be a positive integer or None", "0")),
+        (images(), {"seed": X}, InvalidType("seed", "to be an int64 tensor (see sample_seeds)", "torch.float32")),
         (
-            {"x_0": torch.zeros(0, 1, 4, 4)},
-            InvalidValue("variational_bound", "x_0", "to have values", "shape [0, 1, 4, 4] on cpu"),
-        ),
-        ({"device": "nope"}, InvalidValue("variational_bound", "device", "to be a torch.device or its name", "'nope'")),
-        (
-            {"dtype": torch.int64},
-            InvalidType("variational_bound", "dtype", "to be float32, float64, float16, bfloat16 or None", "torch.int64"),
-        ),
-        (
-            {"x_0": torch.full((1, 1, 2, 2), 255.0)},
-            InvalidValue("variational_bound", "x_0", "in [-1, 1]", "values from 255 to 255"),
-        ),
-        (
-            {"x_0": torch.tensor([0.0, math.nan]).reshape(1, 1, 1, 2)},
-            InvalidValue("variational_bound", "x_0", "in [-1, 1]", "values from nan to nan"),
-        ),
-        (
-            {"model": UNet(**SMALL | {"out_channels": 2})},
-            InvalidValue("variational_bound", "x_0", "to have H and W that are multiples of 4", "5x5"),
-        ),
-        (
-            {"model": UNet(**SMALL | {"out_channels": 2}), "x_0": torch.zeros(1, 1, 8, 8)},
-            InvalidValue("variational_bound", "", "a model with 1 output channels, as images have 1", "2"),
-        ),
-        ({"batch_size": 0}, InvalidValue("variational_bound", "batch_size", "to be a positive integer or None", "0")),
-        (
-            {"prediction": "noise"},
-            InvalidValue(
-                "variational_bound",
-                "prediction",
-                "to be one of epsilon, sample, v_prediction, flow, previous_sample or None",
-                "'noise'",
-            ),
-        ),
-        (
-            {"variance": "fixed"},
-            InvalidValue(
-                "variational_bound",
-                "variance",
-                "to be one of fixed_small, fixed_small_log, fixed_large, fixed_large_log, learned, learned_range or None",
-                "'fixed'",
-            ),
-        ),
-        ({"clip": 0.0}, InvalidValue("variational_bound", "clip", "to be positive or None", "0.0")),
-        (
-            {"seed": torch.zeros(2)},
-            InvalidType("variational_bound", "seed", "to be an int64 tensor (see sample_seeds)", "torch.float32"),
-        ),
-        (
+            images(),
             {"class_labels": [0, 1]},
-            InvalidValue("variational_bound", "class_labels", "to be an int or 3 ints", "torch.int64 of shape (2,)"),
+            InvalidValue("class_labels", "to be an int or 3 ints", "torch.int64 of shape (2,)"),
+        ),
+        (
+            images(),
+            {"guidance_scale": 2.0},
+            InvalidType("", "arguments among batch_size, class_labels, condition, progress, seed", "'guidance_scale'"),
         ),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(
-    changes: dict[str, Any], error: ArgumentError, capsys: pytest.CaptureFixture[str]
+    x_0: Any, options: dict[str, Any], error: ArgumentError, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = {"model": Formula(), "x_0": images(), "schedule": SCHEDULE} | changes
-    arguments["model"].forward = None  # not to be called
-    with refused(error):
-        variational_bound(**arguments)
+    model = Formula()
+    sampler = Sampler(model, ddpm_plan(SCHEDULE), shape=SHAPE[1:])
+    model.forward = None  # type: ignore[assignment]  # not to be called
+    with refused(by("VariationalBound.of", error)):
+        VariationalBound.of(sampler, x_0, **options)
     assert capsys.readouterr().err == ""  # no progress bar
 
 
+WHOLE = r"^VariationalBound\.of: expected sampler to have the plan of ddpm_plan at all timesteps, got"
+OTHER_PLANS = {
+    "few": ddpm_plan(SCHEDULE, 10),
+    "ddim": ddim_plan(SCHEDULE, T),
+    "rows": replace(ddpm_plan(SCHEDULE)),
+}
+
+
+@pytest.mark.parametrize("plan", OTHER_PLANS.values(), ids=OTHER_PLANS)
+def test_other_plans_have_no_bound(plan: Any) -> None:
+    sampler = Sampler(Formula(), plan, shape=SHAPE[1:])
+    with pytest.raises(ValueError, match=WHOLE):
+        VariationalBound.of(sampler, images())
+
+
+def test_a_network_of_other_channels_is_refused() -> None:
+    class Wide(Formula):
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return torch.cat([x_t, x_t], dim=1)
+
+    with pytest.raises(ValueError, match="expected sampler to have a model that returns 2 channels"):
+        bound_of(Wide(), images())
+
+
 def test_repr_is_a_line_of_means() -> None:
-    bound = variational_bound(Formula(), images(), SCHEDULE, progress=False)
+    bound = bound_of(Formula(), images())
     figures = [float(figure) for figure in re.findall(r"\d+\.\d+", repr(bound))]
     parts = (bound.total, bound.prior, bound.transitions, bound.reconstruction)
     assert figures == pytest.approx([float(part.mean()) for part in parts], abs=6e-5)
@@ -320,9 +311,7 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
 
     per_image = json.loads(out.read_text())["per_image"]["total"]
     x_0, labels, _ = read_batch(read_data("digits", split="test", image_size=8), range(6))
-    bound = variational_bound(
-        model, to_unit_range(x_0), SCHEDULE, variance="fixed_large", class_labels=labels, seed=2, batch_size=4, progress=False
-    )
+    bound = bound_of(model, to_unit_range(x_0), variance="fixed_large", class_labels=labels, seed=2, batch_size=4)
     assert per_image == pytest.approx(bound.total.tolist(), rel=1e-6)
     per_timestep = json.loads(out.read_text())["per_timestep"]["terms"]
     assert per_timestep == pytest.approx(bound.terms.mean(dim=0).tolist(), rel=1e-6)

@@ -91,7 +91,7 @@ def test_a_format_is_accepted_exactly_if_pillow_can_write_it(ending: str, channe
         wanted = f"to end in .png, .webp, .gif, .jpg or as another format for pictures of mode {mode}, got"
         with pytest.raises(ValueError, match=f"^save_grid: expected path {re.escape(wanted)}"):
             save_grid(images, path)
-        with pytest.raises(ValueError, match=f"^images: expected --out {re.escape(wanted)}"):
+        with pytest.raises(ValueError, match=f"^expected --out {re.escape(wanted)}"):
             image_format(path, (40, 30, channels), "--out")
         assert not path.exists()
 

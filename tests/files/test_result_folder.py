@@ -20,7 +20,6 @@ from ddpm_fast.files.writing import PREFIX
 class Cakes(ResultFolder):
     """A kind of folder."""
 
-    caller = "bake"
     argument = "out"
     record_name = "recipe.json"
     hint = "name another folder"
@@ -52,7 +51,7 @@ def test_a_second_process_is_told_who_writes(tmp_path: Path) -> None:
 
 def test_a_lock_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     (tmp_path / LOCK).mkdir()
-    wanted = r"^bake: expected out to be a folder whose .ddpm_fast-lock can be locked, got: \[Errno 21\]"
+    wanted = r"^expected out to be a folder whose .ddpm_fast-lock can be locked, got: \[Errno 21\]"
     with pytest.raises(UnusablePath, match=wanted), Cakes(tmp_path).locked():
         pass
     (tmp_path / "file").touch()
@@ -118,7 +117,7 @@ def test_a_folder_is_new_unless_it_has_files(tmp_path: Path) -> None:
     (folder.path / f"{PREFIX}0123.tmp").touch()
     folder.check_new()
     (folder.path / "cake.png").touch()
-    with pytest.raises(UnusablePath, match=r"^bake: expected out to be new or empty, got '.*out', which has 'cake.png'; name"):
+    with pytest.raises(UnusablePath, match=r"^expected out to be new or empty, got '.*out', which has 'cake.png'; name"):
         folder.check_new()
-    with pytest.raises(UnusablePath, match=r"^bake: expected out to be a folder, got '.*cake.png', which is a file$"):
+    with pytest.raises(UnusablePath, match=r"^expected out to be a folder, got '.*cake.png', which is a file$"):
         Cakes(folder.path / "cake.png").check_new()

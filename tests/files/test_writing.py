@@ -28,7 +28,7 @@ def test_a_file_is_replaced_with_the_users_mode(tmp_path: Path) -> None:
     write_json(file, {"a": 2})
     umask = os.umask(0)
     os.umask(umask)
-    assert read_json("f", file, dict) == {"a": 2}
+    assert read_json(file, dict) == {"a": 2}
     assert file.stat().st_mode & 0o777 == 0o666 & ~umask
     assert names(tmp_path) == ["a.json"]
 
@@ -108,17 +108,17 @@ def test_old_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
 def test_files_that_are_no_json_objects(tmp_path: Path, text: str) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"f: expected '.*a\.json' to (be JSON|hold a JSON object), got"):
-        read_json("f", file, dict)
+    with pytest.raises(ValueError, match=r"^expected '.*a\.json' to (be JSON|hold a JSON object), got"):
+        read_json(file, dict)
 
 
 def test_files_beyond_the_limit_are_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.json"
     file.write_text('{"a": "' + "x" * (1 << 20) + '"}')
-    assert len(read_json("f", file, dict)["a"]) == 1 << 20
+    assert len(read_json(file, dict)["a"]) == 1 << 20
     monkeypatch.setattr(writing, "_MAX_JSON", 1 << 20)
-    with pytest.raises(ValueError, match=r"^f: expected '.*a\.json' to have at most 1 MiB, got more$"):
-        read_json("f", file, dict)
+    with pytest.raises(ValueError, match=r"^expected '.*a\.json' to have at most 1 MiB, got more$"):
+        read_json(file, dict)
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
@@ -126,29 +126,29 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "device").symlink_to("/dev/zero")  # would never end
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "device", "folder"):
-        with pytest.raises(FileNotFoundError, match=rf"^f: expected '.*{name}' to be a file, got something else$"):
-            read_json("f", tmp_path / name, dict)
-    with pytest.raises(FileNotFoundError, match=r"^f: expected '.*missing' to be a file, got none$"):
-        read_json("f", tmp_path / "missing", dict)
+        with pytest.raises(FileNotFoundError, match=rf"^expected '.*{name}' to be a file, got something else$"):
+            read_json(tmp_path / name, dict)
+    with pytest.raises(FileNotFoundError, match=r"^expected '.*missing' to be a file, got none$"):
+        read_json(tmp_path / "missing", dict)
 
 
 @pytest.mark.parametrize(
     ("kind", "wanted"),
     [
-        *((kind, r"^f: expected a to be small, got %s, in '.*a\.json'$") for kind in (InvalidType, InvalidValue)),
+        *((kind, r"^expected a to be small, got %s, in '.*a\.json'$") for kind in (InvalidType, InvalidValue)),
         *(
-            (kind, r"^f: expected '.*a\.json' to have valid fields, got: %s$")  # a library's
+            (kind, r"^expected '.*a\.json' to have valid fields, got: %s$")  # a library's
             for kind in (TypeError, ValueError, OverflowError, RecursionError)
         ),
     ],
 )
 def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path: Path, kind: type[Exception], wanted: str) -> None:
     def parse(values: dict[str, Any]) -> None:
-        parts = ("Some.function", "a", "to be small") if issubclass(kind, ArgumentError) else ()
+        parts = ("a", "to be small") if issubclass(kind, ArgumentError) else ()
         raise kind(*parts, values["a"])
 
     for value, got in (("no such field", "no such field"), ("x" * 10_000, r"x+ \.\.\. x+")):
         write_json(tmp_path / "a.json", {"a": value})
         with pytest.raises(ValueError, match=wanted % got) as error:
-            read_json("f", tmp_path / "a.json", parse)
+            read_json(tmp_path / "a.json", parse)
         assert len(str(error.value)) < 1000

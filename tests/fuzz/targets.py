@@ -122,7 +122,7 @@ def checkpoint(folder: Path) -> None:
 
 def read_checkpoint(folder: Path) -> None:
     why_damaged(folder / CHECKPOINT)  # says it without an error
-    read_state("train", folder / CHECKPOINT)
+    read_state(folder / CHECKPOINT)
 
 
 def mutate_json(random: Random, content: bytes) -> bytes:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
 
 from ddpm_fast.errors import ArgumentError
+
+E = TypeVar("E", bound=ArgumentError)
+
+
+def by(caller: str, error: E) -> E:
+    """Return an error as a public function raises it."""
+    error.caller = caller
+    return error
 
 
 @contextmanager

@@ -43,7 +43,8 @@ def train(run_dir: str | Path, **options: Any) -> TrainResult:
     """Train with options of any of the three structs."""
     unknown = options.keys() - set().union(*NAMES.values())
     assert not unknown, unknown
-    structs = (kind.from_values(options) for kind in (TrainOptions, DataOptions, ModelOptions))
+    kinds = (TrainOptions, DataOptions, ModelOptions)
+    structs = (kind(**{name: options[name] for name in NAMES[kind] & options.keys()}) for kind in kinds)
     return ddpm_fast.train(run_dir, *structs)  # type: ignore[arg-type]
 
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def test_evaluation_reads_the_condition_after_x_t(kind: str, variant: str, channels: int) -> None:
     model, config = make_unet(variant, in_channels=3 + channels)
     x, t, labels = make_inputs(config, 2)
-    network = adapted("sample", model if kind == "frozen" else model.forward, CPU, torch.float32, 1000)
+    network = adapted(model if kind == "frozen" else model.forward, CPU, torch.float32, 1000)
     assert network.is_frozen == (kind == "frozen")
     condition = x[:, 3:].double() if channels else None  # its dtype differs from the network's
     assert_as_right(network.evaluate(x[:, :3], t, labels, condition), model, x, t, labels)
@@ -30,10 +30,10 @@ def test_evaluation_reads_the_condition_after_x_t(kind: str, variant: str, chann
 
 def test_a_network_is_copied_to_another_dtype_and_left_as_it_was() -> None:
     model = Recording()
-    network = adapted("sample", model, CPU, torch.bfloat16, 1000)
+    network = adapted(model, CPU, torch.bfloat16, 1000)
     assert (network.dtype, {p.dtype for p in model.parameters()}) == (torch.bfloat16, {torch.float32})
     assert {each.dtype for each in network.parameters()} == {torch.bfloat16}
-    same = adapted("sample", model, CPU, None, 1000)
+    same = adapted(model, CPU, None, 1000)
     assert same.model is model
     assert same.dtype == torch.float32
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_calls import defaulting_to, with_threads
-from refusals import refused
+from refusals import by, refused
 from small_unets import VARIANTS, assert_as_right, make_inputs, make_unet, relative_error
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -93,7 +93,7 @@ def test_timesteps_may_lie_between_integers(variant: str, dtype: torch.dtype) ->
         assert_as_right(frozen(x, between, labels), model, x, between, labels)
     assert torch.equal(frozen(x, 700.5, labels), frozen(x, torch.tensor([700.5, 700.5]), labels))
     assert torch.equal(frozen(x, t, labels), looked_up)
-    with refused(InvalidValue("FrozenUNet", "t", "to be at least 0 and finite", "-0.5")):
+    with refused(by("FrozenUNet", InvalidValue("t", "to be at least 0 and finite", "-0.5"))):
         frozen(x, -0.5, labels)
 
 
@@ -386,12 +386,12 @@ DTYPES = "to be float32, float64, float16, bfloat16 or None"
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"x": nn.Conv2d(1, 1, 1)}, InvalidType("freeze", "x", KINDS, "a Conv2d")),
-        ({"dtype": torch.int8}, InvalidType("freeze", "dtype", DTYPES, "torch.int8")),
-        ({"dtype": "bfloat16"}, InvalidType("freeze", "dtype", DTYPES, "'bfloat16'")),
-        ({"num_timesteps": -1}, InvalidValue("freeze", "num_timesteps", "to be an integer in 1..100000 or None", "-1")),
-        ({"num_timesteps": True}, InvalidType("freeze", "num_timesteps", "to be an integer in 1..100000 or None", "True")),
-        ({"device": "nowhere"}, InvalidValue("freeze", "device", "to be a torch.device or its name", "'nowhere'")),
+        ({"x": nn.Conv2d(1, 1, 1)}, by("freeze", InvalidType("x", KINDS, "a Conv2d"))),
+        ({"dtype": torch.int8}, by("freeze", InvalidType("dtype", DTYPES, "torch.int8"))),
+        ({"dtype": "bfloat16"}, by("freeze", InvalidType("dtype", DTYPES, "'bfloat16'"))),
+        ({"num_timesteps": -1}, by("freeze", InvalidValue("num_timesteps", "to be an integer in 1..100000 or None", "-1"))),
+        ({"num_timesteps": True}, by("freeze", InvalidType("num_timesteps", "to be an integer in 1..100000 or None", "True"))),
+        ({"device": "nowhere"}, by("freeze", InvalidValue("device", "to be a torch.device or its name", "'nowhere'"))),
     ],
 )
 def test_bad_arguments_of_freeze_are_named(changes: dict[str, Any], error: ArgumentError) -> None:
@@ -406,16 +406,20 @@ def test_bad_arguments_of_a_call_are_named(dtype: torch.dtype) -> None:
     x, t, _ = make_inputs(config, 2)
     on_cpu = "meta: freeze the model for that device"
     for network, arguments, error in (
-        (plain, (x, 10), InvalidValue("FrozenUNet", "t", "in 0..9", "10")),
-        (plain, (x, -1), InvalidValue("FrozenUNet", "t", "in 0..9", "-1")),
-        (plain, (x, torch.tensor([0, 10])), InvalidValue("FrozenUNet", "t", "in 0..9", "values from 0 to 10")),
-        (plain, (x, torch.tensor([0, -1])), InvalidValue("FrozenUNet", "t", "in 0..9", "values from -1 to 0")),
-        (plain, (x, t > 3), InvalidType("FrozenUNet", "t", "to be numbers", "torch.bool")),
-        (plain, ([1], 1), InvalidType("FrozenUNet", "x", "to be a tensor", "list")),
-        (plain, (x, 1, t), InvalidValue("FrozenUNet", "class_labels", "to be None (num_class_embeds is None)", "a Tensor")),
-        (plain, (x[..., :3], 1), InvalidValue("FrozenUNet", "x", "to have H and W that are multiples of 4", "16x3")),
-        (plain, (x.to("meta"), 1), InvalidValue("FrozenUNet", "x", "on cpu", on_cpu)),
-        (classed, (x, 1, torch.tensor([0, 11])), InvalidValue("FrozenUNet", "class_labels", "in 0..10", "values from 0 to 11")),
+        (plain, (x, 10), by("FrozenUNet", InvalidValue("t", "in 0..9", "10"))),
+        (plain, (x, -1), by("FrozenUNet", InvalidValue("t", "in 0..9", "-1"))),
+        (plain, (x, torch.tensor([0, 10])), by("FrozenUNet", InvalidValue("t", "in 0..9", "values from 0 to 10"))),
+        (plain, (x, torch.tensor([0, -1])), by("FrozenUNet", InvalidValue("t", "in 0..9", "values from -1 to 0"))),
+        (plain, (x, t > 3), by("FrozenUNet", InvalidType("t", "to be numbers", "torch.bool"))),
+        (plain, ([1], 1), by("FrozenUNet", InvalidType("x", "to be a tensor", "list"))),
+        (plain, (x, 1, t), by("FrozenUNet", InvalidValue("class_labels", "to be None (num_class_embeds is None)", "a Tensor"))),
+        (plain, (x[..., :3], 1), by("FrozenUNet", InvalidValue("x", "to have H and W that are multiples of 4", "16x3"))),
+        (plain, (x.to("meta"), 1), by("FrozenUNet", InvalidValue("x", "on cpu", on_cpu))),
+        (
+            classed,
+            (x, 1, torch.tensor([0, 11])),
+            by("FrozenUNet", InvalidValue("class_labels", "in 0..10", "values from 0 to 11")),
+        ),
     ):
         with refused(error):
             network(*arguments)

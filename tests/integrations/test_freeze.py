@@ -154,7 +154,7 @@ def test_what_a_call_takes_is_as_before() -> None:
         for t, y in product(timesteps, (labels, labels.int(), labels[:1])):
             assert_same_output(frozen(x, t, y).sample, unet(x, t, y).sample)
     for wrong, t, message in (
-        (x.numpy(), 500, "UNet2DModel: expected x to be a Tensor, got ndarray"),
+        (x.numpy(), 500, "^FrozenModule: expected x to be a Tensor, got ndarray"),
         *((x, t, "expected t to be") for t in ("3", None, [3, 4])),
     ):
         with pytest.raises(TypeError, match=message):

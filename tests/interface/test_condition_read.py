@@ -38,15 +38,15 @@ def test_a_description_has_the_channels_and_the_kind(condition: Condition, text:
     ],
 )
 def test_what_a_network_does_not_read_is_refused(condition: Condition, given: Any, expected: str, got: str) -> None:
-    with refused(InvalidValue("sample", "condition", expected, got)):
-        condition.check("sample", given, 5, SHAPE)
+    with refused(InvalidValue("condition", expected, got)):
+        condition.check(given, 5, SHAPE)
 
 
 def test_what_a_network_reads_is_accepted() -> None:
-    Condition(0).check("sample", None, 5, SHAPE)
-    Condition(None).check("sample", None, 5, SHAPE)
-    Condition(2).check("sample", torch.zeros(5, 2, 4, 8), 5, SHAPE)
-    Condition(None).check("sample", torch.zeros(5, 7, 4, 8), 5, SHAPE)
-    Condition(0).expect_none("fit", "model")
-    with refused(InvalidValue("fit", "model", "to be one without a condition: draw it", "1 channel of a condition (grey)")):
-        Condition(1, "grey").expect_none("fit", "model", ": draw it")
+    Condition(0).check(None, 5, SHAPE)
+    Condition(None).check(None, 5, SHAPE)
+    Condition(2).check(torch.zeros(5, 2, 4, 8), 5, SHAPE)
+    Condition(None).check(torch.zeros(5, 7, 4, 8), 5, SHAPE)
+    Condition(0).expect_none("model")
+    with refused(InvalidValue("model", "to be one without a condition: draw it", "1 channel of a condition (grey)")):
+        Condition(1, "grey").expect_none("model", ": draw it")

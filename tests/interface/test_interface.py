@@ -84,7 +84,7 @@ def test_a_foreign_network_says_what_it_knows() -> None:
     assert interface_of(lambda x_t, t: x_t) == interface_of(nn.Identity()) == unknown
     assert (unknown.shape, unknown.labels.classes) == (None, None)
     assert interface_of(nn.Identity(), no_label=4) == Interface(**{**vars(unknown), "labels": Labels(None, 4)})
-    unknown.check_images("f", "shape", (5, 7, 9))
+    unknown.check_images("shape", (5, 7, 9))
     model = nn.Identity()
     model.config = {"in_channels": 1, "sample_size": 9, "num_class_embeds": 11, "no_label": 10}  # type: ignore[assignment]
     found = interface_of(model)
@@ -96,19 +96,23 @@ def test_a_foreign_network_says_what_it_knows() -> None:
 def test_images_have_to_fit() -> None:
     plain, narrow = interface_of(UNet(**BASE)), interface_of(UNet(**BASE | {"in_channels": 2}))
     learned = interface_of(UNet(**BASE), predicts_variance=True)
-    plain.check_images("f", "shape", (3, 4, 20))
+    plain.check_images("shape", (3, 4, 20))
     for found, shape, error in (
-        (plain, (2, 8, 16), InvalidValue("f", "", "a model with 2 output channels, as images have 2", "3")),
-        (plain, (3, 8, 6), InvalidValue("f", "shape", "to have H and W that are multiples of 4", "8x6")),
-        (narrow, (3, 8, 8), InvalidValue("f", "shape", "to be (C, H, W) with C at most 2, which the model reads", (3, 8, 8))),
+        (plain, (2, 8, 16), InvalidValue("", "a model with 2 output channels, as images have 2", "3")),
+        (plain, (3, 8, 6), InvalidValue("shape", "to have H and W that are multiples of 4", "8x6")),
+        (
+            narrow,
+            (3, 8, 8),
+            InvalidValue("shape", "to be (C, H, W) with C at most 2, which the model reads", (3, 8, 8)),
+        ),
         (
             learned,
             (3, 8, 8),
-            InvalidValue("f", "", "a model with 6 output channels, as images have 3 and it predicts their variance", "3"),
+            InvalidValue("", "a model with 6 output channels, as images have 3 and it predicts their variance", "3"),
         ),
     ):
         with refused(error):
-            found.check_images("f", "shape", shape)
+            found.check_images("shape", shape)
 
 
 def test_a_sampler_has_the_interface_of_its_plan() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from refusals import refused
 
+from ddpm_fast.cli.labels import described_labels, listed_labels
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.interface import Labels
 
@@ -21,7 +22,7 @@ UNNAMED = Labels(None)
     [(3, [3, 3]), ([0, 1], [0, 1]), ((2, 2), [2, 2]), (range(2), [0, 1]), (torch.tensor([1, 0], dtype=torch.uint8), [1, 0])],
 )
 def test_numbers_are_labels(names: tuple[str, ...], given: Any, expected: list[int]) -> None:
-    parsed = Labels(None, None, names).parse("sample", given, 2)
+    parsed = Labels(None, None, names).parse(given, 2)
     assert parsed is not None
     assert (parsed.dtype, parsed.tolist()) == (torch.int64, expected)
 
@@ -39,24 +40,24 @@ def test_numbers_are_labels(names: tuple[str, ...], given: Any, expected: list[i
     ],
 )
 def test_names_become_numbers(given: Any, expected: Any) -> None:
-    parsed = Labels(None, None, NAMES).parse("sample", given, 1 if isinstance(expected, int) else len(expected))
+    parsed = Labels(None, None, NAMES).parse(given, 1 if isinstance(expected, int) else len(expected))
     assert parsed is not None
     assert parsed.tolist() == ([expected] if isinstance(expected, int) else expected)
 
 
 def test_a_text_is_a_name_before_it_is_a_number() -> None:
     parsed, unnamed = (
-        Labels(None, None, ("1", "2", "7")).parse("sample", ["7", 1, "1"], 3),
-        UNNAMED.parse("sample", ["7", "1"], 2),
+        Labels(None, None, ("1", "2", "7")).parse(["7", 1, "1"], 3),
+        UNNAMED.parse(["7", "1"], 2),
     )
     assert parsed is not None
     assert unnamed is not None
     assert (parsed.tolist(), unnamed.tolist()) == ([2, 1, 0], [7, 1])
 
 
-UNKNOWN = InvalidValue("sample", "class_labels", "to be integers or names among T-shirt, ankle boot, BAG, bag", "'hat'")
-NAMELESS = InvalidValue("sample", "class_labels", "to be integers, as the model has no class names", "'bag'")
-NUMBERED = InvalidValue("sample", "class_labels", "to be integers or names among 1, 2, 7", "'0'")
+UNKNOWN = InvalidValue("class_labels", "to be integers or names among T-shirt, ankle boot, BAG, bag", "'hat'")
+NAMELESS = InvalidValue("class_labels", "to be integers, as the model has no class names", "'bag'")
+NUMBERED = InvalidValue("class_labels", "to be integers or names among 1, 2, 7", "'0'")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ NUMBERED = InvalidValue("sample", "class_labels", "to be integers or names among
 )
 def test_unknown_names_are_errors_that_list_the_known(config: dict[str, Any], given: Any, error: InvalidValue) -> None:
     with refused(error):
-        Labels.from_config(config).parse("sample", given, 1 if isinstance(given, str) else len(given))
+        Labels.from_config(config).parse(given, 1 if isinstance(given, str) else len(given))
 
 
 @pytest.mark.parametrize(
@@ -114,8 +115,8 @@ def test_labels_are_stored_in_a_configuration(labels: Labels) -> None:
 )
 def test_a_text_lists_classes_in_turn(text: str | None, num: int, listed: Any, described: str) -> None:
     labels = Labels(4, 3, ("cat", "dog"))
-    assert labels.listed("sample", text, num) == listed
-    assert labels.described(labels.listed("sample", text, num), num) == described
+    assert listed_labels(labels, text, num) == listed
+    assert described_labels(labels, listed_labels(labels, text, num), num) == described
 
 
 @pytest.mark.parametrize(
@@ -127,25 +128,24 @@ def test_a_text_lists_classes_in_turn(text: str | None, num: int, listed: Any, d
     ],
 )
 def test_texts_that_list_no_classes_are_refused(labels: Labels, text: str, expected: str, got: str) -> None:
-    with refused(InvalidValue("edit", "classes", expected, got)):
-        labels.listed("edit", text, 1, each=True)
+    with refused(InvalidValue("class_labels", expected, got)):
+        listed_labels(labels, text, 1, each=True)
 
 
 def test_guidance_needs_a_class_and_a_label_for_none() -> None:
     known = Labels(3, 2)
-    assert not known.guides("sample", None, None)
-    assert not known.guides("sample", 1, torch.tensor([0]))
-    assert known.guides("sample", 2.0, torch.tensor([2, 0]))
+    assert not known.guides(None, None)
+    assert not known.guides(1, torch.tensor([0]))
+    assert known.guides(2.0, torch.tensor([2, 0]))
     for labels, given in ((known, None), (known, torch.tensor([2, 2])), (Labels(3), torch.tensor([0]))):
-        with pytest.raises(
-            ValueError, match=r"sample: expected guidance_scale to be None or 1, as (there are no|nothing says)"
-        ):
-            labels.guides("sample", 2.0, given)
+        with pytest.raises(ValueError, match=r"^expected guidance_scale to be None or 1, as (there are no|nothing says)"):
+            labels.guides(2.0, given)
 
 
 def test_names_are_the_first_that_fit() -> None:
-    assert Labels.names_of(2, None, ["a"], ["a", "a"], ["a", 1], ("b", "c"), ["d", "e"]) == ("b", "c")
-    assert Labels.names_of(2, "ab") == ("0", "1")
+    assert Labels.of_number(2, None, ["a"], ["a", "a"], ["a", 1], ("b", "c"), ["d", "e"]) == Labels(3, 2, ("b", "c"))
+    assert Labels.of_number(2, "ab") == Labels(3, 2, ("0", "1"))
+    assert Labels.of_number(None, ["a", "b"]) == Labels()
 
 
 def test_classes_take_turns_and_some_are_dropped() -> None:
@@ -154,6 +154,9 @@ def test_classes_take_turns_and_some_are_dropped() -> None:
     assert labels.in_turn(3, 2).tolist() == [0, 2, 0]
     assert labels.dropped(torch.tensor([0, 2, 3]), torch.tensor([True, False, True])).tolist() == [1, 2, 1]
     assert labels.blank(2).tolist() == [1, 1]
+    assert labels.are_none(labels.blank(2))
+    assert not labels.are_none(torch.tensor([1, 0]))
+    assert not Labels(4).are_none(torch.tensor([0]))  # nothing says which label is no class
     ends = labels.ends()
     assert ends is not None
     assert ends.tolist() == [0, 3]

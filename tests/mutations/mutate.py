@@ -130,7 +130,7 @@ def changes(node: ast.AST, is_place: bool) -> Iterator[tuple[str, ast.AST]]:
             yield "condition", ast.IfExp(ast.UnaryOp(ast.Not(), test), body, orelse)
         case ast.Call(func, args, keywords) if ast.unparse(func) not in ("max", "min", "isinstance", "expect"):
             for i, (first, second) in enumerate(itertools.pairwise(args)):
-                if type(first) is type(second) and ast.unparse(first) != "caller":
+                if type(first) is type(second):
                     yield "arguments", ast.Call(func, [*args[:i], second, first, *args[i + 2 :]], keywords)
 
 

@@ -184,9 +184,9 @@ def test_a_wrong_value_of_config_json_is_named_with_the_file(
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=rf"^from_pretrained: expected {wanted}, in '.*config\.json'$"):
+    with pytest.raises(ValueError, match=rf"^UNet\.from_pretrained: expected {wanted}, in '.*config\.json'$"):
         UNet.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"^save_pretrained: expected {wanted}, in '.*config\.json'$"):
+    with pytest.raises(ValueError, match=rf"^UNet\.save_pretrained: expected {wanted}, in '.*config\.json'$"):
         model.save_pretrained(tmp_path)
 
 
@@ -222,14 +222,14 @@ def test_a_torch_file_of_something_else_is_named(model: UNet, tmp_path: Path, co
     torch.save(content, tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=wanted) as error:
         UNet.from_pretrained(tmp_path)
-    error.match(r"^from_pretrained: .*diffusion_pytorch_model\.bin'")
+    error.match(r"^UNet\.from_pretrained: .*diffusion_pytorch_model\.bin'")
 
 
 def test_weights_that_are_not_finite_are_named(model: UNet, tmp_path: Path) -> None:
     with torch.no_grad():
         model.conv_in.weight[0, 0, 0, 0] = 1e5
     model.save_pretrained(tmp_path)
-    wanted = rf"^from_pretrained: expected the tensors in '.*{WEIGHTS}' to be finite, got NaN or infinity in "
+    wanted = rf"^UNet\.from_pretrained: expected the tensors in '.*{WEIGHTS}' to be finite, got NaN or infinity in "
     with pytest.raises(ValueError, match=wanted + r"conv_in\.weight \(torch\.float16\)$"):
         UNet.from_pretrained(tmp_path, dtype=torch.float16)
     assert UNet.from_pretrained(tmp_path).conv_in.weight.detach().max() == 1e5

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import refused
+from refusals import by, refused
 from small_unets import SMALL, VARIANTS, assert_as_right, make_inputs, make_unet, randomise, relative_error
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -303,7 +303,7 @@ def test_bad_inputs_are_named() -> None:
     ]:
         with pytest.raises(error[0] if error else ValueError, match=f"UNet: expected {message}"):
             network(*arguments)
-    with refused(InvalidValue("UNet", "dropout_seeds", "to have shape [2], one per sample", "[3]")):
+    with refused(by("UNet", InvalidValue("dropout_seeds", "to have shape [2], one per sample", "[3]"))):
         plain(x, 0, dropout_seeds=sample_seeds(0, 3))
-    with refused(InvalidType("UNet", "dropout_seeds", "to be an int64 tensor (see sample_seeds)", "int")):
+    with refused(by("UNet", InvalidType("dropout_seeds", "to be an int64 tensor (see sample_seeds)", "int"))):
         plain(x, 0, dropout_seeds=3)

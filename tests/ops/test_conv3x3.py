@@ -308,7 +308,7 @@ class TestWhereItServes:
 
 
 def test_what_is_no_map_is_not_upsampled() -> None:
-    with refused(InvalidValue("upsampling", "x", "to be [N, C, H, W]", "shape (8, 6, 6)")):
+    with refused(InvalidValue("x", "to be [N, C, H, W]", "shape (8, 6, 6)")):
         Upsample(8)(torch.randn(8, 6, 6))
 
 

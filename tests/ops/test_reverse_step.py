@@ -10,7 +10,7 @@ import torch
 from op_calls import make_call
 from op_cases import CASES, SCHEDULE, Case
 from parity import check_overwriting, skip_unless
-from refusals import refused
+from refusals import by, refused
 
 from ddpm_fast import SamplingPlan, ddpm_plan, reverse_step, sample_seeds
 from ddpm_fast.errors import InvalidValue
@@ -58,7 +58,7 @@ def test_two_results_never_share_a_destination() -> None:
     def step(x: torch.Tensor) -> Any:
         return reverse_step(x, m, 4, PLAN, seeds=SEEDS, return_x_0=True, out=(x, x))
 
-    with refused(InvalidValue("reverse_step", "out", "to be two tensors", "one twice")):
+    with refused(by("reverse_step", InvalidValue("out", "to be two tensors", "one twice"))):
         step(x)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="raised exception InvalidValue"):  # torch 2.9 omits its parts
         torch.compile(step, fullgraph=True, backend="eager")(x)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import refused
+from refusals import by, refused
 
 from ddpm_fast import NoiseSchedule, Objective, SamplingPlan, ddim_plan, ddpm_plan, default_plan, dpm_solver_plan, heun_plan
 from ddpm_fast import named_plan as named
@@ -75,39 +75,44 @@ def test_a_learned_variance_stays_learned() -> None:
     assert_same(named(objective, sampler="ddpm"), ddpm_plan(objective, 20))
     assert named(objective, sampler="ddpm").variance == "learned_range"
     wanted = "to be learned or learned_range, as the model predicts it"
-    with refused(InvalidValue("named_plan", "variance", wanted, "fixed_small")):
+    with refused(by("named_plan", InvalidValue("variance", wanted, "fixed_small"))):
         named(objective, sampler="ddpm", variance="fixed_small")
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"sampler": "euler"}, InvalidValue("named_plan", "sampler", f"to be one of {', '.join(SAMPLERS)} or None", "'euler'")),
-        ({"steps": 0}, InvalidValue("named_plan", "steps", "to be a positive integer or None", "0")),
-        ({"sampler": "ddim", "steps": 1001}, InvalidValue("named_plan", "steps", "to be in 1..1000 with ddim", "1001")),
+        (
+            {"sampler": "euler"},
+            by("named_plan", InvalidValue("sampler", f"to be one of {', '.join(SAMPLERS)} or None", "'euler'")),
+        ),
+        ({"steps": 0}, by("named_plan", InvalidValue("steps", "to be a positive integer or None", "0"))),
+        ({"sampler": "ddim", "steps": 1001}, by("named_plan", InvalidValue("steps", "to be in 1..1000 with ddim", "1001"))),
         (
             {"sampler": "ddim", "order": 3},
-            InvalidValue("named_plan", "order", "to go with sampler dpm++2m or dpm++2m-sde", "3 with ddim"),
+            by("named_plan", InvalidValue("order", "to go with sampler dpm++2m or dpm++2m-sde", "3 with ddim")),
         ),
         (
             {"sampler": "dpm++2m", "eta": 0.5},
-            InvalidValue("named_plan", "eta", "to go with sampler dpm++2m-sde or ddim", "0.5 with dpm++2m"),
+            by("named_plan", InvalidValue("eta", "to go with sampler dpm++2m-sde or ddim", "0.5 with dpm++2m")),
         ),
         (
             {"variance": "fixed_large"},
-            InvalidValue("named_plan", "variance", "to go with sampler ddpm", "fixed_large with dpm++2m-sde"),
+            by("named_plan", InvalidValue("variance", "to go with sampler ddpm", "fixed_large with dpm++2m-sde")),
         ),
         (
             {"sampler": "ddpm", "variance": "learned"},
-            InvalidValue("named_plan", "variance", "to be fixed_small or fixed_large for this model", "learned"),
+            by("named_plan", InvalidValue("variance", "to be fixed_small or fixed_large for this model", "learned")),
         ),
         (
             {"num_steps": 5},
-            InvalidType(
+            by(
                 "named_plan",
-                "",
-                f"arguments among {', '.join(PlanOptions.__annotations__)}",
-                "'num_steps'; did you mean 'steps'?",
+                InvalidType(
+                    "",
+                    f"arguments among {', '.join(PlanOptions.__annotations__)}",
+                    "'num_steps'; did you mean 'steps'?",
+                ),
             ),
         ),
     ],

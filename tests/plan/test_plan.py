@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import refused
+from refusals import by, refused
 
 from ddpm_fast import NoiseSchedule, SamplingPlan, ddim_plan, ddpm_plan, reverse_step
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
@@ -142,145 +142,166 @@ def test_timesteps_are_those_of_diffusers(spacing: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "error"),
     [
-        (lambda: ddpm_plan(SCHEDULE, 0), InvalidValue("ddpm_plan", "num_steps", "to be an integer in 1..1000", "0")),
-        (lambda: ddpm_plan(SCHEDULE, 1001), InvalidValue("ddpm_plan", "num_steps", "to be an integer in 1..1000", "1001")),
+        (lambda: ddpm_plan(SCHEDULE, 0), by("ddpm_plan", InvalidValue("num_steps", "to be an integer in 1..1000", "0"))),
+        (lambda: ddpm_plan(SCHEDULE, 1001), by("ddpm_plan", InvalidValue("num_steps", "to be an integer in 1..1000", "1001"))),
         (
             lambda: ddpm_plan(SCHEDULE, 10, spacing="even"),
-            InvalidValue(
-                "ddpm_plan", "spacing", 'to be "leading", "trailing", "linspace" or a sequence of timesteps', "'even'"
+            by(
+                "ddpm_plan",
+                InvalidValue("spacing", 'to be "leading", "trailing", "linspace" or a sequence of timesteps', "'even'"),
             ),
         ),
         (
             lambda: ddpm_plan(SCHEDULE, spacing=[1, 2]),
-            InvalidValue("ddpm_plan", "spacing", "to be strictly descending timesteps in 0..999", "[1, 2]"),
+            by("ddpm_plan", InvalidValue("spacing", "to be strictly descending timesteps in 0..999", "[1, 2]")),
         ),
         (
             lambda: ddpm_plan(SCHEDULE, spacing=[1000]),
-            InvalidValue("ddpm_plan", "spacing", "to be strictly descending timesteps in 0..999", "[1000]"),
+            by("ddpm_plan", InvalidValue("spacing", "to be strictly descending timesteps in 0..999", "[1000]")),
         ),
         (
             lambda: ddim_inversion_plan(SCHEDULE, None, spacing=[5, 2], previous=[3, 1]),
-            InvalidValue("ddim_inversion_plan", "previous", 'to be None with evaluate_at="start"', "[3, 1]"),
+            by("ddim_inversion_plan", InvalidValue("previous", 'to be None with evaluate_at="start"', "[3, 1]")),
         ),
         (
             lambda: ddim_inversion_plan(SCHEDULE, evaluate_at="arrival", prediction="sample"),
-            InvalidValue(
+            by(
                 "ddim_inversion_plan",
-                "prediction",
-                'to be "epsilon", "v_prediction" or "flow", or "sample" with initial_alpha_bar below 1, with '
-                'evaluate_at="arrival", '
-                "as an image alone does not determine epsilon",
-                "'sample'",
+                InvalidValue(
+                    "prediction",
+                    'to be "epsilon", "v_prediction" or "flow", or "sample" with initial_alpha_bar below 1, with '
+                    'evaluate_at="arrival", '
+                    "as an image alone does not determine epsilon",
+                    "'sample'",
+                ),
             ),
         ),
         (
             lambda: ddpm_plan(SCHEDULE, 3, spacing=[5, 2]),
-            InvalidValue("ddpm_plan", "num_steps", "to be None or 2, as spacing lists", "3"),
+            by("ddpm_plan", InvalidValue("num_steps", "to be None or 2, as spacing lists", "3")),
         ),
         (
             lambda: ddpm_plan(SCHEDULE, prediction="eps"),
-            InvalidValue(
-                "ddpm_plan", "prediction", "to be one of epsilon, sample, v_prediction, flow, previous_sample or None", "'eps'"
+            by(
+                "ddpm_plan",
+                InvalidValue(
+                    "prediction", "to be one of epsilon, sample, v_prediction, flow, previous_sample or None", "'eps'"
+                ),
             ),
         ),
         (
             lambda: ddpm_plan(SCHEDULE, variance="small"),
-            InvalidValue(
+            by(
                 "ddpm_plan",
-                "variance",
-                "to be one of fixed_small, fixed_small_log, fixed_large, fixed_large_log, learned, learned_range or None",
-                "'small'",
+                InvalidValue(
+                    "variance",
+                    "to be one of fixed_small, fixed_small_log, fixed_large, fixed_large_log, learned, learned_range or None",
+                    "'small'",
+                ),
             ),
         ),
-        (lambda: ddpm_plan(SCHEDULE, clip=0.0), InvalidValue("ddpm_plan", "clip", "to be positive or None", "0.0")),
+        (lambda: ddpm_plan(SCHEDULE, clip=0.0), by("ddpm_plan", InvalidValue("clip", "to be positive or None", "0.0"))),
         (
             lambda: ddpm_plan(SCHEDULE, spacing=[-1], previous=[-2]),
-            InvalidValue("ddpm_plan", "spacing", "to be timesteps in 0..999", "[-1]"),
+            by("ddpm_plan", InvalidValue("spacing", "to be timesteps in 0..999", "[-1]")),
         ),
         (
             lambda: ddpm_plan(SCHEDULE, spacing=[5, 2], previous=[5, 1]),
-            InvalidValue(
+            by(
                 "ddpm_plan",
-                "previous",
-                "to be 2 timesteps, each at least -1 and below the one that its step starts from",
-                "[5, 1]",
+                InvalidValue(
+                    "previous",
+                    "to be 2 timesteps, each at least -1 and below the one that its step starts from",
+                    "[5, 1]",
+                ),
             ),
         ),
         (
             lambda: ddpm_plan(SCHEDULE, spacing=[5, 2], previous=[1]),
-            InvalidValue(
+            by(
                 "ddpm_plan",
-                "previous",
-                "to be 2 timesteps, each at least -1 and below the one that its step starts from",
-                "[1]",
+                InvalidValue(
+                    "previous",
+                    "to be 2 timesteps, each at least -1 and below the one that its step starts from",
+                    "[1]",
+                ),
             ),
         ),
         (
             lambda: ddim_plan(SCHEDULE, final_alpha_bar=0.0),
-            InvalidValue("ddim_plan", "final_alpha_bar", "to be positive and at most 1", "0.0"),
+            by("ddim_plan", InvalidValue("final_alpha_bar", "to be positive and at most 1", "0.0")),
         ),
-        (lambda: ddim_plan(SCHEDULE, eta=-1.0), InvalidValue("ddim_plan", "eta", "to be at least 0", "-1.0")),
+        (lambda: ddim_plan(SCHEDULE, eta=-1.0), by("ddim_plan", InvalidValue("eta", "to be at least 0", "-1.0"))),
         (
             lambda: ddim_plan(SCHEDULE, eta=9.0),
-            InvalidValue(
-                "ddim_plan", "eta", "to be at most 1.008, which leaves sigma_t^2 at most 1 - abar_prev at every step", "9.0"
+            by(
+                "ddim_plan",
+                InvalidValue("eta", "to be at most 1.008, which leaves sigma_t^2 at most 1 - abar_prev at every step", "9.0"),
             ),
         ),
         (
             lambda: ddim_plan(SCHEDULE, 5, final_alpha_bar=0.5, spacing="leading"),
-            InvalidValue("ddim_plan", "final_alpha_bar", "to be at least abar of the last timestep, 0.9999", "0.5"),
+            by("ddim_plan", InvalidValue("final_alpha_bar", "to be at least abar of the last timestep, 0.9999", "0.5")),
         ),
-        (lambda: ddpm_plan(SCHEDULE, True), InvalidType("ddpm_plan", "num_steps", "to be an integer in 1..1000", "True")),
-        (lambda: ddim_plan(SCHEDULE, eta="x"), InvalidType("ddim_plan", "eta", "to be a number", "str")),
-        (lambda: ddim_plan(SCHEDULE, clip="x"), InvalidType("ddim_plan", "clip", "to be a number or None", "str")),
-        (lambda: ddpm_plan(SCHEDULE, spacing=["a"]), InvalidType("ddpm_plan", "spacing", "to be a name or timesteps", "['a']")),
+        (lambda: ddpm_plan(SCHEDULE, True), by("ddpm_plan", InvalidType("num_steps", "to be an integer in 1..1000", "True"))),
+        (lambda: ddim_plan(SCHEDULE, eta="x"), by("ddim_plan", InvalidType("eta", "to be a number", "str"))),
+        (lambda: ddim_plan(SCHEDULE, clip="x"), by("ddim_plan", InvalidType("clip", "to be a number or None", "str"))),
+        (
+            lambda: ddpm_plan(SCHEDULE, spacing=["a"]),
+            by("ddpm_plan", InvalidType("spacing", "to be a name or timesteps", "['a']")),
+        ),
         (
             lambda: ddim_plan(object()),
-            InvalidType(
-                "ddim_plan", "schedule", "to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config))", "object"
+            by(
+                "ddim_plan",
+                InvalidType("schedule", "to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config))", "object"),
             ),
         ),
         (
             lambda: replace(ddpm_plan(SCHEDULE, 2), timesteps=torch.tensor([5, -7])),
-            InvalidValue("SamplingPlan", "timesteps", "in 0..999", "values from -7 to 5"),
+            by("SamplingPlan", InvalidValue("timesteps", "in 0..999", "values from -7 to 5")),
         ),
         (
             lambda: replace(ddpm_plan(SCHEDULE, 2), timesteps=torch.tensor([5000, 1])),
-            InvalidValue("SamplingPlan", "timesteps", "in 0..999", "values from 1 to 5000"),
+            by("SamplingPlan", InvalidValue("timesteps", "in 0..999", "values from 1 to 5000")),
         ),
         (
             lambda: replace(ddpm_plan(SCHEDULE, 2), timesteps=torch.tensor([5.0, 1.0])),
-            InvalidValue(
+            by(
                 "SamplingPlan",
-                "timesteps",
-                "to be torch.int64 of 1 dimension on the CPU, with elements",
-                "torch.float32 [2] on cpu",
+                InvalidValue(
+                    "timesteps",
+                    "to be torch.int64 of 1 dimension on the CPU, with elements",
+                    "torch.float32 [2] on cpu",
+                ),
             ),
         ),
         (
             lambda: replace(ddpm_plan(SCHEDULE, 2), timesteps=[5, 1]),
-            InvalidType("SamplingPlan", "timesteps", "to be a tensor", "list"),
+            by("SamplingPlan", InvalidType("timesteps", "to be a tensor", "list")),
         ),
         (
             lambda: replace(ddpm_plan(SCHEDULE, 2), coefficients=torch.zeros(2, 10)),
-            InvalidValue(
+            by(
                 "SamplingPlan",
-                "coefficients",
-                "to be torch.float64 of 2 dimensions on the CPU, with elements",
-                "torch.float32 [2, 10] on cpu",
+                InvalidValue(
+                    "coefficients",
+                    "to be torch.float64 of 2 dimensions on the CPU, with elements",
+                    "torch.float32 [2, 10] on cpu",
+                ),
             ),
         ),
         (
             lambda: replace(ddpm_plan(SCHEDULE, 2), alpha_bars_prev=torch.tensor([0.5, 1.5], dtype=torch.float64)),
-            InvalidValue("SamplingPlan", "alpha_bars_prev", "to be 2 values in 0..1", "[0.5, 1.5]"),
+            by("SamplingPlan", InvalidValue("alpha_bars_prev", "to be 2 values in 0..1", "[0.5, 1.5]")),
         ),
         (
             lambda: replace(ddpm_plan(SCHEDULE, 2), alpha_bars_prev=torch.tensor([0.5], dtype=torch.float64)),
-            InvalidValue("SamplingPlan", "alpha_bars_prev", "to be 2 values in 0..1", "[0.5]"),
+            by("SamplingPlan", InvalidValue("alpha_bars_prev", "to be 2 values in 0..1", "[0.5]")),
         ),
         (
             lambda: replace(ddpm_plan(SCHEDULE, 2), alpha_bars=torch.tensor([-0.5, 0.5], dtype=torch.float64)),
-            InvalidValue("SamplingPlan", "alpha_bars", "to be 2 values in 0..1", "[-0.5, 0.5]"),
+            by("SamplingPlan", InvalidValue("alpha_bars", "to be 2 values in 0..1", "[-0.5, 0.5]")),
         ),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from refusals import refused
+from refusals import by, refused
 
 from ddpm_fast import (
     NoiseSchedule,
@@ -97,27 +97,31 @@ def test_a_slice_has_some_of_the_rows() -> None:
     for bad in (slice(3, 3), slice(0, 9, 2), slice(None, None, -1)):
         with pytest.raises(ValueError, match=r"expected a slice of consecutive steps in 0\.\.9"):
             plan[bad]
-    with refused(InvalidType("SamplingPlan", "steps", "to be a slice", "int")):
+    with refused(by("SamplingPlan", InvalidType("steps", "to be a slice", "int"))):
         plan[3]  # type: ignore[index]
 
 
 def test_a_multistep_plan_cannot_be_sliced() -> None:
     plan = dpm_solver_plan(SCHEDULE, 10)
     with refused(
-        InvalidValue(
+        by(
             "SamplingPlan",
-            "",
-            "a whole plan, as its steps use the x_0^ of earlier ones",
-            "a slice: build it with start=, or call starting_at(timestep)",
+            InvalidValue(
+                "",
+                "a whole plan, as its steps use the x_0^ of earlier ones",
+                "a slice: build it with start=, or call starting_at(timestep)",
+            ),
         )
     ):
         plan[3:]
     with refused(
-        InvalidValue(
+        by(
             "SamplingPlan.starting_at",
-            "",
-            "a plan that remembers how it was built, as its steps use the x_0^ of earlier ones",
-            "one from coefficients",
+            InvalidValue(
+                "",
+                "a plan that remembers how it was built, as its steps use the x_0^ of earlier ones",
+                "one from coefficients",
+            ),
         )
     ):
         replace(plan, coefficients=plan.coefficients.clone()).starting_at(int(plan.timesteps[3]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import some
-from refusals import refused
+from refusals import by, refused
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, SamplingPlan, ddim_plan, ddpm_plan, dpm_solver_plan, heun_plan, noise, reverse_step
@@ -349,12 +349,14 @@ def test_zero_terminal_snr_begins_from_pure_noise_unless_the_model_predicts_epsi
     assert float(ZERO_SNR.alpha_bars[plan.timesteps[0]]) == 0
     assert run(plan, noise(SHAPE, SEEDS, stream=99, dtype=torch.float64)).isfinite().all()
     with refused(
-        InvalidValue(
-            "SamplingPlan",
-            "",
-            "finite coefficients",
-            "p = inf at timestep 999 (abar = 0) with prediction 'epsilon', which does not determine x_0 and epsilon there; "
-            '"sample", "v_prediction" and "flow" do',
+        by(
+            build.__name__,
+            InvalidValue(
+                "",
+                "finite coefficients",
+                "p = inf at timestep 999 (abar = 0) with prediction 'epsilon', which does not determine x_0 and epsilon there; "
+                '"sample", "v_prediction" and "flow" do',
+            ),
         )
     ):
         build(ZERO_SNR, 10, **options)
@@ -371,44 +373,45 @@ def test_zero_terminal_snr_may_begin_at_a_chosen_level(ratio: float) -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"num_steps": 0}, InvalidValue("dpm_solver_plan", "num_steps", "to be an integer in 1..999", "0")),
-        ({"num_steps": 1000}, InvalidValue("dpm_solver_plan", "num_steps", "to be an integer in 1..999", "1000")),
+        ({"num_steps": 0}, by("dpm_solver_plan", InvalidValue("num_steps", "to be an integer in 1..999", "0"))),
+        ({"num_steps": 1000}, by("dpm_solver_plan", InvalidValue("num_steps", "to be an integer in 1..999", "1000"))),
         (
             {"num_steps": 1001, "spacing": "trailing"},
-            InvalidValue("dpm_solver_plan", "num_steps", "to be an integer in 1..1000", "1001"),
+            by("dpm_solver_plan", InvalidValue("num_steps", "to be an integer in 1..1000", "1001")),
         ),
-        ({"num_steps": None}, InvalidType("dpm_solver_plan", "num_steps", "to be an integer in 1..999", "None")),
-        ({"order": 4}, InvalidValue("dpm_solver_plan", "order", "to be an integer in 1..3", "4")),
-        ({"order": 3, "eta": 0.5}, InvalidValue("dpm_solver_plan", "eta", "to be 0 or 1 with order 3", 0.5)),
-        ({"eta": -0.1}, InvalidValue("dpm_solver_plan", "eta", "to be at least 0 and at most 1", "-0.1")),
-        ({"eta": 1.1}, InvalidValue("dpm_solver_plan", "eta", "to be at least 0 and at most 1", "1.1")),
-        ({"solver": "euler"}, InvalidValue("dpm_solver_plan", "solver", "to be one of midpoint, heun", "'euler'")),
+        ({"num_steps": None}, by("dpm_solver_plan", InvalidType("num_steps", "to be an integer in 1..999", "None"))),
+        ({"order": 4}, by("dpm_solver_plan", InvalidValue("order", "to be an integer in 1..3", "4"))),
+        ({"order": 3, "eta": 0.5}, by("dpm_solver_plan", InvalidValue("eta", "to be 0 or 1 with order 3", 0.5))),
+        ({"eta": -0.1}, by("dpm_solver_plan", InvalidValue("eta", "to be at least 0 and at most 1", "-0.1"))),
+        ({"eta": 1.1}, by("dpm_solver_plan", InvalidValue("eta", "to be at least 0 and at most 1", "1.1"))),
+        ({"solver": "euler"}, by("dpm_solver_plan", InvalidValue("solver", "to be one of midpoint, heun", "'euler'"))),
         (
             {"spacing": "log"},
-            InvalidValue("dpm_solver_plan", "spacing", "to be one of linspace, leading, trailing, karras", "'log'"),
+            by("dpm_solver_plan", InvalidValue("spacing", "to be one of linspace, leading, trailing, karras", "'log'")),
         ),
-        ({"final": "one"}, InvalidValue("dpm_solver_plan", "final", "to be one of zero, sigma_min", "'one'")),
+        ({"final": "one"}, by("dpm_solver_plan", InvalidValue("final", "to be one of zero, sigma_min", "'one'"))),
         (
             {"start": 501},
-            InvalidValue("dpm_solver_plan", "start", "to be one of the plan's timesteps", "501; the nearest is 500"),
+            by("dpm_solver_plan", InvalidValue("start", "to be one of the plan's timesteps", "501; the nearest is 500")),
         ),
         (
             {"lambda_min": 10.0},
-            InvalidValue("dpm_solver_plan", "lambda_min", "to be at most 4.211, lambda at timestep 1", "10.0"),
+            by("dpm_solver_plan", InvalidValue("lambda_min", "to be at most 4.211, lambda at timestep 1", "10.0")),
         ),
         (
             {"lambda_min": math.nan},
-            InvalidValue("dpm_solver_plan", "lambda_min", "to be at most 4.211, lambda at timestep 1", "nan"),
+            by("dpm_solver_plan", InvalidValue("lambda_min", "to be at most 4.211, lambda at timestep 1", "nan")),
         ),
         (
             {"prediction": "previous_sample"},
-            InvalidValue(
-                "dpm_solver_plan", "prediction", "to be one of epsilon, sample, v_prediction, flow or None", "'previous_sample'"
+            by(
+                "dpm_solver_plan",
+                InvalidValue("prediction", "to be one of epsilon, sample, v_prediction, flow or None", "'previous_sample'"),
             ),
         ),
-        ({"clip": 0.0}, InvalidValue("dpm_solver_plan", "clip", "to be positive or None", "0.0")),
+        ({"clip": 0.0}, by("dpm_solver_plan", InvalidValue("clip", "to be positive or None", "0.0"))),
         *(
-            ({"levels": levels}, kind("dpm_solver_plan", "levels", LEVELS, got))
+            ({"levels": levels}, by("dpm_solver_plan", kind("levels", LEVELS, got)))
             for levels, kind, got in (
                 *(([1.0, 2.0], InvalidValue, [1.0, 2.0]), ([2.0, 2.0], InvalidValue, [2.0, 2.0]), ([], InvalidValue, [])),
                 *(([158.0, 1.0], InvalidValue, [158.0, 1.0]), ([1.0, 0.009], InvalidValue, [1.0, 0.009])),
@@ -418,7 +421,7 @@ def test_zero_terminal_snr_may_begin_at_a_chosen_level(ratio: float) -> None:
         *(
             (
                 {"levels": [2.0, 1.0], name: value},
-                InvalidValue("dpm_solver_plan", name, "to be left out with levels", repr(value)),
+                by("dpm_solver_plan", InvalidValue(name, "to be left out with levels", repr(value))),
             )
             for name, value in (
                 *(("num_steps", 2), ("spacing", "karras"), ("sigma_min", 0.1), ("sigma_max", 40.0), ("rho", 5.0)),
@@ -428,7 +431,7 @@ def test_zero_terminal_snr_may_begin_at_a_chosen_level(ratio: float) -> None:
         *(
             (
                 {"levels": [2.0, 1.0], "corrections": value},
-                kind("dpm_solver_plan", "corrections", CORRECTIONS, got),
+                by("dpm_solver_plan", kind("corrections", CORRECTIONS, got)),
             )
             for value, kind, got in (
                 ([[0.0, 0.0]] * 2, InvalidValue, [[0.0, 0.0]] * 2),
@@ -442,36 +445,36 @@ def test_zero_terminal_snr_may_begin_at_a_chosen_level(ratio: float) -> None:
         *(
             (
                 {"corrections": [[0.0] * 3] * 2, **options},
-                InvalidValue("dpm_solver_plan", "corrections", "to go with levels, order 2 and eta 0", got),
+                by("dpm_solver_plan", InvalidValue("corrections", "to go with levels, order 2 and eta 0", got)),
             )
             for options, got in (({}, "others"), ({"levels": [2.0, 1.0], "eta": 1.0}, "others"))
         ),
         *(
             (
                 {name: value},
-                InvalidValue("dpm_solver_plan", name, 'to go with spacing="karras"', f"{value} with 'linspace'"),
+                by("dpm_solver_plan", InvalidValue(name, 'to go with spacing="karras"', f"{value} with 'linspace'")),
             )
             for name, value in (("sigma_min", 0.1), ("sigma_max", 40.0), ("rho", 5.0))
         ),
         (
             {"spacing": [3, 2, 1], "num_steps": None, "sigma_min": 0.1},
-            InvalidValue("dpm_solver_plan", "sigma_min", 'to go with spacing="karras"', "0.1 with [3, 2, 1]"),
+            by("dpm_solver_plan", InvalidValue("sigma_min", 'to go with spacing="karras"', "0.1 with [3, 2, 1]")),
         ),
         (
             {"schedule": NoiseSchedule.linear(1), "num_steps": 1},
-            InvalidValue("dpm_solver_plan", "schedule", "to have at least 2 timesteps", "1"),
+            by("dpm_solver_plan", InvalidValue("schedule", "to have at least 2 timesteps", "1")),
         ),
         (
             {"schedule": ZERO_SNR, "spacing": "karras", "prediction": "v_prediction"},
-            InvalidValue("dpm_solver_plan", "sigma_max", "to be given, as abar is 0 at the last timestep", "None"),
+            by("dpm_solver_plan", InvalidValue("sigma_max", "to be given, as abar is 0 at the last timestep", "None")),
         ),
         (
             {"build": heun_plan, "schedule": ZERO_SNR, "prediction": "v_prediction"},
-            InvalidValue("heun_plan", "", "abar to be above 0 at the first timestep", "0 at 999: pass a finite lambda_min"),
+            by("heun_plan", InvalidValue("", "abar to be above 0 at the first timestep", "0 at 999: pass a finite lambda_min")),
         ),
         (
             {"build": heun_plan, "schedule": ZERO_SNR, "spacing": "karras", "sigma_max": 1e6},
-            InvalidValue("heun_plan", "sigma_max", f"to be in 0.0100005..{HIGHEST:.6g}, the levels of the timesteps", 1e6),
+            by("heun_plan", InvalidValue("sigma_max", f"to be in 0.0100005..{HIGHEST:.6g}, the levels of the timesteps", 1e6)),
         ),
     ],
 )
@@ -489,7 +492,7 @@ LOWEST = float((1 / LINEAR.alpha_bars[0] - 1).sqrt())
     ("options", "error"),
     [
         *(
-            ({name: value}, InvalidValue("", name, WITHIN, value))
+            ({name: value}, InvalidValue(name, WITHIN, value))
             for name, values in (
                 ("sigma_max", (158.0, 157.5, math.inf, math.nan, 0.009)),
                 ("sigma_min", (158.0, 0.009, 0.00999, -math.inf, math.nan)),
@@ -497,15 +500,15 @@ LOWEST = float((1 / LINEAR.alpha_bars[0] - 1).sqrt())
             for value in values
         ),
         *(
-            ({"sigma_min": 2.0, "sigma_max": value}, InvalidValue("", "sigma_max", "to be above the last level, 2", value))
+            ({"sigma_min": 2.0, "sigma_max": value}, InvalidValue("sigma_max", "to be above the last level, 2", value))
             for value in (1.0, 2.0, math.nextafter(2, 3))
         ),
-        ({"sigma_max": LOWEST}, InvalidValue("", "sigma_max", "to be above the last level, 0.0100005", LOWEST)),
-        *(({"rho": value}, InvalidValue("", "rho", "to be at least 1 and at most 100", value)) for value in (0.5, math.inf)),
-        ({"sigma_min": "0.1"}, InvalidType("", "sigma_min", "to be a number or None", "str")),
+        ({"sigma_max": LOWEST}, InvalidValue("sigma_max", "to be above the last level, 0.0100005", LOWEST)),
+        *(({"rho": value}, InvalidValue("rho", "to be at least 1 and at most 100", value)) for value in (0.5, math.inf)),
+        ({"sigma_min": "0.1"}, InvalidType("sigma_min", "to be a number or None", "str")),
         (
             {"num_steps": 1001, "sigma_min": 0.1},
-            InvalidValue("", "num_steps", "to be an integer in 1..1000", "1001"),
+            InvalidValue("num_steps", "to be an integer in 1..1000", "1001"),
         ),
     ],
 )

@@ -103,9 +103,9 @@ CONFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "iterable": (lambda: trainer(dataset=iter([])), "Trainer: expected dataset to be map-style"),
     "out-sampler": (lambda: d.write_samples(sampler(), "out", 2), "write_samples: expected sampler to be a Sampler, got str"),
-    "bound-plan": (
-        lambda: d.variational_bound(NETWORK, IMAGES, PLAN),
-        "expected schedule to be a NoiseSchedule .* got SamplingPlan",
+    "bound-model": (
+        lambda: d.VariationalBound.of(NETWORK, IMAGES),
+        "VariationalBound.of: expected sampler to be a Sampler, got",
     ),
     "numpy": (lambda: d.q_sample(X.numpy(), STEP, SCHEDULE, noise=X), "q_sample: expected x_0 to be a tensor, got ndarray"),
     "numpy-t": (
@@ -113,7 +113,7 @@ CONFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "expected t to be an int or an int64 tensor, got ndarray",
     ),
     "numpy-images": (lambda: d.vary(sampler(), IMAGES.numpy()), "vary: expected images to be a tensor, got ndarray"),
-    "numpy-bound": (lambda: d.variational_bound(NETWORK, IMAGES.numpy(), SCHEDULE), "expected x_0 to be a tensor, got ndarray"),
+    "numpy-bound": (lambda: d.VariationalBound.of(sampler(), IMAGES.numpy()), "expected x_0 to be a tensor, got ndarray"),
     "numpy-features": (lambda: d.frechet_distance(np.ones((9, 2)), torch.ones(9, 2)), "expected a to be a tensor, got ndarray"),
     "path-model": (lambda: d.load_folder(NETWORK), "expected str, bytes or os.PathLike object, not Untouched"),
     "config-path": (lambda: d.NoiseSchedule.from_diffusers("scheduler"), "'str' object has no attribute 'get'"),

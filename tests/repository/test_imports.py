@@ -88,7 +88,7 @@ ALLOWED = {
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {
         *("version", "distributed", "resources", "checks", "files", "forms", "options", "predictions", "samplers", "info"),
-        *("plan", "data", "inference", "sampling", "evaluation", "training", "pretrained", "ddpm_fast", "cli"),
+        *("interface", "plan", "data", "inference", "sampling", "evaluation", "training", "pretrained", "ddpm_fast", "cli"),
     },
     "__main__": {"cli"},
 }

@@ -21,8 +21,6 @@ ALLOWED = {
     ("cli/console.py", "main", "os.open"): "the null device",
     ("cli/outputs.py", "check_output", "tempfile.TemporaryFile"): "a trial without a name",
     ("cli/outputs.py", "write", "save"): "a function that is given, which replaces a file",
-    ("evaluation/inception.py", "load_inception", "tempfile.TemporaryDirectory"): "a copy that another program reads",
-    ("evaluation/inception.py", "load_inception", "torch.save"): "the same",
     ("publishing.py", "push_to_hub", "tempfile.TemporaryDirectory"): "what is uploaded",
     ("files/images.py", "image_format", "Image.new(mode, (2, 2)).save"): "into memory",
     ("files/images.py", "_write", "first.save"): "into the file of `replacing`",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from drawing import PLAN, tiny_unet
-from refusals import refused
+from refusals import by, refused
 from torch import Tensor, nn
 
 import ddpm_fast as d
@@ -59,9 +59,9 @@ def test_no_class_is_known_or_guidance_is_refused(case: str) -> None:
     assert seen_labels(config, no_label, class_labels=9) == [9] * 12
     guided = {"class_labels": 3, "guidance_scale": 3.0}
     if none is None:
-        with refused(InvalidValue("Sampler", "class_labels", f"to be labels of classes, as {UNKNOWN_LABEL}", "none")):
+        with refused(by("Sampler", InvalidValue("class_labels", f"to be labels of classes, as {UNKNOWN_LABEL}", "none"))):
             seen_labels(config, no_label, class_labels="none")
-        with refused(InvalidValue("Sampler", "guidance_scale", f"to be None or 1, as {UNKNOWN_LABEL}", 3.0)):
+        with refused(by("Sampler", InvalidValue("guidance_scale", f"to be None or 1, as {UNKNOWN_LABEL}", 3.0))):
             seen_labels(config, no_label, **guided)
     else:
         assert seen_labels(config, no_label, class_labels="none") == [none] * 12
@@ -106,5 +106,5 @@ def test_unknown_options_are_type_errors_that_list_the_known(caller: str) -> Non
 
 
 def test_labels_of_another_number_are_refused_with_their_shape() -> None:
-    with refused(InvalidValue("Sampler", "class_labels", "to be an int or 4 ints", "torch.int64 of shape (3,)")):
+    with refused(by("Sampler", InvalidValue("class_labels", "to be an int or 4 ints", "torch.int64 of shape (3,)"))):
         d.Sampler(tiny_unet(classes=7), PLAN)(4, class_labels=[3, 4, 5])

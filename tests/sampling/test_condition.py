@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from refusals import refused
+from refusals import by, refused
 from small_unets import randomise
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from ddpm_fast import (
     Sampler,
     SamplingPlan,
     UNet,
+    VariationalBound,
     ddim_inversion_plan,
     ddpm_plan,
     freeze,
@@ -28,7 +29,6 @@ from ddpm_fast import (
     sample,
     sample_seeds,
     to_uint8,
-    variational_bound,
     vary,
     write_samples,
 )
@@ -126,7 +126,7 @@ def test_each_batch_reads_its_part(kind: Any) -> None:
 
 
 def test_a_network_may_not_change_its_input() -> None:
-    with refused(InvalidValue("sample", "model", "to leave its input unchanged", "one that changes x_t in place")):
+    with refused(by("sample", InvalidValue("model", "to leave its input unchanged", "one that changes x_t in place"))):
         sample(lambda x_t, t: x_t.mul_(2)[:, :C], PLAN, N, condition=condition(), shape=(C, *SIDES), progress=False)
 
 
@@ -164,8 +164,9 @@ def test_editing_reads_the_condition(edit: str) -> None:
 
 def test_the_bound_reads_the_condition() -> None:
     model, given, x_0 = network().double(), condition(), torch.zeros(N, C, *SIDES)
-    bound = variational_bound(model, x_0, SCHEDULE, condition=given, batch_size=2, progress=False)
-    expected = variational_bound(Joined(model, given), x_0, SCHEDULE, progress=False)
+    plan = ddpm_plan(SCHEDULE)
+    bound = VariationalBound.of(Sampler(model, plan, shape=(C, *SIDES)), x_0, condition=given, batch_size=2, progress=False)
+    expected = VariationalBound.of(Sampler(Joined(model, given), plan, shape=(C, *SIDES)), x_0, progress=False)
     torch.testing.assert_close(bound.total, expected.total, rtol=1e-9, atol=0)
 
 
@@ -181,28 +182,28 @@ def test_files_are_of_one_condition(tmp_path: Path) -> None:
 
 
 def refusal(got: str) -> InvalidValue:
-    return InvalidValue("sample", "condition", "to be floating [5, 2, 8, 16]", got)
+    return by("sample", InvalidValue("condition", "to be floating [5, 2, 8, 16]", got))
 
 
 SHAPE = "to be (C, H, W) with C at most 2, which the model reads"
 WRONG: dict[str, tuple[dict[str, Any], ArgumentError]] = {
     "none": (
         {"condition": None},
-        InvalidValue("sample", "condition", "to be [5, 2, 8, 16], as the model reads 2 channels after x_t", "None"),
+        by("sample", InvalidValue("condition", "to be [5, 2, 8, 16], as the model reads 2 channels after x_t", "None")),
     ),
     "channels": ({"condition": condition(channels=1)}, refusal("torch.float32 [5, 1, 8, 16]")),
     "size": ({"condition": condition(sides=(8, 8))}, refusal("torch.float32 [5, 2, 8, 8]")),
     "count": ({"condition": condition(4)}, refusal("torch.float32 [4, 2, 8, 16]")),
     "dtype": ({"condition": condition().to(torch.uint8)}, refusal("torch.uint8 [5, 2, 8, 16]")),
-    "type": ({"condition": [1.0]}, InvalidType("sample", "condition", "to be a tensor or None", "list")),
-    "nan": ({"condition": condition() * torch.nan}, InvalidValue("sample", "condition", "to be finite", "NaN or infinity")),
+    "type": ({"condition": [1.0]}, by("sample", InvalidType("condition", "to be a tensor or None", "list"))),
+    "nan": ({"condition": condition() * torch.nan}, by("sample", InvalidValue("condition", "to be finite", "NaN or infinity"))),
     "plain": (
         {"model": network(in_channels=C)},
-        InvalidValue("sample", "condition", "to be None, as the model reads x_t alone", "a condition"),
+        by("sample", InvalidValue("condition", "to be None, as the model reads x_t alone", "a condition")),
     ),
     "shape": (
         {"model": network(in_channels=2), "condition": None, "shape": (3, 8, 16)},
-        InvalidValue("sample", "shape", SHAPE, (3, 8, 16)),
+        by("sample", InvalidValue("shape", SHAPE, (3, 8, 16))),
     ),
 }
 

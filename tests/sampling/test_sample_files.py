@@ -21,7 +21,7 @@ import torch
 from items import flip_bits, read_data
 from launching import run_ranks
 from PIL import Image
-from refusals import refused
+from refusals import by, refused
 from torch import Tensor, nn
 
 import ddpm_fast as d
@@ -260,12 +260,12 @@ def test_each_process_takes_a_gpu(
 ) -> None:
     """A Sampler takes it for a model on a GPU, unless a device is given."""
     monkeypatch.setattr(arguments, "device_and_dtype", lambda _: (torch.device("cuda:0"), torch.float32))
-    monkeypatch.setattr(arguments, "computing_device", lambda _, device: torch.device(device))
+    monkeypatch.setattr(arguments, "computing_device", lambda device: torch.device(device))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     for name, value in zip(names, (*processes, "x", 1), strict=True):
         monkeypatch.setenv(name, str(value))
-    assert arguments.sampling_device("Sampler", model, device) == torch.device(chosen)
+    assert arguments.sampling_device(model, device) == torch.device(chosen)
 
 
 @pytest.mark.parametrize(("uuids", "shared"), [(["a", "b"], False), (["a", "a"], True), (["a", "b", "b"], True)])
@@ -278,7 +278,7 @@ def test_two_processes_do_not_share_a_gpu_unawares(uuids: list[str], shared: boo
     sample_files._check_own_gpu(processes, gpu, share_gpu=True)
     sample_files._check_own_gpu(processes, torch.device("cpu"), share_gpu=False)
     got = "cuda:0 in 2 processes; share_gpu=True allows it"
-    error = InvalidValue("write_samples", "device", "to be another GPU in each process", got)
+    error = InvalidValue("device", "to be another GPU in each process", got)
     with refused(error) if shared else nullcontext():
         sample_files._check_own_gpu(processes, gpu, share_gpu=False)
 
@@ -403,11 +403,13 @@ def test_a_model_without_weights_starts_files_and_continues_none(
     model: Any, name: str, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"model": model, "class_labels": None, "shape": (3, 4, 4)}
-    wanted = InvalidValue(
+    wanted = by(
         "write_samples",
-        "model",
-        f"to be a module with weights or a FrozenUNet to go on with {str(tmp_path / name)!r}",
-        "a function or object whose weights are unknown; choose another out",
+        InvalidValue(
+            "model",
+            f"to be a module with weights or a FrozenUNet to go on with {str(tmp_path / name)!r}",
+            "a function or object whose weights are unknown; choose another out",
+        ),
     )
     with monkeypatch.context() as patch:
         patch.setattr(sample_files, "_values", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -444,7 +446,7 @@ def test_a_difference_of_an_interrupted_archive_is_named(old: str, new: str, cha
 
 @pytest.mark.parametrize("name", ["a.zip", "a.png", "a.npy"])
 def test_other_archives_are_no_folders(name: str, tmp_path: Path) -> None:
-    with refused(InvalidValue("write_samples", "out", "to be a folder or an .npz", repr(str(tmp_path / name)))):
+    with refused(by("write_samples", InvalidValue("out", "to be a folder or an .npz", repr(str(tmp_path / name))))):
         write(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -515,7 +517,7 @@ def test_a_folder_that_cannot_be_made_is_named(
 ) -> None:
     reason = FileNotFoundError(2, "No such file or directory")  # as in /proc, where all looks writable to root
     monkeypatch.setattr(Path, "mkdir", lambda *arguments, **options: (_ for _ in ()).throw(reason))
-    with refused(UnusablePath("write_samples", "out", "to be a path whose folders can be made", reason)):
+    with refused(by("write_samples", UnusablePath("out", "to be a path whose folders can be made", reason))):
         write(tmp_path / "new" / name)
     assert not drawn
 
@@ -528,5 +530,5 @@ def test_an_image_that_is_not_finite_is_named(name: str, tmp_path: Path) -> None
         return x_t * (last if len(x_t) == 2 else 0.5)
 
     changes = {"model": network, "shape": (1, 4, 4), "class_labels": None}
-    with refused(InvalidValue("write_samples", "images", "to be finite", "NaN or infinity in image 9")):
+    with refused(by("write_samples", InvalidValue("images", "to be finite", "NaN or infinity in image 9"))):
         write(tmp_path / name, **changes)

@@ -24,7 +24,7 @@ import pytest
 import torch
 from drawing import CASES, PLAN, SCHEDULE, Recording, draw, tiny_unet
 from fixtures import leave_matrices_to_pytorch
-from refusals import refused
+from refusals import by, refused
 from small_unets import relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -427,7 +427,7 @@ def test_nothing_in_the_steps_waits_for_the_gpu(captures: Captures, device: torc
         pytest.skip("see the test that watches for host reads")
     for captured in (None, False):
         sampler = Sampler(tiny_unet(classes=3).to(device), ddpm_plan(SCHEDULE), cuda_graph=captured)
-        loop = sampler._loop(2, sampler.request("Sampler", 2, {"class_labels": 1, "guidance_scale": 2.0}))
+        loop = sampler._loop(2, sampler.request(2, {"class_labels": 1, "guidance_scale": 2.0}))
         seeds, labels = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(2, dtype=torch.int64, device=device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls this mode a prototype
@@ -471,40 +471,43 @@ NETWORK = "to be a network, called as model(x_t, t)"
 REFUSED: list[tuple[Callable[[], object], ArgumentError]] = [
     (
         lambda: _fitted().with_plan(ddim_plan(NoiseSchedule.linear(), 2, spacing="trailing")),
-        InvalidValue("Sampler", "plan", "to have timesteps below 20", "999"),
+        by("Sampler.with_plan", InvalidValue("plan", "to have timesteps below 20", "999")),
     ),
     (
         lambda: _fitted().with_plan(LEARNED),
-        InvalidValue("Sampler", "", "a model with 2 output channels, as images have 1 and it predicts their variance", "1"),
+        by(
+            "Sampler.with_plan",
+            InvalidValue("", "a model with 2 output channels, as images have 1 and it predicts their variance", "1"),
+        ),
     ),
     (
         lambda: Sampler(tiny_unet(learned_variance=True), LEARNED).with_plan(PLAN),
-        InvalidValue("Sampler", "", "a model with 1 output channels, as images have 1", "2"),
+        by("Sampler.with_plan", InvalidValue("", "a model with 1 output channels, as images have 1", "2")),
     ),
     (
         lambda: _fitted().with_plan(SCHEDULE),  # type: ignore[arg-type]
-        InvalidType("Sampler.with_plan", "plan", "to be a SamplingPlan", "NoiseSchedule"),
+        by("Sampler.with_plan", InvalidType("plan", "to be a SamplingPlan", "NoiseSchedule")),
     ),
     (
         lambda: draw(tiny_unet(), cuda_graph=True),
-        InvalidValue("sample", "cuda_graph", "to be None or False on cpu", "True"),
+        by("sample", InvalidValue("cuda_graph", "to be None or False on cpu", "True")),
     ),
     (
         lambda: Sampler((tiny_unet(), SCHEDULE), PLAN),  # type: ignore[arg-type]
-        InvalidType("Sampler", "model", "to be an nn.Module or another callable object", "a tuple"),
+        by("Sampler", InvalidType("model", "to be an nn.Module or another callable object", "a tuple")),
     ),
     (
         lambda: Sampler(_fitted(), PLAN),
-        InvalidType("Sampler", "model", NETWORK, "a Sampler x: pass x.network, or call x itself"),
+        by("Sampler", InvalidType("model", NETWORK, "a Sampler x: pass x.network, or call x itself")),
     ),
     (
         lambda: Sampler(load_builtin(), PLAN),  # type: ignore[arg-type]
-        InvalidType("Sampler", "model", NETWORK, "a Pretrained x: pass x.model, or call x.sampler()"),
+        by("Sampler", InvalidType("model", NETWORK, "a Pretrained x: pass x.model, or call x.sampler()")),
     ),
     *(
         (
             lambda device=device: Sampler(tiny_unet().to("meta"), PLAN, device=device),  # type: ignore[misc]
-            InvalidValue("Sampler", "model", "to have weights", "some on the meta device"),
+            by("Sampler", InvalidValue("model", "to have weights", "some on the meta device")),
         )
         for device in (None, "cpu")
     ),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from drawing import PLAN, Recording, draw, tiny_unet
-from refusals import refused
+from refusals import by, refused
 from torch import Tensor, nn
 
 from ddpm_fast import Sampler
@@ -75,7 +75,7 @@ def test_what_a_callback_must_not_do_is_named(model: nn.Module, change: str) -> 
         CHANGES[change](x_t)
 
     with pytest.raises(
-        ValueError, match=r"sample: expected callback to change x_t in place, or a clone of it, and leave it torch.float32"
+        ValueError, match=r"^Sampler: expected callback to change x_t in place, or a clone of it, and leave it torch.float32"
     ):
         sampler(2, progress=False, callback=spoil)
     assert torch.equal(sampler(2, progress=False), images)
@@ -95,7 +95,7 @@ def test_a_network_that_changes_its_input_leaves_the_sampler_usable(change: str)
 
     wrong = True
     sampler = Sampler(network, PLAN, shape=(1, 8, 8))
-    with refused(InvalidValue("sample", "model", "to leave its input unchanged", "one that changes x_t in place")):
+    with refused(by("Sampler", InvalidValue("model", "to leave its input unchanged", "one that changes x_t in place"))):
         sampler(2, progress=False)
     wrong = False
     assert torch.equal(sampler(2, progress=False), draw(network, shape=(1, 8, 8)))

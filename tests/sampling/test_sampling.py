@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from drawing import PLAN, SCHEDULE, Recording, draw, tiny_unet
-from refusals import refused
+from refusals import by, refused
 from torch import Tensor, nn
 
 from ddpm_fast import (
@@ -303,109 +303,130 @@ class Labelled(nn.Module):
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"num_samples": 0}, InvalidValue("sample", "num_samples", "to be an integer in 1..4294967296", "0")),
-        ({"batch_size": 0}, InvalidValue("sample", "batch_size", "to be a positive integer or None", "0")),
+        ({"num_samples": 0}, by("sample", InvalidValue("num_samples", "to be an integer in 1..4294967296", "0"))),
+        ({"batch_size": 0}, by("sample", InvalidValue("batch_size", "to be a positive integer or None", "0"))),
         (
             {"x_T": torch.zeros(4, 1, 8, 7)},
-            InvalidValue("sample", "x_T", "to be floating [4, 1, 8, 8]", "torch.float32 [4, 1, 8, 7]"),
+            by("sample", InvalidValue("x_T", "to be floating [4, 1, 8, 8]", "torch.float32 [4, 1, 8, 7]")),
         ),
-        ({"x_T": 0}, InvalidType("sample", "x_T", "to be a tensor or None", "int")),
-        ({"callback": 1}, InvalidType("sample", "callback", "to be callable or None", "int")),
+        ({"x_T": 0}, by("sample", InvalidType("x_T", "to be a tensor or None", "int"))),
+        ({"callback": 1}, by("sample", InvalidType("callback", "to be callable or None", "int"))),
         (
             {"x_T": torch.zeros(4, 1, 8, 8).to_sparse()},
-            InvalidType("sample", "x_T", "to be a dense tensor", "a tensor of layout torch.sparse_coo"),
+            by("sample", InvalidType("x_T", "to be a dense tensor", "a tensor of layout torch.sparse_coo")),
         ),
-        ({"device": "foo"}, InvalidValue("sample", "device", "to be a torch.device or its name", "'foo'")),
-        ({"device": "meta"}, InvalidValue("sample", "device", "to be one that computes", "meta")),
+        ({"device": "foo"}, by("sample", InvalidValue("device", "to be a torch.device or its name", "'foo'"))),
+        ({"device": "meta"}, by("sample", InvalidValue("device", "to be one that computes", "meta"))),
         (
             {"dtype": torch.float8_e4m3fn},
-            InvalidType("sample", "dtype", "to be float32, float64, float16, bfloat16 or None", "torch.float8_e4m3fn"),
+            by("sample", InvalidType("dtype", "to be float32, float64, float16, bfloat16 or None", "torch.float8_e4m3fn")),
         ),
-        ({"batch_size": True}, InvalidType("sample", "batch_size", "to be a positive integer or None", "True")),
-        ({"dtype": "x"}, InvalidType("sample", "dtype", "to be float32, float64, float16, bfloat16 or None", "'x'")),
-        ({"shape": 5}, InvalidType("sample", "shape", "to be integers (C, H, W)", "5")),
-        ({"plan": SCHEDULE}, InvalidType("sample", "plan", "to be a SamplingPlan", "NoiseSchedule")),
+        ({"batch_size": True}, by("sample", InvalidType("batch_size", "to be a positive integer or None", "True"))),
+        ({"dtype": "x"}, by("sample", InvalidType("dtype", "to be float32, float64, float16, bfloat16 or None", "'x'"))),
+        ({"shape": 5}, by("sample", InvalidType("shape", "to be integers (C, H, W)", "5"))),
+        ({"plan": SCHEDULE}, by("sample", InvalidType("plan", "to be a SamplingPlan", "NoiseSchedule"))),
         (
             {"dtype": torch.int64},
-            InvalidType("sample", "dtype", "to be float32, float64, float16, bfloat16 or None", "torch.int64"),
+            by("sample", InvalidType("dtype", "to be float32, float64, float16, bfloat16 or None", "torch.int64")),
         ),
         (
             {"model": Recording()},
-            InvalidValue(
-                "sample", "shape", "to be (C, H, W), as the model has no config with in_channels and sample_size", "None"
+            by(
+                "sample",
+                InvalidValue("shape", "to be (C, H, W), as the model has no config with in_channels and sample_size", "None"),
             ),
         ),
-        ({"shape": (0, 8, 8)}, InvalidValue("sample", "shape", "to be integers (C, H, W), each at least 1", "[0, 8, 8]")),
-        ({"shape": (1, 8, 7)}, InvalidValue("sample", "shape", "to have H and W that are multiples of 2", "8x7")),
+        ({"shape": (0, 8, 8)}, by("sample", InvalidValue("shape", "to be integers (C, H, W), each at least 1", "[0, 8, 8]"))),
+        ({"shape": (1, 8, 7)}, by("sample", InvalidValue("shape", "to have H and W that are multiples of 2", "8x7"))),
         (
             {"plan": ddpm_plan(SCHEDULE, variance="learned")},
-            InvalidValue(
+            by(
                 "sample",
-                "",
-                "a model with 2 output channels, as images have 1 and it predicts their variance",
-                "1",
+                InvalidValue(
+                    "",
+                    "a model with 2 output channels, as images have 1 and it predicts their variance",
+                    "1",
+                ),
             ),
         ),
-        ({"seed": torch.zeros(2)}, InvalidType("sample", "seed", "to be an int64 tensor (see sample_seeds)", "torch.float32")),
+        (
+            {"seed": torch.zeros(2)},
+            by("sample", InvalidType("seed", "to be an int64 tensor (see sample_seeds)", "torch.float32")),
+        ),
         (
             {"seed": 1 << 65},
-            InvalidValue(
-                "sample", "seed", "to be an integer in -9223372036854775808..18446744073709551615", "36893488147419103232"
+            by(
+                "sample",
+                InvalidValue("seed", "to be an integer in -9223372036854775808..18446744073709551615", "36893488147419103232"),
             ),
         ),
-        ({"seed": [1, 2]}, InvalidType("sample", "seed", "to be an int or int64 [4]", "list")),
-        ({"x_T": torch.full((4, 1, 8, 8), math.nan)}, InvalidValue("sample", "x_T", "to be finite", "NaN or infinity")),
-        ({"class_labels": 4}, InvalidValue("sample", "class_labels", "to be in 0..3", "4")),
-        ({"class_labels": [0, 1, 2, -1]}, InvalidValue("sample", "class_labels", "to be in 0..3", "[0, 1, 2, -1]")),
+        ({"seed": [1, 2]}, by("sample", InvalidType("seed", "to be an int or int64 [4]", "list"))),
+        ({"x_T": torch.full((4, 1, 8, 8), math.nan)}, by("sample", InvalidValue("x_T", "to be finite", "NaN or infinity"))),
+        ({"class_labels": 4}, by("sample", InvalidValue("class_labels", "to be in 0..3", "4"))),
+        ({"class_labels": [0, 1, 2, -1]}, by("sample", InvalidValue("class_labels", "to be in 0..3", "[0, 1, 2, -1]"))),
         (
             {"class_labels": [0, 1]},
-            InvalidValue("sample", "class_labels", "to be an int or 4 ints", "torch.int64 of shape (2,)"),
+            by("sample", InvalidValue("class_labels", "to be an int or 4 ints", "torch.int64 of shape (2,)")),
         ),
         (
             {"class_labels": "boot"},
-            InvalidValue("sample", "class_labels", "to be integers, as the model has no class names", "'boot'"),
+            by("sample", InvalidValue("class_labels", "to be integers, as the model has no class names", "'boot'")),
         ),
-        ({"class_labels": [[0], [1, 2]]}, InvalidType("sample", "class_labels", "to be an int or 4 ints", "[[0], [1, 2]]")),
-        ({"class_labels": 0.5}, InvalidValue("sample", "class_labels", "to be an int or 4 ints", "torch.float32 of shape ()")),
+        ({"class_labels": [[0], [1, 2]]}, by("sample", InvalidType("class_labels", "to be an int or 4 ints", "[[0], [1, 2]]"))),
+        (
+            {"class_labels": 0.5},
+            by("sample", InvalidValue("class_labels", "to be an int or 4 ints", "torch.float32 of shape ()")),
+        ),
         (
             {"model": tiny_unet(), "class_labels": 1},
-            InvalidValue("sample", "class_labels", "to be None, as the model has no classes", "1"),
+            by("sample", InvalidValue("class_labels", "to be None, as the model has no classes", "1")),
         ),
-        ({"model": freeze(tiny_unet(), num_timesteps=19)}, InvalidValue("sample", "plan", "to have timesteps below 19", "19")),
+        (
+            {"model": freeze(tiny_unet(), num_timesteps=19)},
+            by("sample", InvalidValue("plan", "to have timesteps below 19", "19")),
+        ),
         (
             {"class_labels": 1, "guidance_scale": math.nan},
-            InvalidValue("sample", "guidance_scale", "to be at least -10000.0 and at most 10000.0 or None", "nan"),
+            by("sample", InvalidValue("guidance_scale", "to be at least -10000.0 and at most 10000.0 or None", "nan")),
         ),
-        ({"class_labels": 1, "guidance_scale": "2"}, InvalidType("sample", "guidance_scale", "to be a number or None", "str")),
+        (
+            {"class_labels": 1, "guidance_scale": "2"},
+            by("sample", InvalidType("guidance_scale", "to be a number or None", "str")),
+        ),
         (
             {"class_labels": "none", "guidance_scale": 2.0},
-            InvalidValue("sample", "guidance_scale", "to be None or 1, as there are no class_labels", "2.0"),
+            by("sample", InvalidValue("guidance_scale", "to be None or 1, as there are no class_labels", "2.0")),
         ),
         (
             {"model": Recording(), "shape": (1, 4, 4), "class_labels": 3},
-            InvalidValue("sample", "class_labels", "to be None, as the model takes x_t and t alone", "3"),
+            by("sample", InvalidValue("class_labels", "to be None, as the model takes x_t and t alone", "3")),
         ),
         *(
-            ({"model": model, "shape": (1, 8, 8), "no_label": no_label}, InvalidValue("sample", "no_label", wanted, no_label))
+            (
+                {"model": model, "shape": (1, 8, 8), "no_label": no_label},
+                by("sample", InvalidValue("no_label", wanted, no_label)),
+            )
             for model, no_label, wanted in (
                 (tiny_unet(), 3, "to be None, as the model has no classes"),
                 (tiny_unet(classes=3), 4, "to be in 0..3"),
                 (Recording(), 3, "to be None, as the model takes x_t and t alone"),
             )
         ),
-        ({"no_label": "3"}, InvalidType("sample", "no_label", "to be an integer in 0..9223372036854775807 or None", "'3'")),
+        ({"no_label": "3"}, by("sample", InvalidType("no_label", "to be an integer in 0..9223372036854775807 or None", "'3'"))),
         (
             {"class_labels": 3, "guidance_scale": 2.0, "no_label": 3},
-            InvalidValue("sample", "guidance_scale", "to be None or 1, as there are no class_labels", "2.0"),
+            by("sample", InvalidValue("guidance_scale", "to be None or 1, as there are no class_labels", "2.0")),
         ),
         (
             {"model": Labelled(), "shape": (1, 8, 8), "class_labels": 1, "guidance_scale": 2.0},
-            InvalidValue(
+            by(
                 "sample",
-                "guidance_scale",
-                "to be None or 1, as nothing says which label is no class: pass no_label to the Sampler, or add "
-                '"_ddpm_fast": {"no_label": NUMBER} to the config.json of the model, exported if it is a run',
-                "2.0",
+                InvalidValue(
+                    "guidance_scale",
+                    "to be None or 1, as nothing says which label is no class: pass no_label to the Sampler, or add "
+                    '"_ddpm_fast": {"no_label": NUMBER} to the config.json of the model, exported if it is a run',
+                    "2.0",
+                ),
             ),
         ),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from refusals import refused
+from refusals import by, refused
 
 from ddpm_fast import NoiseSchedule, q_sample
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
@@ -100,7 +100,7 @@ def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # the trial allocation of `checked_device`
     for device, wanted in (("cuda", "cuda:3"), ("cuda:1", "cuda:1"), (torch.device("cpu"), "cpu")):
-        assert str(numbered("f", device)) == wanted
+        assert str(numbered(device)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -108,98 +108,110 @@ def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
     [
         (
             lambda: NoiseSchedule.linear(0),
-            InvalidValue("NoiseSchedule.linear", "num_timesteps", "to be an integer in 1..100000", "0"),
+            by("NoiseSchedule.linear", InvalidValue("num_timesteps", "to be an integer in 1..100000", "0")),
         ),
         (
             lambda: NoiseSchedule.from_betas([0.1, 1.5]),
-            InvalidValue("NoiseSchedule.from_betas", "betas", "to be in (0, 1]", "1.5 at index 1"),
+            by("NoiseSchedule.from_betas", InvalidValue("betas", "to be in (0, 1]", "1.5 at index 1")),
         ),
         (
             lambda: NoiseSchedule.from_betas([0.0]),
-            InvalidValue("NoiseSchedule.from_betas", "betas", "to be in (0, 1]", "0 at index 0"),
+            by("NoiseSchedule.from_betas", InvalidValue("betas", "to be in (0, 1]", "0 at index 0")),
         ),
         (
             lambda: NoiseSchedule.from_betas([0.1, math.nan, 2]),
-            InvalidValue("NoiseSchedule.from_betas", "betas", "to be in (0, 1]", "nan at index 1"),
+            by("NoiseSchedule.from_betas", InvalidValue("betas", "to be in (0, 1]", "nan at index 1")),
         ),
         (
             lambda: NoiseSchedule.from_betas([]),
-            InvalidValue(
+            by(
                 "NoiseSchedule.from_betas",
-                "betas",
-                "to be a floating tensor of shape [T] with values, T in 1..100000",
-                "torch.float64 [0] on cpu",
+                InvalidValue(
+                    "betas",
+                    "to be a floating tensor of shape [T] with values, T in 1..100000",
+                    "torch.float64 [0] on cpu",
+                ),
             ),
         ),
         (
             lambda: NoiseSchedule.from_config({"name": "exp"}),
-            InvalidValue(
+            by(
                 "NoiseSchedule.from_config",
-                "name",
-                "to be one of linear, scaled_linear, cosine, sigmoid, laplace, flow, sigmoid_betas, from_betas",
-                "'exp'",
+                InvalidValue(
+                    "name",
+                    "to be one of linear, scaled_linear, cosine, sigmoid, laplace, flow, sigmoid_betas, from_betas",
+                    "'exp'",
+                ),
             ),
         ),
         (
             lambda: NoiseSchedule.from_config({"name": []}),
-            InvalidValue(
+            by(
                 "NoiseSchedule.from_config",
-                "name",
-                "to be one of linear, scaled_linear, cosine, sigmoid, laplace, flow, sigmoid_betas, from_betas",
-                "[]",
+                InvalidValue(
+                    "name",
+                    "to be one of linear, scaled_linear, cosine, sigmoid, laplace, flow, sigmoid_betas, from_betas",
+                    "[]",
+                ),
             ),
         ),
         (
             lambda: NoiseSchedule.from_config({"name": "linear", "s": 1}),
-            InvalidValue(
+            by(
                 "NoiseSchedule.from_config",
-                "",
-                "the arguments of linear to be among num_timesteps, beta_start, beta_end, scale_to_num_timesteps",
-                "s",
+                InvalidValue(
+                    "",
+                    "the arguments of linear to be among num_timesteps, beta_start, beta_end, scale_to_num_timesteps",
+                    "s",
+                ),
             ),
         ),
         (
             lambda: NoiseSchedule.from_config({"name": "from_betas"}),
-            InvalidValue("NoiseSchedule.from_config", "", "the arguments of from_betas to be among betas", "none"),
+            by("NoiseSchedule.from_config", InvalidValue("", "the arguments of from_betas to be among betas", "none")),
         ),
         (
             lambda: NoiseSchedule.from_diffusers({"beta_schedule": []}),
-            InvalidValue(
+            by(
                 "NoiseSchedule.from_diffusers",
-                "beta_schedule",
-                "to be one of linear, scaled_linear, squaredcos_cap_v2, laplace, sigmoid",
-                "[]",
+                InvalidValue(
+                    "beta_schedule",
+                    "to be one of linear, scaled_linear, squaredcos_cap_v2, laplace, sigmoid",
+                    "[]",
+                ),
             ),
         ),
         (
             lambda: NoiseSchedule.cosine(100_001),
-            InvalidValue("NoiseSchedule.cosine", "num_timesteps", "to be an integer in 1..100000", "100001"),
+            by("NoiseSchedule.cosine", InvalidValue("num_timesteps", "to be an integer in 1..100000", "100001")),
         ),
         (
             lambda: NoiseSchedule.from_betas([0.1] * 100_001),
-            InvalidValue(
+            by(
                 "NoiseSchedule.from_betas",
-                "betas",
-                "to be a floating tensor of shape [T] with values, T in 1..100000",
-                "torch.float64 [100001] on cpu",
+                InvalidValue(
+                    "betas",
+                    "to be a floating tensor of shape [T] with values, T in 1..100000",
+                    "torch.float64 [100001] on cpu",
+                ),
             ),
         ),
         (
             lambda: NoiseSchedule.linear(1).rescale_zero_terminal_snr(),
-            InvalidValue("NoiseSchedule.rescale_zero_terminal_snr", "", "a schedule of at least 2 timesteps", "1"),
+            by("NoiseSchedule.rescale_zero_terminal_snr", InvalidValue("", "a schedule of at least 2 timesteps", "1")),
         ),
         (
             lambda: NoiseSchedule.scaled_linear(beta_start=-1.0),
-            InvalidValue("NoiseSchedule.scaled_linear", "beta_start", "to be positive and at most 1", "-1.0"),
+            by("NoiseSchedule.scaled_linear", InvalidValue("beta_start", "to be positive and at most 1", "-1.0")),
         ),
-        (lambda: NoiseSchedule.cosine(s="x"), InvalidType("NoiseSchedule.cosine", "s", "to be a number", "str")),  # type: ignore[arg-type]
+        (lambda: NoiseSchedule.cosine(s="x"), by("NoiseSchedule.cosine", InvalidType("s", "to be a number", "str"))),  # type: ignore[arg-type]
         (
             lambda: NoiseSchedule.sigmoid(tau=0),
-            InvalidValue("NoiseSchedule.sigmoid", "start", "unequal to end, and tau unequal to 0", "-3.0, 3.0 and 0"),
+            by("NoiseSchedule.sigmoid", InvalidValue("start", "unequal to end, and tau unequal to 0", "-3.0, 3.0 and 0")),
         ),
         (
             lambda: NoiseSchedule.laplace(max_beta=math.nan),
-            InvalidValue("NoiseSchedule.laplace", "max_beta", "to be positive and at most 1", "nan"),
+            by("NoiseSchedule.laplace", InvalidValue("max_beta", "to be positive and at most 1", "nan")),
         ),
     ],
 )

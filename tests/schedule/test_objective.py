@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import refused
+from refusals import by, refused
 from torch import Tensor
 
 from ddpm_fast import (
@@ -186,8 +186,8 @@ def test_plans_take_an_objective_for_its_parts(build: Callable[..., SamplingPlan
     assert plan.schedule is SMALL
     assert build(Objective(SMALL, "v_prediction", "fixed_large")).variance == "fixed"
     caller = build(SMALL).builder.func.__name__  # type: ignore[union-attr]
-    wanted_error = InvalidValue(caller, "prediction", "to be left out with an Objective, which has it", "'epsilon'")
-    with refused(wanted_error):
+    wanted_error = InvalidValue("prediction", "to be left out with an Objective, which has it", "'epsilon'")
+    with refused(by(caller, wanted_error)):
         build(Objective(SMALL, "v_prediction"), prediction="epsilon")
 
 
@@ -270,83 +270,96 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
     [
         (
             lambda: Objective(None),
-            InvalidType(
-                "Objective", "schedule", "to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config))", "NoneType"
+            by(
+                "Objective",
+                InvalidType("schedule", "to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config))", "NoneType"),
             ),
         ),  # type: ignore[arg-type]
-        (lambda: Objective(SMALL, [[0, 1]] * 10), InvalidType("Objective", "prediction", "to be a tensor", "list")),  # type: ignore[arg-type]
-        (lambda: Objective(SMALL, "noise"), InvalidValue("Objective", "prediction", f"to be {NAMES}", "'noise'")),  # type: ignore[arg-type]
+        (lambda: Objective(SMALL, [[0, 1]] * 10), by("Objective", InvalidType("prediction", "to be a tensor", "list"))),  # type: ignore[arg-type]
+        (lambda: Objective(SMALL, "noise"), by("Objective", InvalidValue("prediction", f"to be {NAMES}", "'noise'"))),  # type: ignore[arg-type]
         (
             lambda: Objective(SMALL, "previous_sample"),  # type: ignore[arg-type]
-            InvalidValue("Objective", "prediction", f"to be {NAMES}", "'previous_sample'"),
+            by("Objective", InvalidValue("prediction", f"to be {NAMES}", "'previous_sample'")),
         ),
         (
             lambda: Objective(SMALL, torch.ones(9, 2)),
-            InvalidValue("Objective", "prediction", "to be a name, or two columns of shape [10, 2]", "[9, 2]"),
+            by("Objective", InvalidValue("prediction", "to be a name, or two columns of shape [10, 2]", "[9, 2]")),
         ),
         *(
             (
                 lambda value=value: Objective(SMALL, torch.full((10, 2), value)),
-                InvalidValue("Objective", "prediction", "to have finite columns that are not both 0", "others at timestep 0"),
+                by(
+                    "Objective",
+                    InvalidValue("prediction", "to have finite columns that are not both 0", "others at timestep 0"),
+                ),
             )
             for value in (0.0, torch.nan, torch.inf)
         ),
         (
             lambda: Objective(SMALL, loss_weight="p2"),  # type: ignore[arg-type]
-            InvalidValue("Objective", "loss_weight", "to be min_snr or None", "'p2'"),
+            by("Objective", InvalidValue("loss_weight", "to be min_snr or None", "'p2'")),
         ),
-        (lambda: Objective(SMALL, gamma=0), InvalidValue("Objective", "gamma", "to be positive and finite", "0")),
+        (lambda: Objective(SMALL, gamma=0), by("Objective", InvalidValue("gamma", "to be positive and finite", "0"))),
         (
             lambda: Objective(NoiseSchedule.flow(9)).x_0_weights,
-            InvalidValue(
+            by(
                 "Objective",
-                "prediction",
-                "to determine x_0 at every timestep",
-                "epsilon, for which D = 0 at timestep 8",
+                InvalidValue(
+                    "prediction",
+                    "to determine x_0 at every timestep",
+                    "epsilon, for which D = 0 at timestep 8",
+                ),
             ),
         ),
         (
             lambda: Objective(SMALL, LOST).epsilon_weights,
-            InvalidValue(
+            by(
                 "Objective",
-                "prediction",
-                "to determine epsilon at every timestep",
-                "custom, for which D = 0 at timestep 0",
+                InvalidValue(
+                    "prediction",
+                    "to determine epsilon at every timestep",
+                    "custom, for which D = 0 at timestep 0",
+                ),
             ),
         ),
         (
             lambda: Objective(SMALL, LOST, loss_weight="min_snr").loss_weights,
-            InvalidValue(
+            by(
                 "Objective",
-                "prediction",
-                "to determine x_0 at every timestep",
-                "custom, for which D = 0 at timestep 0",
+                InvalidValue(
+                    "prediction",
+                    "to determine x_0 at every timestep",
+                    "custom, for which D = 0 at timestep 0",
+                ),
             ),
         ),
         (
             lambda: Objective.from_config(CONFIG | {"prediction": [[1, 2], 3]}),
-            InvalidValue("Objective.from_config", "prediction", "to be a name, or T pairs of numbers", "*"),
+            by("Objective.from_config", InvalidValue("prediction", "to be a name, or T pairs of numbers", "*")),
         ),
         (
             lambda: Objective.from_config(CONFIG | {"variance": "none"}),
-            InvalidValue(
+            by(
                 "Objective.from_config",
-                "variance",
-                "to be one of fixed_small, fixed_small_log, fixed_large, fixed_large_log, learned, learned_range",
-                "'none'",
+                InvalidValue(
+                    "variance",
+                    "to be one of fixed_small, fixed_small_log, fixed_large, fixed_large_log, learned, learned_range",
+                    "'none'",
+                ),
             ),
         ),
         (
             lambda: Objective.from_config({"prediction": "flow"}),
-            InvalidValue(
-                "Objective.from_config", "", "the keys schedule, prediction, variance, loss_weight, gamma", "prediction"
+            by(
+                "Objective.from_config",
+                InvalidValue("", "the keys schedule, prediction, variance, loss_weight, gamma", "prediction"),
             ),
         ),
         (
             lambda: denoising_loss(
                 torch.zeros(1, 2), torch.zeros(1, 2), 0, Objective(SMALL), prediction="flow", noise=LOST[:1]
             ),
-            InvalidValue("denoising_loss", "prediction", "to be left out with an Objective, which has it", "'flow'"),
+            by("denoising_loss", InvalidValue("prediction", "to be left out with an Objective, which has it", "'flow'")),
         ),
     ],
 )

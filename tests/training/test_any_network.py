@@ -12,7 +12,7 @@ import torch
 from commands import run as run_command
 from items import read_data
 from launching import run_ranks
-from refusals import refused
+from refusals import by, refused
 from runs import SHARED, assert_same_weights, newest_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -159,9 +159,9 @@ def test_what_needs_a_configuration_says_so(tmp_path: Path) -> None:
     assert config["dataset"]["shape"] == [2, 6, 4]
     file = tmp_path / "run" / "checkpoints" / "step-00000001" / "ema.safetensors"
     wanted = f"another network, which its folder does not describe; make it, and load {file} with load_state_dict"
-    with refused(InvalidValue("load_folder", "path", "to hold a UNet", wanted)):
+    with refused(by("load_folder", InvalidValue("path", "to hold a UNet", wanted))):
         load_folder(tmp_path / "run")
-    with refused(InvalidValue("export_checkpoint", "run_dir", "to hold a UNet", wanted)):
+    with refused(by("export_checkpoint", InvalidValue("run_dir", "to hold a UNet", wanted))):
         export_checkpoint(tmp_path / "run", tmp_path / "out")
     with pytest.raises(TypeError, match=r"freeze: expected x to be a ddpm_fast\.UNet, .* got a Net"):
         freeze(Net())
@@ -240,6 +240,6 @@ def test_a_resumed_run_keeps_its_condition_and_its_ranges(
         return Trainer(Net(2, 1, 2), SCHEDULE, read_data(**arguments), TrainOptions(**OPTIONS | options), tmp_path / "run")
 
     runs(before).run()
-    with pytest.raises(ValueError, match=f"train: expected {name} to be .*, as in .*run.*, got "):
+    with pytest.raises(ValueError, match=f"^Trainer\\.run: expected {name} to be .*, as in .*run.*, got "):
         runs(after, resume=True, steps=5).run()
     assert runs(before, resume=True, steps=5).run().step == 5

@@ -15,7 +15,7 @@ from commands import run as run_command
 from items import read_data, whole
 from launching import run_ranks
 from PIL import Image
-from refusals import refused
+from refusals import by, refused
 from runs import QUIET, TRAIN, assert_same_weights, pictures, resume_and_compare, train
 from torch import Tensor
 
@@ -103,9 +103,7 @@ def test_pairs_of_arrays_have_a_range(tmp_path: Path) -> None:
     (condition_range,), data_ranges = config["condition_range"], config["data_range"]
     assert condition_range[1] > 50 > max(high for _, high in data_ranges)
     assert len(data_ranges) == 2
-    with pytest.raises(
-        ValueError, match="evaluate: expected condition to be given, with 1 channels, as the model reads, got none"
-    ):
+    with pytest.raises(ValueError, match=r"^expected condition to be given, with 1 channels, as the model reads, got none"):
         evaluated_images(DataOptions(data=tmp_path / "x.npy"), config, 1)
     condition = read_conditions(tmp_path / "y.npy", config, (2, 8, 8))
     assert (condition.shape, float(condition.min()), float(condition.max())) == ((6, 1, 8, 8), -1, 1)
@@ -128,7 +126,7 @@ def test_degradations_that_do_not_fit_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     np.save("rgb.npy", np.random.default_rng(0).normal(size=(2, 8, 8, 3)))
-    with refused(InvalidValue("load_dataset", "condition", wanted, got)):
+    with refused(by("load_dataset", InvalidValue("condition", wanted, got))):
         read_data(data, condition=condition)
     assert read_data("rgb.npy", condition="grey", data_range=(-9, 9)).info.condition_channels == 1
 
@@ -163,7 +161,7 @@ def test_conditions_are_read_as_they_were_trained(tmp_path: Path) -> None:
     assert torch.equal(holes[[0, 1, 3, 4, 5]], boxes[[0, 1, 3, 4, 5]])
     assert torch.equal(read(full, "mask", 9, 4)[:, 4], boxes[:, 3])  # transparency is a channel there, and no hole
     assert torch.equal(read(full / "2.png", "mask", 7), holes[2:3])
-    with refused(InvalidValue("sample", "channels", "to be one of 1, 3, 4 or None", "2")):
+    with refused(InvalidValue("channels", "to be one of 1, 3, 4 or None", "2")):
         read(full, "images", 5)
 
 
@@ -256,7 +254,9 @@ def test_a_folder_may_be_called_as_a_degradation(tmp_path: Path, monkeypatch: py
 
 def test_a_network_of_another_condition_is_refused(enlarging: Path, tmp_path: Path) -> None:
     dataset = read_data("digits", condition="low-resolution:4")
-    with refused(InvalidValue("Trainer", "dataset", "to have the condition of model, low-resolution:2", "low-resolution:4")):
+    with refused(
+        by("Trainer", InvalidValue("dataset", "to have the condition of model, low-resolution:2", "low-resolution:4"))
+    ):
         Trainer(load_folder(enlarging).model, NoiseSchedule.linear(), dataset, TrainOptions(), tmp_path / "other")
 
 

@@ -14,7 +14,7 @@ from commands import run as run_command
 from drawing import tiny_unet
 from items import read_data
 from other_blocks import UNetModel
-from refusals import refused
+from refusals import by, refused
 from runs import QUIET, SHARED, resume_and_compare, train
 from torch import Tensor, nn
 
@@ -163,7 +163,7 @@ def test_a_trainer_takes_an_objective(tmp_path: Path) -> None:
     loaded = load_folder(export_checkpoint(tmp_path / "cut", tmp_path / "model"))
     assert loaded.objective == Objective(schedule, half)  # weights of the loss do not concern a drawing
     draw(tmp_path / "cut", tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"train: expected prediction to be 'custom', as in .*, got 'v_prediction'"):
+    with pytest.raises(ValueError, match=r"^Trainer\.run: expected prediction to be 'custom', as in .*, got 'v_prediction'"):
         run_trainer(tmp_path / "cut", tiny_unet, Objective(schedule, "v_prediction"), resume=True)
 
 
@@ -205,6 +205,6 @@ UINT8 = "to have uint8 images, as the bound that trains a learned variance is on
 def test_objectives_that_do_not_fit_are_refused_before_a_folder_is_made(
     model: Any, objective: Any, images: Any, options: dict[str, str], wanted: tuple[str, str, str], tmp_path: Path
 ) -> None:
-    with refused(InvalidValue("Trainer", *wanted)):
+    with refused(by("Trainer", InvalidValue(*wanted))):
         run_trainer(tmp_path / "run", model, objective, images, **options)
     assert not (tmp_path / "run").exists()

@@ -130,7 +130,7 @@ def test_batches_that_cannot_be_shared_are_refused(
 ) -> None:
     monkeypatch.setattr(Processes, "from_all", lambda team, value: [value] * team.size)
     objective, given = Objective(NoiseSchedule.linear()), TrainOptions(batch_size=16, **options)
-    with refused(InvalidValue("train", name, wanted, got)):
+    with refused(InvalidValue(name, wanted, got)):
         open_run(RunFolder(tmp_path / "run"), given, objective, Processes(0, processes), {})
     assert not (tmp_path / "run").exists()
 

@@ -22,7 +22,7 @@ from commands import run as run_command
 from items import read_data, whole
 from launching import run_ranks
 from PIL import Image
-from refusals import refused
+from refusals import by, refused
 from runs import (
     QUIET,
     SHARED,
@@ -43,10 +43,13 @@ from ddpm_fast.data.items import to_unit_range
 from ddpm_fast.data.loader import batches
 from ddpm_fast.distributed import ProcessLost
 from ddpm_fast.errors import InvalidType, InvalidValue
+from ddpm_fast.interface import Labels
 from ddpm_fast.training import loop
 from ddpm_fast.training.rng import TrainingRng
 from ddpm_fast.training.state import State
 from ddpm_fast.training.task import Task
+
+TEN = Labels.of_number(10)
 
 
 class Digits(Dataset[Any]):
@@ -217,7 +220,7 @@ def test_resuming_as_something_else_is_refused(tmp_path: Path) -> None:
         ("the images that the run", {"dataset": Digits(mirror)}),
     ]
     for wanted, changes in cases:
-        with pytest.raises(ValueError, match=f"train: expected {wanted}"):
+        with pytest.raises(ValueError, match=rf"^Trainer\.run: expected {wanted}"):
             run(tmp_path, resume=True, **changes)
     assert trainer(tmp_path, Digits(mirror), steps=4, resume=True, data_check="off").run().step == 4
 
@@ -338,9 +341,9 @@ def test_an_error_of_the_run_is_shown_with_that_of_a_logger_that_is_closed(tmp_p
 @pytest.mark.parametrize(
     ("error", "wanted"),
     [
-        (MemoryError("no room"), "expected memory for step 3, got: no room"),
-        (torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), r"expected memory for step 3, got: Tried to allocate 2\.00 GiB"),
-        (RuntimeError("[x] DefaultCPUAllocator: can't allocate"), r"expected memory for step 3, got: \[x\] Def.* allocate"),
+        (MemoryError("no room"), "no room"),
+        (torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), r"Tried to allocate 2\.00 GiB"),
+        (RuntimeError("[x] DefaultCPUAllocator: can't allocate"), r"\[x\] Def.* allocate"),
         (ProcessLost("no answer"), "no answer"),
     ],
     ids=["python", "gpu", "cpu", "process"],
@@ -348,10 +351,12 @@ def test_an_error_of_the_run_is_shown_with_that_of_a_logger_that_is_closed(tmp_p
 def test_a_step_without_memory_or_another_process_ends_the_run_with_a_checkpoint(
     error: Exception, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = ProcessLost if isinstance(error, ProcessLost) else MemoryError
     with monkeypatch.context() as patch:
         patch.setattr(loop, "take_step", Mock(wraps=loop.take_step, side_effect=[DEFAULT, DEFAULT, error]))
-        with pytest.raises(kind, match=f"^train: {wanted}; the last good checkpoint is .*step-00000002, from which"):
+        with pytest.raises(
+            type(error),
+            match=rf"^{wanted}\nthe run in .* ended at step 2; the last good checkpoint is .*step-00000002, from which",
+        ):
             run(tmp_path / "run", steps=4)
     resume_and_compare(run, tmp_path / "run", steps=4)
 
@@ -359,14 +364,14 @@ def test_a_step_without_memory_or_another_process_ends_the_run_with_a_checkpoint
 @pytest.mark.parametrize(("low", "warns"), [(0.0, True), (-1.0, False)])
 def test_floats_without_negative_values_are_a_warning(low: float, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
     """They are those of torchvision's ToTensor."""
-    Checked([torch.linspace(low, 1, 64).view(1, 8, 8)], 1, None)
+    Checked([torch.linspace(low, 1, 64).view(1, 8, 8)], 1, Labels())
     assert ("dataset[0] has no value below 0" in caplog.text) == warns
 
 
 def test_half_a_step_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory may run out between the new weights and their average."""
     monkeypatch.setattr(torch, "_foreach_lerp_", Mock(side_effect=[None, None, MemoryError("no room")]))
-    with pytest.raises(MemoryError, match=r"^train: expected memory for step 3, got: no room; there is no checkpoint yet$"):
+    with pytest.raises(MemoryError, match=r"^no room\nthe run in .* ended at step 2; there is no checkpoint yet$"):
         run(tmp_path, steps=4)
 
 
@@ -376,7 +381,7 @@ def test_memory_that_is_too_small_for_the_checkpoint_of_a_step_without_memory_ke
     full = torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
     monkeypatch.setattr(loop, "take_step", Mock(wraps=loop.take_step, side_effect=[DEFAULT, DEFAULT, full]))
     monkeypatch.setattr(State, "is_finite", Mock(side_effect=[True, full]))  # before either checkpoint
-    with pytest.raises(MemoryError, match=r"^train: expected memory for step 3, got: Tried.*; .* is .*step-00000002"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"^Tried.*\n.* ended at step 2; .* is .*step-00000002"):
         run(tmp_path, steps=4, checkpoint_every=2)
 
 
@@ -395,7 +400,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 def test_a_run_that_fails_in_its_first_step_can_be_resumed(tmp_path: Path) -> None:
     first = int(TrainingRng(0, 6).indices(0, len(read_data("digits")))[0])
     wrong = Digits(lambda i, image, label: (image, 10 if i == first else label))
-    with pytest.raises(ValueError, match=r"got 10; the last good checkpoint is .*step-00000000"):
+    with pytest.raises(ValueError, match=r"got 10\n.*; the last good checkpoint is .*step-00000000"):
         run(tmp_path / "run", wrong)
     resume_and_compare(run, tmp_path / "run")
 
@@ -484,11 +489,11 @@ def test_networks_that_do_not_fit_are_refused(
 
 
 def test_other_wrong_arguments_are_refused(tmp_path: Path) -> None:
-    with refused(InvalidType("Trainer", "model", "to be a Module", "str")):
+    with refused(by("Trainer", InvalidType("model", "to be a Module", "str"))):
         trainer(tmp_path, model="unet")  # type: ignore[arg-type]
-    with refused(InvalidType("Trainer", "loggers", "to be a Logger", "str")):
+    with refused(by("Trainer", InvalidType("loggers", "to be a Logger", "str"))):
         trainer(tmp_path, loggers=["tensorboard"])
-    with refused(InvalidValue("Trainer", "num_classes", "to be None, as model has num_class_embeds", "10")):
+    with refused(by("Trainer", InvalidValue("num_classes", "to be None, as model has num_class_embeds", "10"))):
         Trainer(network(), NoiseSchedule.linear(), Digits(), TrainOptions(), tmp_path, num_classes=10)
     with pytest.raises(RuntimeError, match="Trainer: expected run to be called before ema is read"):
         trainer(tmp_path).ema  # noqa: B018
@@ -519,7 +524,7 @@ def test_wrong_items_are_named(change: Callable[[int, Tensor, int], Any], wanted
         trainer(tmp_path / "run", Digits(change))
     later = Digits(lambda i, image, label: change(i, image, label) if i == 7 else (image, label))
     with pytest.raises(ValueError, match=rf"^expected dataset\[7\] {wanted}"):
-        Checked(later, 1, tuple("0123456789"))[7]
+        Checked(later, 1, TEN)[7]
 
 
 @pytest.mark.parametrize(
@@ -549,12 +554,12 @@ def test_wrong_conditions_are_named(change: Any, channels: int, wanted: str, tmp
 def test_items_of_another_size_or_kind_than_the_first_are_named(change: Callable[[Tensor], Tensor], got: str) -> None:
     digits = Digits(lambda i, image, label: (change(image) if i == 7 else image, label))
     with pytest.raises(ValueError, match=rf"dataset\[7\] to be torch\.uint8 \[1, 8, 8\], as dataset\[0\], got {got}"):
-        Checked(digits, 1, tuple("0123456789"))[7]
+        Checked(digits, 1, TEN)[7]
 
 
 def test_a_wrong_item_of_the_fingerprint_ends_the_run_before_it_begins(tmp_path: Path) -> None:
     wrong = Digits(lambda i, image, label: (image, 10 if i == 24 else label))  # one of 64 at even distances
-    with refused(InvalidValue("train", "dataset[24]", "to have a label in 0..9", "10")):
+    with refused(by("Trainer.run", InvalidValue("dataset[24]", "to have a label in 0..9", "10"))):
         run(tmp_path, wrong)
     assert not (tmp_path / "config.json").exists()
 
@@ -564,7 +569,7 @@ def test_a_wrong_item_of_a_later_batch_ends_the_run_with_a_checkpoint(num_worker
     third = int(TrainingRng(0, 6).indices(2, len(read_data("digits")))[0])
     wrong = Digits(lambda i, image, label: (image, 10 if i == third else label))
     with pytest.raises(
-        ValueError, match=rf"^train: expected dataset\[{third}\] to have a label in 0\.\.9, got 10; .*step-00000002"
+        ValueError, match=rf"^Trainer\.run: expected dataset\[{third}\] to have a label in 0\.\.9, got 10\n.*step-00000002"
     ):
         run(tmp_path / "cut", wrong, num_workers=num_workers)
     resume_and_compare(run, tmp_path / "cut")
@@ -574,7 +579,7 @@ def test_a_wrong_item_of_a_later_batch_ends_the_run_with_a_checkpoint(num_worker
 def test_a_worker_may_die_while_it_sends(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     read_or_fail = Mock(side_effect=[(torch.zeros(1), torch.zeros(1)), error])
     monkeypatch.setattr("ddpm_fast.data.loader.DataLoader", lambda *_, **__: iter(read_or_fail, None))
-    read = batches(Checked(Digits(), 1, tuple("0123456789")), [], num_workers=1)
+    read = batches(Checked(Digits(), 1, TEN), [], num_workers=1)
     next(read)
     with pytest.raises(
         ValueError, match=r"expected dataset to be read by its workers, got: (\[Errno 104\] Connection|EOFError)"
@@ -599,17 +604,18 @@ def test_a_worker_that_dies_ends_the_run_between_two_steps(end: Callable[[], obj
             end()
         return image, label
 
-    wanted = r"^train: expected dataset to be read by its workers, got: .*; the last good checkpoint is .*step-000000"
+    wanted = (
+        r"^Trainer\.run: expected dataset to be read by its workers, got: .*\n.*; the last good checkpoint is .*step-000000"
+    )
     with pytest.raises(ValueError, match=wanted):
         run(tmp_path / "cut", Digits(change), num_workers=2, steps=30)
     resume_and_compare(run, tmp_path / "cut", steps=30)
 
 
 def test_fingerprints_are_those_of_the_items() -> None:
-    names = tuple("0123456789")
-    before = Checked(Digits(), 1, names).fingerprint(exact=True)
+    before = Checked(Digits(), 1, TEN).fingerprint(exact=True)
     one = Digits(lambda i, image, label: (image.flip(-1) if i == 1 else image, label))  # it is not in the sample
-    after = Checked(one, 1, names).fingerprint(exact=True)
+    after = Checked(one, 1, TEN).fingerprint(exact=True)
     assert before["sample"] == after["sample"]
     assert before["exact"] != after["exact"]
 

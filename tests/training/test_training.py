@@ -22,7 +22,7 @@ from drawing import tiny_unet
 from items import read_data
 from launching import output, start_python
 from PIL import Image
-from refusals import refused
+from refusals import by, refused
 from runs import (
     QUIET,
     SHARED,
@@ -245,9 +245,10 @@ def test_groups_of_too_few_channels_warn(
 
 
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"train: expected a run to resume in .*, which has no config\.json"):
+    wanted = r"expected a run to resume in .*, got none, as it has no config\.json$"
+    with pytest.raises(FileNotFoundError, match=f"^train: {wanted}"):
         train(tmp_path, **QUIET, resume=True)
-    with pytest.raises(FileNotFoundError, match="export_checkpoint: expected a run to resume"):
+    with pytest.raises(FileNotFoundError, match=f"^export_checkpoint: {wanted}"):
         export_checkpoint(tmp_path, tmp_path / "out")
 
 
@@ -309,7 +310,7 @@ def test_bad_options_are_refused_before_anything_is_written(
 
 def test_samples_cannot_take_more_steps_than_there_are(tmp_path: Path) -> None:
     options = QUIET | {"num_timesteps": 20, "steps": 1}
-    with refused(InvalidValue("train", "sample_steps", "to be an integer in 1..20 or None", "50")):
+    with refused(by("train", InvalidValue("sample_steps", "to be an integer in 1..20 or None", "50"))):
         train(tmp_path / "run", **options | {"sample_every": 10, "sample_steps": 50})
     train(tmp_path / "run", **options)  # no samples are drawn
 
@@ -413,8 +414,8 @@ def test_damaged_checkpoint_takes_no_whole_ones_place(tmp_path: Path) -> None:
 
 def test_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path / "run", **QUIET | {"steps": 1})
-    monkeypatch.setattr(safetensors.torch, "save_file", Mock(side_effect=FULL))
-    wanted = r"train: expected to write to .*run at step 2, got: no space .*; the last good checkpoint is .*step-00000001"
+    monkeypatch.setattr(safetensors.torch, "save_file", Mock(side_effect=OSError(*FULL.args)))
+    wanted = r"^no space .*\nthe run in .*run ended at step 2; the last good checkpoint is .*step-00000001"
     with pytest.raises(OSError, match=wanted):
         train(tmp_path / "run", **QUIET | {"steps": 2}, resume=True)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-00000001"]
@@ -427,11 +428,11 @@ def test_a_log_that_cannot_be_written_costs_no_step(removed: bool, tmp_path: Pat
     def fail(log: CsvLog, values: Any, step: int) -> None:
         if removed:
             shutil.rmtree(log.path.parent)
-        raise FULL
+        raise OSError(*FULL.args)
 
     with monkeypatch.context() as patch:
         patch.setattr(CsvLog, "row", fail)
-        with pytest.raises(OSError, match=r"at step 1, got: no space .*; the last good checkpoint is .*step-00000001"):
+        with pytest.raises(OSError, match=r"^no space .*\n.* ended at step 1; the last good checkpoint is .*step-00000001"):
             train(tmp_path / "run", **QUIET | {"steps": 6})
     resume_and_compare(train, tmp_path / "run", **QUIET | {"steps": 6})
     assert log_rows(tmp_path / "run")[-1]["step"] == "6"
@@ -683,7 +684,7 @@ def test_killed_during_checkpoint_writes(kills: int, within_writes: int, tmp_pat
         killed += 1
         interrupted += any(run.checkpoints.path.glob(".step-*.tmp"))
         latest, before = newest_checkpoint(run.path), step
-        step = read_state("train", latest).step
+        step = read_state(latest).step
         assert latest.name == f"step-{step:08d}"
         assert step >= before + 2
     resume_and_compare(train, run.path, **options | {"steps": step + 2})

@@ -59,16 +59,16 @@ def frozen_network(
     unet = unwrapped(name, unet)
     if own_class(unet) is not diffusers.UNet2DModel:
         advice = "is frozen already" if isinstance(unet, FrozenModule) else "ddpm_fast.fuse may make faster"
-        raise InvalidType("freeze", name, "to be a UNet2DModel", f"a {type(unet).__name__}, which {advice}")
+        raise InvalidType(name, "to be a UNet2DModel", f"a {type(unet).__name__}, which {advice}")
     # A configuration may have keys that diffusers does not read. from_config leaves out those that it has noted as defaults.
     known = inspect.signature(diffusers.UNet2DModel).parameters
     try:
         own = unet.config.get(OWN) or {}
         config = UNetConfig.from_dict({key: unet.config[key] for key in known if key in unet.config} | own)
     except Exception as error:  # any value may be in a configuration
-        raise InvalidValue("freeze", name, "to have a configuration that ddpm_fast.UNet supports", error) from error
+        raise InvalidValue(name, "to have a configuration that ddpm_fast.UNet supports", error) from error
     check_described(name, _why_of_another_library(unet))
-    read = partial(unet_on_weights, "freeze", name, "its configuration", config.to_dict(), trainable=False)
+    read = partial(unet_on_weights, name, "its configuration", config.to_dict(), trainable=False)
     # On the CPU, where not every processor runs.
     processors = {id(layer.processor): _PROCESSORS[0]() for layer in unet.modules() if hasattr(layer, "processor")}
     frozen = frozen_foreign(name, unet, read, dtype or unet.dtype, device, num_timesteps, processors)

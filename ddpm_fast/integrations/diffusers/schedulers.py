@@ -18,7 +18,6 @@ from ...schedule import NoiseSchedule
 from ..foreign import check_unpatched
 from .plan_scheduler import PlanScheduler
 
-_CALLER: Final = "plan_of"
 _KEYS: Final = {  # an argument of a plan's builder -> the key that it comes from
     "schedule": "num_train_timesteps",
     "spacing": "timesteps",
@@ -39,19 +38,19 @@ _OTHER_LEVELS: Final = (
 def plan_of_scheduler(scheduler: Any, num_steps: int | None, eta: float | None) -> SamplingPlan:
     """Return the plan of a scheduler. Arguments and errors are those of `ddpm_fast.plan_of`."""
     name = type(scheduler).__name__
-    expect(eta is None or name == "DDIMScheduler", _CALLER, "eta", f"to be None for a {name}", eta)
+    expect(eta is None or name == "DDIMScheduler", "eta", f"to be None for a {name}", eta)
     if isinstance(scheduler, PlanScheduler):
         given: SamplingPlan = scheduler.plan
         return given if num_steps is None else given.in_steps(num_steps)
     if name not in _READERS or type(scheduler) is not getattr(diffusers, name):
-        raise InvalidType(_CALLER, "x", f"to be one of {', '.join(_READERS)}, PlanScheduler", f"a {name}")
+        raise InvalidType("x", f"to be one of {', '.join(_READERS)}, PlanScheduler", f"a {name}")
     fresh = _fresh(scheduler, num_steps)
     config, count = fresh.config, fresh.num_inference_steps
     wanted = "to be given, or x to have timesteps that were set"
-    expect(count is not None or name == "DDPMScheduler", _CALLER, "num_steps", wanted, "neither")
-    expect(not config.get("thresholding"), _CALLER, "thresholding", "to be false, as it depends on a whole image", "true")
+    expect(count is not None or name == "DDPMScheduler", "num_steps", wanted, "neither")
+    expect(not config.get("thresholding"), "thresholding", "to be false, as it depends on a whole image", "true")
     timesteps = fresh.timesteps[fresh.timesteps >= 0].to(torch.int64)  # for some numbers of steps, diffusers lists -1
-    with renaming(_CALLER, _KEYS):
+    with renaming(_KEYS):
         build, listed = _READERS[name](config, timesteps, config.num_train_timesteps // (count or 1), eta or 0.0)
         plan: SamplingPlan = build(**listed)
     with suppress(ArgumentError):  # by the name of the spacing if that is the same, so that it can be built in other steps
@@ -65,7 +64,7 @@ def plan_of_scheduler(scheduler: Any, num_steps: int | None, eta: float | None) 
 
 def _fresh(scheduler: Any, num_steps: int | None) -> Any:
     """Return a new scheduler with the configuration and the timesteps of one that was not changed otherwise."""
-    check_unpatched(_CALLER, "x", scheduler)
+    check_unpatched("x", scheduler)
     # from_config leaves out the keys that were defaults once, even if they were changed since.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     try:
@@ -79,8 +78,8 @@ def _fresh(scheduler: Any, num_steps: int | None) -> Any:
         if num_steps is not None:
             fresh.set_timesteps(num_steps)
     except Exception as error:  # any value may be in a configuration
-        raise InvalidValue(_CALLER, "x", "to have a supported configuration", error) from error
-    expect(not wrong, _CALLER, "x", f"to have the {', '.join(wrong)} of its configuration and set_timesteps", "others")
+        raise InvalidValue("x", "to have a supported configuration", error) from error
+    expect(not wrong, "x", f"to have the {', '.join(wrong)} of its configuration and set_timesteps", "others")
     return fresh
 
 
@@ -100,7 +99,7 @@ def _clip(config: Any) -> float | None:
 def _read_ddpm(config: Any, timesteps: Tensor, stride: int, eta: float) -> tuple[Any, dict[str, Any]]:
     variance = config.variance_type
     got = "'learned', by which diffusers means a variance, and ddpm_plan its logarithm"
-    expect(variance != "learned", _CALLER, "variance_type", "to be 'learned_range' or fixed", got)
+    expect(variance != "learned", "variance_type", "to be 'learned_range' or fixed", got)
     if variance not in VARIANCE_TYPES:
         text = "plan_of: expected variance_type to be one of %s, got %r: taken for fixed_small, as in diffusers"
         logging.getLogger("ddpm_fast").warning(text, ", ".join(VARIANCE_TYPES), variance)
@@ -142,9 +141,9 @@ def _read_inverse(config: Any, timesteps: Tensor, stride: int, eta: float) -> tu
 def _read_solver(config: Any, timesteps: Tensor, stride: int, eta: float) -> tuple[Any, dict[str, Any]]:
     algorithms = {"dpmsolver++": 0.0, "sde-dpmsolver++": 1.0}
     wanted = f"to be one of {', '.join(algorithms)}"
-    expect(config.algorithm_type in algorithms, _CALLER, "algorithm_type", wanted, config.algorithm_type)
+    expect(config.algorithm_type in algorithms, "algorithm_type", wanted, config.algorithm_type)
     other = ", ".join(key for key in _OTHER_LEVELS if config.get(key))
-    expect(not other, _CALLER, "x", "to have the levels of timestep_spacing or use_karras_sigmas", other)
+    expect(not other, "x", "to have the levels of timestep_spacing or use_karras_sigmas", other)
     build = partial(
         dpm_solver_plan,
         _solver_schedule(config),
