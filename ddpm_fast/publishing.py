@@ -86,7 +86,7 @@ def push_to_hub(
         name: "owner/name".
         private: Make a new repository private.
         license: The license's name in the card, such as "mit". None: none is named.
-        evaluation: A JSON file that `ddpm-fast evaluate` has written, whose figures the card shows.
+        evaluation: A JSON file that `ddpm-fast evaluate` has written of this model, whose figures the card shows.
         dtype: Dtype of the weights in the file.
         device: Draws the card's picture. None: the CPU.
 
@@ -97,6 +97,7 @@ def push_to_hub(
         FileNotFoundError: There is no model.
         OSError: The hub refuses it or is out of reach.
         ImportError: huggingface_hub is missing.
+        ValueError: `evaluation` has figures of another model.
     """
     for key, text in (("name", name), ("license", "" if license is None else license)):
         check_type(key, text, str)
@@ -104,6 +105,8 @@ def push_to_hub(
     hub = import_extra("huggingface_hub", "hub")
     quality = {} if evaluation is None else read_json(Path(evaluation), dict)
     loaded, source = load_folder(path, device), model_folder("path", path)
+    fits = evaluation is None or quality.get("weights") == loaded.digest()
+    expect(fits, "evaluation", f"to have figures of {str(path)!r}", f"those of {quality.get('model')!r}, with other weights")
     wanted, got = "to be a repository that you may write to", f"{name!r}: "
     with hub_errors("name", wanted, got):
         hub.HfApi().create_repo(name, private=private, exist_ok=True)

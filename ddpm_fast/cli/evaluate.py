@@ -164,7 +164,7 @@ def _evaluate(
         counted = "1 test image" if num == 1 else f"{num} test images"
         click.echo("\n  ".join([f"{counted} of {data}, {head}, {seconds:.1f} s", *lines]))
     if json is not None:
-        settings = {"data": data, "num": num, "labels": labelled, "seed": running.seed, "dtype": running.dtype}
+        settings = {"data": data, "num": num, "labels": labelled, **running.record(loaded)}
         write(json, lambda path: write_json(path, settings | result | {"seconds": seconds}))
     close(failure)
 

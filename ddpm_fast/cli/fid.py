@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -69,11 +69,11 @@ def fid_command(
         check_output("json", json)
     known = _pictures("reference", reference)
     given = _pictures("images", images, num) if running.model is None else None
-    device, drawn_by = own_device(computing_device(running.device)), None
+    device, drawn = own_device(computing_device(running.device)), dict[str, Any]()
     with joined(_APART) as processes:
         network = processes.machine_by_machine(lambda: load_inception(inception, device))
         if running.model is not None:
-            drawn_by = _draw(running, images, num, known)
+            drawn = _draw(running, images, num, known)
         compared = given or _pictures("images", images, num)
         size, wanted = compared.info.shape[1:], known.info.shape[1:]
         expect(size == wanted, "images", f"to have {list(wanted)} pixels as REFERENCE", list(size))
@@ -98,8 +98,7 @@ def fid_command(
         "size": [*size],
         "resizing": "299x299 by torch-fidelity",
         "inception": weights,
-        "dtype": None if drawn_by is None else running.dtype,
-        "drawn_by": drawn_by,
+        **drawn,
     }
     if not running.quiet:
         enough = min(len(compared), len(known)) > FEATURES  # then the covariance can have full rank
@@ -110,7 +109,7 @@ def fid_command(
         }
         numbers = ", ".join(f"{name} {found[key]:{digits}}" for name, (key, digits) in kinds.items() if key in found)
         about = f"{size[1]}x{size[0]} resized to {record['resizing']}, weights {weights}"
-        said = "" if drawn_by is None else f"; {drawn_by}"
+        said = f"; {drawn['drawn_by']}" if drawn else ""
         click.echo(f"{numbers}: {len(compared)} images of {images} and {len(known)} of {reference}; {about}{said}")
         if not enough:
             click.echo(
@@ -121,8 +120,8 @@ def fid_command(
         write(json, lambda path: write_json(path, record | found))
 
 
-def _draw(running: Running, place: str, num: int | None, reference: ItemDataset) -> str:
-    """Draw a model's images, and return how. Raise before, unless they can be compared."""
+def _draw(running: Running, place: str, num: int | None, reference: ItemDataset) -> dict[str, Any]:
+    """Draw a model's images, and return how, for the file of figures. Raise before, unless they can be compared."""
     loaded, num = running.load(), _USUAL if num is None else num
     interface = loaded.interface
     shape, ranges = interface.shape, loaded.model.config.get("data_range")
@@ -135,7 +134,8 @@ def _draw(running: Running, place: str, num: int | None, reference: ItemDataset)
     sampler = loaded.sampler(plan, dtype=running.torch_dtype)
     with renaming({"out": "images"}):
         write_each(sampler, num, place, running.drawing(), share_gpu=running.device is not None)
-    return f"{running.model}, {plan.num_steps} steps ({name}), seed {running.seed}"
+    by = f"{running.model}, {plan.num_steps} steps ({name}), seed {running.seed}"
+    return {**running.record(loaded), "drawn_by": by}
 
 
 def _pictures(name: str, path: str, num: int | None = None) -> ItemDataset:

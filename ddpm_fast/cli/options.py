@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, cast, get_args
@@ -163,6 +163,16 @@ class Running:
             "class_labels": class_labels,
             "guidance_scale": guidance_scale,
             "condition": condition,
+        }
+
+    def record(self, loaded: Pretrained) -> dict[str, Any]:
+        """Return the entries of a file of figures that say of which model they are, and how it ran."""
+        whole = loaded if self.dtype in (None, "float32") else replace(self, dtype=None).load()
+        return {"model": str(self.model or "built-in"), "weights": whole.digest()} | {
+            "device": str(next(loaded.model.parameters()).device),
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
         }
 
     def load(self) -> Pretrained:

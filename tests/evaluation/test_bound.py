@@ -20,7 +20,7 @@ from refusals import by, refused
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from ddpm_fast import NoiseSchedule, Sampler, VariationalBound, ddim_plan, ddpm_plan, noise, sample_seeds
+from ddpm_fast import NoiseSchedule, Sampler, VariationalBound, ddim_plan, ddpm_plan, load_folder, noise, sample_seeds
 from ddpm_fast.data.items import read_batch, to_unit_range
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 from ddpm_fast.reference import philox
@@ -309,7 +309,10 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
     names = {f"L_{T}": "prior", f"L_{T - 1} + ... + L_1": "transitions", "L_0": "reconstruction", "total": "total"}
     assert shown == pytest.approx({name: figures[key] for name, key in names.items()}, abs=1e-5)
 
-    per_image = json.loads(out.read_text())["per_image"]["total"]
+    written = json.loads(out.read_text())
+    assert written | {"weights": load_folder(arguments[3]).digest(), "device": "cpu", "seed": 2, "batch_size": 4} == written
+    assert (written["model"], written["dtype"]) == (str(arguments[3]), "float32")
+    per_image = written["per_image"]["total"]
     x_0, labels, _ = read_batch(read_data("digits", split="test", image_size=8), range(6))
     bound = bound_of(model, to_unit_range(x_0), variance="fixed_large", class_labels=labels, seed=2, batch_size=4)
     assert per_image == pytest.approx(bound.total.tolist(), rel=1e-6)

@@ -226,7 +226,7 @@ def test_a_run_is_pushed_with_a_card_and_read_by_diffusers(server: Hub, tmp_path
     object.__setattr__(plan, "fit", Fit("another plan", 1.0, 2.0, 1.0))
     run_of.save_plan(plan, tmp_path / "run")
     figures = {"num": 2, "bits_per_dim": {"total": 3.25}, "per_image": {"total": [3]}, "data": "/home/me/data", "labels": True}
-    figures |= {"x |\n\n# <b>y</b>": 2.5}
+    figures |= {"x |\n\n# <b>y</b>": 2.5, "weights": run_of.digest()}
     (tmp_path / "figures.json").write_text(json.dumps(figures))
     pushed, card = push(server, tmp_path / "run", "--license=mit\ntags: [x]", f"--evaluation={tmp_path / 'figures.json'}")
     metadata = pytest.importorskip("huggingface_hub").ModelCard(card).data.to_dict()
@@ -249,6 +249,14 @@ def test_a_run_is_pushed_with_a_card_and_read_by_diffusers(server: Hub, tmp_path
     assert loaded.objective == run_of.objective
     assert loaded.plan is not None
     assert loaded.plan.fit == plan.fit
+
+
+def test_figures_of_another_model_are_not_pushed(tmp_path: Path, model: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    for figures in ({"model": "runs/other", "weights": "0" * 64}, {}):  # those of images have no weights
+        (tmp_path / "figures.json").write_text(json.dumps(figures))
+        with pytest.raises(ValueError, match=r"^push_to_hub: expected evaluation to have figures of '.*', got those of (N|'r)"):
+            push_to_hub(model, "owner/name", evaluation=tmp_path / "figures.json")
 
 
 def test_a_folder_replaces_what_was_pushed_before(server: Hub, model: Path) -> None:
