@@ -197,7 +197,5 @@ class Execution:
         return spec.Results(*results)  # those that are left are None
 
     def _launcher(self) -> Callable[[Any, Any], None]:
-        launcher: Callable[[Any, Any], None] = getattr(
-            import_module(f"ddpm_fast.triton_kernels.{self.name.removesuffix('_backward')}"), self.name
-        )
+        launcher: Callable[[Any, Any], None] = getattr(import_module(f"ddpm_fast.triton_kernels.{self.name}"), self.name)
         return launcher

@@ -1,4 +1,4 @@
-"""Denoising loss per sample and its gradient (`ddpm_fast.reference.denoising_loss`, eq. 12).
+"""Denoising loss per sample (`ddpm_fast.reference.denoising_loss`, eq. 12).
 
 The forward and the backward kernel draw the noise again, so it is never stored. Sums run in an order
 that depends only on a sample's size, without atomics. Results are bit-identical from run to run.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..reference import STREAM_Q_SAMPLE
-from .tiles import current_sample, device_of, epsilon, launch, locate, rounded, scratch, tiling
+from .tiles import current_sample, device_of, epsilon, launch, locate, scratch, tiling
 
 STREAM = tl.constexpr(STREAM_Q_SAMPLE)
 TILES_PER_PROGRAM = 8
@@ -22,7 +22,7 @@ MAX_PARTIALS = 512  # partial sums of one sample
 
 
 @triton.jit
-def _difference(
+def loss_difference(
     model_output, x_0, t, table, noise, seeds, sample, tile, hw,
     C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def _denoising_loss_kernel(
     first_tile = tl.program_id(0) * tiles_per_program
     total = tl.zeros([PIXELS] if CHANNELS == 0 else [PIXELS, CHANNELS], tl.float32)
     for tile in range(first_tile, tl.minimum(first_tile + tiles_per_program, tiles)):
-        difference, _, mask = _difference(
+        difference, _, mask = loss_difference(
             model_output, x_0, t, table, noise, seeds, sample, tile, hw,
             C, PIXELS, CHANNELS, VECTOR, QUADS,
         )  # fmt: skip
@@ -69,22 +69,6 @@ def _sum_kernel(out, partial, partials, PARTIALS: tl.constexpr):
     index = tl.arange(0, PARTIALS)
     row = partial + tl.program_id(0).to(tl.int64) * partials
     tl.store(out + tl.program_id(0), tl.sum(tl.load(row + index, index < partials, other=0.0)))
-
-
-@triton.jit(do_not_specialize=["n", "scale"])
-def _denoising_loss_backward_kernel(
-    grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, n, scale, hw,
-    C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
-):  # fmt: skip
-    sample = current_sample()
-    if sample >= n:
-        return
-    difference, offset, mask = _difference(
-        model_output, x_0, t, table, noise, seeds, sample, tl.program_id(0), hw,
-        C, PIXELS, CHANNELS, VECTOR, QUADS,
-    )  # fmt: skip
-    gradient = rounded(scale * tl.load(grad_losses + sample) * difference, grad_model_output.dtype.element_ty)
-    tl.store(grad_model_output + sample * hw * C + offset, gradient, mask)
 
 
 def denoising_loss(results: Any, a: Any) -> None:
@@ -103,16 +87,3 @@ def denoising_loss(results: Any, a: Any) -> None:
     if partials > 1:
         with device_of(losses):
             _sum_kernel[(n,)](losses, partial, partials, PARTIALS=triton.next_power_of_2(partials), num_warps=1)
-
-
-def denoising_loss_backward(results: Any, a: Any) -> None:
-    """Launch the kernel that computes the gradient.
-
-        grad_model_output = 2 grad_losses (model_output - target) / elements of a sample
-
-    The target is a x_0 + b epsilon.
-    """
-    m = a.model_output
-    if m.numel():
-        tiles, values = tiling(m, *results, *a, ordered=a.noise is None)
-        launch(_denoising_loss_backward_kernel, tiles, results, a, scale=2 * len(m) / m.numel(), **values)

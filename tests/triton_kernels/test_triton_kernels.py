@@ -27,7 +27,7 @@ pytest.importorskip("triton")
 
 from ddpm_fast.triton_kernels import denoising_loss as loss_module
 from ddpm_fast.triton_kernels import group_norm_silu as norm_module
-from ddpm_fast.triton_kernels import tiles
+from ddpm_fast.triton_kernels import group_norm_tiles, tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -75,7 +75,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     monkeypatch.setattr(loss_module, "TILES_PER_PROGRAM", 1)
     limits = {"RESIDENT_FORWARD": (0, 0), "RESIDENT_BACKWARD": (0, 0), "SPLIT_TILE": 256, "TILES_PER_CHUNK": 2}
     for name, value in limits.items():
-        monkeypatch.setattr(norm_module, name, value)
+        monkeypatch.setattr(group_norm_tiles, name, value)
     kernel = norm_module._apply_kernel
     spy = MagicMock(arg_names=kernel.arg_names)
     spy.__getitem__.side_effect = lambda grid: kernel[grid]
