@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, computing_device
-from ..errors import InvalidType, InvalidValue, expect, public
-from ..interface import Interface
+from ..errors import InvalidType, InvalidValue, public
 from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
 from ..ops.modes import is_transformed_tensor, runs_eagerly
@@ -24,9 +22,8 @@ from ..ops.reverse_step import reverse_step_op
 from ..ops.step_parts import count_step_op, network_input_op
 from ..plan import SamplingPlan
 from ..reference import VARIANCES
-from .adapter import Adapter, weights_digest
+from .adapter import weights_digest
 from .calls import Layers, append_network
-from .model import Model, inference_form, model_config, placed
 from .network import Network, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram, Value
@@ -49,7 +46,7 @@ def frozen_unet(
     reason = why_not_frozen(model)
     if reason is not None:
         raise InvalidType("", "a UNet with its own layers", f"one where {reason}")
-    return _frozen(model, dtype, device, num_timesteps)
+    return frozen_for(model, dtype, device, num_timesteps)
 
 
 def unpacked_output(model: UNet, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
@@ -60,7 +57,9 @@ def unpacked_output(model: UNet, x: Tensor, t: Tensor, class_labels: Tensor | No
     return FrozenUNet(model, torch.float32, torch.device("cpu"), 1, packed=False)(x, t.float(), class_labels)
 
 
-def _frozen(model: UNet, dtype: torch.dtype | None, device: torch.device | str | None, num_timesteps: int | None) -> FrozenUNet:
+def frozen_for(
+    model: UNet, dtype: torch.dtype | None, device: torch.device | str | None, num_timesteps: int | None
+) -> FrozenUNet:
     """Return the inference form of a U-Net that can be frozen."""
     weight = model.conv_in.weight
     device = torch.empty(0, device=computing_device(weight.device if device is None else device)).device
@@ -78,32 +77,6 @@ def sampling_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     with torch.cuda.device(device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def adapted(model: Model, device: torch.device, dtype: torch.dtype | None, num_timesteps: int) -> Adapter:
-    """Return the adapter of the network that computes `model` fastest.
-
-    A `UNet` is frozen. Any other model is used unchanged, or copied to another device or dtype. So is a `UNet` that
-    cannot be frozen, with a warning that names the reason.
-
-    Args:
-        model: Model to evaluate.
-        device: Device to run on.
-        dtype: Dtype of the network. None: the choice of `freeze` for a `UNet`, else the model's.
-        num_timesteps: T.
-    """
-    model = inference_form(model)
-    if isinstance(model, UNet):
-        reason = why_not_frozen(model) if device.type in ("cpu", "cuda") else f"it is on {device.type}"
-        if reason is None:
-            return FrozenAdapter(_frozen(model, dtype, device, num_timesteps))
-        warnings.warn(
-            f"ddpm_fast: this UNet is not frozen, because {reason}. It runs unchanged, which is slower.",
-            RuntimeWarning,
-            stacklevel=5,  # the caller of `Sampler`, which two wrappers check and name
-        )
-    network = placed(model, device, dtype)
-    return FrozenAdapter(network) if isinstance(network, FrozenUNet) else Adapter(network, dtype)
 
 
 class _Constants(nn.Module):
@@ -328,49 +301,6 @@ class FrozenUNet:
         raise AttributeError(message)
 
 
-class FrozenAdapter(Adapter):
-    """A frozen network, whose step is one program: network, guidance and `reverse_step`."""
-
-    model: FrozenUNet
-    is_frozen = True
-
-    def check_plan(self, plan: SamplingPlan) -> None:
-        """Raise a ValueError if a timestep is not in the network's tables."""
-        last, total = int(plan.timesteps.max()), self.model.num_timesteps
-        expect(last < total, "plan", f"to have timesteps below {total}", last)
-
-    def memory_format(self, shape: Sequence[int]) -> torch.memory_format:
-        """Return channels_last, as the kernels read images."""
-        return torch.channels_last
-
-    def parameters(self) -> list[Tensor]:
-        """Return nothing: the network holds what a captured step uses."""
-        return []
-
-    def bind(self, plan: SamplingPlan, state: StepState, guidance_scale: float | None) -> Callable[[], object]:
-        """Return the program of a step, see `FrozenUNet.step`. A network that is traced is called as any other."""
-        if not runs_eagerly():
-            return super().bind(plan, state, guidance_scale)
-        return self.model.step(plan, state, guidance_scale)
-
-
 def _write_x_t(x_t: Tensor, centered: bool, *, backend: str | None, out: tuple[Tensor]) -> None:
     """Write x_t to its channels of the network's input."""
     write_beside_condition(*out, x_t, centered=centered)
-
-
-def interface_of(model: Model, *, predicts_variance: bool | None = None, no_label: int | None = None) -> Interface:
-    """Return the interface of a network.
-
-    Args:
-        model: The network.
-        predicts_variance: As the objective or the plan says. None: as the configuration says, which training writes.
-        no_label: The label for no class. None: as the configuration says, see `UNet`.
-    """
-    model = inference_form(model)
-    return Interface.from_config(
-        model_config(model),
-        predicts_variance=predicts_variance,
-        no_label=no_label,
-        halves=isinstance(model, UNet | FrozenUNet),
-    )

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddpm_fast import FrozenUNet, Sampler, ddpm_plan, freeze, load_builtin
 from ddpm_fast.inference import StepState
 from ddpm_fast.inference import frozen as frozen_module
-from ddpm_fast.inference.frozen import FrozenAdapter
+from ddpm_fast.inference.frozen_step import FrozenAdapter
 from ddpm_fast.ops import backend
 
 needs_kernels = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
