@@ -183,7 +183,7 @@ def as_json(value: Any) -> Any:
     return [as_json(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def listed(values: Collection[Any]) -> str:
+def first_few(values: Collection[Any]) -> str:
     """Return the first values as text, sorted, and the number of the others."""
     texts = sorted(map(str, values))
     return ", ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")

@@ -177,7 +177,7 @@ def document(struct: type) -> None:
     struct.__doc__ = "\n".join([struct.__doc__ or "", "", "Attributes:", *texts])
 
 
-def described(struct: type[AnyOptions]) -> type[AnyOptions]:
+def documented(struct: type[AnyOptions]) -> type[AnyOptions]:
     """Add the help of the options to the docstring of their struct, and leave it out of the signature."""
     document(struct)
     struct.__signature__ = Signature(_parameters(struct))  # type: ignore[attr-defined]

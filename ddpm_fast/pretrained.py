@@ -21,7 +21,7 @@ from .files.writing import read_json, write_json
 from .inference import interface_of
 from .inference.adapter import weights_digest
 from .interface import Interface
-from .nn.checkpoint import read_config
+from .nn.checkpoint import read_unet_config
 from .nn.unet import UNet, describe_images
 from .options import checked, taking
 from .plan import SamplingPlan, named_plan
@@ -259,7 +259,7 @@ def load_folder(
     device = None if device is None else computing_device(device)
 
     def check(folder: Path) -> None:
-        read_config(folder)
+        read_unet_config(folder)
         _read_scheduler(folder)
 
     folder = model_folder("path", path, check)

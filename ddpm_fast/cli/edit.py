@@ -18,7 +18,7 @@ from ..forms import Numbers
 from ..samplers import DEFAULT_SAMPLER, PlanOptions
 from ..sampling.options import ClassLabels
 from .console import Command
-from .labels import listed_labels
+from .labels import labels_in_text
 from .options import Function, PathOption, Running, class_options, gathering, model_options, plan_options, reading
 from .outputs import check_output, close, grey_for_bad, write
 
@@ -234,7 +234,7 @@ def _opened(
     interface.condition.expect_none("model", " (ddpm_fast.vary and its like take one)")
     datasets: dict[str, ItemDataset] = {}
     images = to_unit_range(torch.stack([_read(source, shape, datasets) for source in sources]))
-    labels = listed_labels(interface.labels, edit.class_labels, classes or len(images), each=True)
+    labels = labels_in_text(interface.labels, edit.class_labels, classes or len(images), each=True)
     grid = (len(images) * columns, *shape)
     image_format(out, grid_shape(grid, columns=columns, scale=_scale(images)), "out")
     return loaded, images, labels

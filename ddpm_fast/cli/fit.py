@@ -14,7 +14,7 @@ import ddpm_fast
 from ..errors import ArgumentError, expect, renaming
 from ..samplers import DEFAULT_SAMPLER
 from .console import Command
-from .labels import listed_labels
+from .labels import labels_in_text
 from .options import PathOption, Running, class_options, model_options
 from .outputs import check_output, write
 
@@ -72,7 +72,7 @@ def fit_command(
         teacher = _without_noise(loaded, teacher_steps, 0.06, 80.0)
     sampler = loaded.sampler(_without_noise(loaded, steps, 0.07, 40.0), dtype=running.torch_dtype)
     real = _real_images(loaded, model, data, data_dir)
-    draw = running.drawing(listed_labels(labels, class_labels, 2 * num), guidance_scale)
+    draw = running.drawing(labels_in_text(labels, class_labels, 2 * num), guidance_scale)
     fitted = ddpm_fast.fit_plan(sampler, teacher=teacher, num_images=num, **draw)
     fit = fitted.fit
     if fit is None or not fit.error < fit.error_before:
@@ -82,7 +82,7 @@ def fit_command(
     plans = {"fitted": fitted, "teacher": teacher, DEFAULT_SAMPLER: loaded.build_plan(sampler=DEFAULT_SAMPLER)[0]}
     count = max(_GRID, len(real))
     # The seed is another than that of the fit, and none is too large.
-    draw |= {"seed": running.seed ^ 1, "class_labels": listed_labels(labels, class_labels, count)}
+    draw |= {"seed": running.seed ^ 1, "class_labels": labels_in_text(labels, class_labels, count)}
     drawn = dict[str, Any]()
     for name, each in plans.items():
         if not running.quiet:

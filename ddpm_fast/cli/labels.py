@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..interface import Labels
 
 
-def listed_labels(labels: Labels, text: str | None, num: int, *, each: bool = False) -> list[int] | str | None:
+def labels_in_text(labels: Labels, text: str | None, num: int, *, each: bool = False) -> list[int] | str | None:
     """Return a label for each image as --classes lists them: in turn, "none", or None for the default.
 
     Args:
@@ -33,7 +33,7 @@ def listed_labels(labels: Labels, text: str | None, num: int, *, each: bool = Fa
 
 
 def described_labels(labels: Labels, chosen: Sequence[int] | str | None, num: int) -> str:
-    """Return which classes `num` images have, of labels as `listed_labels` returns them."""
+    """Return which classes `num` images have, of labels as `labels_in_text` returns them."""
     different: list[Any] = (
         [] if chosen == "none" else (labels.classes or [])[:num] if chosen is None else [*dict.fromkeys(chosen)]
     )

@@ -17,7 +17,7 @@ from ..forms import Numbers
 from ..samplers import PlanOptions
 from ..sampling.options import EditOptions
 from .console import Command, Refused, Stopped
-from .labels import described_labels, listed_labels
+from .labels import described_labels, labels_in_text
 from .options import METAVARS, RANGE, PathOption, Running, class_options, model_options, plan_options, reading
 from .outputs import check_output, close, grey_for_bad, write
 
@@ -99,7 +99,7 @@ def sample_command(
     num = num_samples or (16 if restored is None else len(restored))
     shown = _shown(loaded, show_channels)
     labels = loaded.interface.labels
-    chosen = listed_labels(labels, class_labels, num)
+    chosen = labels_in_text(labels, class_labels, num)
     condition_each = None if restored is None else restored[[i % len(restored) for i in range(num)]]
     draw = running.drawing(chosen, guidance_scale, condition_each)
     sampler = loaded.sampler(steps, dtype=running.torch_dtype)

@@ -40,7 +40,7 @@ def checked_labels(
     return torch.from_numpy(values.astype(np.int64)), tuple(classes or map(str, range(high + 1)))
 
 
-def listed_labels(place: str, read: Callable[[], bytes], names: Sequence[str]) -> tuple[Tensor, tuple[str, ...]] | None:
+def edm_labels(place: str, read: Callable[[], bytes], names: Sequence[str]) -> tuple[Tensor, tuple[str, ...]] | None:
     """Return the labels in a `dataset.json`, as the data set tools of EDM and StyleGAN write it, and the classes: numbers.
 
     Args:

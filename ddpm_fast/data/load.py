@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal
 
 from torch import Tensor
 
-from ..checks import check_path, listed
+from ..checks import check_path, first_few
 from ..errors import InvalidValue, expect, renaming
 from ..forms import Pairs, Ranges
 from ..interface import Interface
@@ -192,11 +192,11 @@ def partners(source: Source, paired: Source) -> Source:
     names, others = ([os.path.splitext(file)[0] for file in each.names] for each in (source, paired))
     for stems, root in ((names, source.root), (others, paired.root)):
         twice = [name for name, times in Counter(stems).items() if times > 1]
-        got = f"several in {root} that differ in their endings alone: {listed(twice)}"
+        got = f"several in {root} that differ in their endings alone: {first_few(twice)}"
         expect(not twice, "condition", f"to have one file of each name, as must {source.root}", got)
     for missing, root in ((set(names) - set(others), paired.root), (set(others) - set(names), source.root)):
         wanted = f"to have files of the same names as {source.root}"
-        expect(not missing, "condition", wanted, f"none named {listed(missing)} in {root}")
+        expect(not missing, "condition", wanted, f"none named {first_few(missing)} in {root}")
     numbers = {name: number for number, name in enumerate(others)}
     return paired.chosen([numbers[name] for name in names])
 

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Annotated, Literal
 
 from ..forms import Bytes, Pairs, Ranges, Size
-from ..options import Option, Options, PathLike, described
+from ..options import Option, Options, PathLike, documented
 
 _data = partial(Option, "Data")
 
 
-@described
+@documented
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Options):
     """Images to read, for training and evaluation."""

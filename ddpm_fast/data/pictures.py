@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from ..checks import check_choice, listed
+from ..checks import check_choice, first_few
 from ..errors import InvalidValue, expect
 from .items import DatasetInfo, ItemDataset, central_box
 from .sources import Decoded, Source
@@ -99,7 +99,7 @@ def check_whole(source: Source, broken: Mapping[int, str], *, skip_broken: bool 
 
     In that case a warning names them.
     """
-    named = listed([f"{source.label(index)} ({reason})" for index, reason in broken.items()])
+    named = first_few([f"{source.label(index)} ({reason})" for index, reason in broken.items()])
     got = f"{len(broken)} of {len(source)} that it cannot: {named}; {_MEND}"
     expect(not broken or (skip_broken and len(broken) < len(source)), "", f"images that Pillow can read in {source.root}", got)
     if broken:
@@ -135,7 +135,7 @@ def _read_header(file: str | BytesIO) -> tuple[int, int, bool]:
 def _common_size(root: str, headers: Sequence[tuple[int, int, bool]]) -> tuple[int, int]:
     """Return the height and width of all images. Raise a ValueError with the sizes if they differ."""
     sizes = Counter((height, width) for height, width, _ in headers)
-    found = listed([f"{width}x{height} ({count})" for (height, width), count in sizes.items()])
+    found = first_few([f"{width}x{height} ({count})" for (height, width), count in sizes.items()])
     got = f"None with sizes {found}; image_size=64 (--image-size 64) crops each to its central square and resizes it to 64x64"
     expect(len(sizes) == 1, "image_size", f"to be given, as the images in {root} are not of one size", got)
     return next(iter(sizes))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import InvalidValue, expect
 from .items import DatasetInfo, Item, ItemDataset
-from .labels import checked_labels, listed_labels
+from .labels import checked_labels, edm_labels
 
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ARRAYS: Final = (".npy", ".npz")
@@ -165,7 +165,7 @@ def read_folder(root: Path, files: Iterable[str] | None = None) -> Source:
     expect(len(kinds) == 1, str(root), f"to hold images ({', '.join(PICTURES)}) or arrays", got)
     names = sorted(arrays or pictures, key=lambda name: name.replace(os.sep, "\0"))  # as a walk, folder by folder
     listing = root / _LABELS
-    listed = listed_labels(str(listing), listing.read_bytes, names) if listing.is_file() else None
+    listed = edm_labels(str(listing), listing.read_bytes, names) if listing.is_file() else None
     folders = [os.path.dirname(name).partition(os.sep)[0] for name in names]  # "" for images in the root itself
     by_folder, numbers = np.unique(folders, return_inverse=True)
     labels, classes = listed or (torch.from_numpy(numbers), tuple(by_folder.tolist()))
@@ -215,7 +215,7 @@ def read_archive(path: Path) -> Source:
         expect(size <= _MAX_FILE, name, f"to have at most {_MAX_FILE} bytes", size, str(path))
     expect(names, str(path), f"to hold images ({', '.join(PICTURES)})", "none")
     read_labels = partial(opened().read, _LABELS)
-    found = listed_labels(f"{_LABELS} in {path}", read_labels, names) if _LABELS in entries else None
+    found = edm_labels(f"{_LABELS} in {path}", read_labels, names) if _LABELS in entries else None
     labels, classes = found or checked_labels(str(path), None, len(names))
     return Source(root=str(path), names=names, labels=labels, classes=classes, read=partial(_read_entry, opened))
 

@@ -87,7 +87,7 @@ class VariationalBound:
         Everything after the network is float64.
 
         Raises:
-            ValueError: An argument is out of range or does not fit the model. Checked before any computation.
+            ValueError: An argument is out of range or does not fit the model. UserDataset before any computation.
             TypeError: An argument has an unsupported type.
         """
         check_map("x_0", x_0)

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from ..distributed import Processes
+from ..distributed.processes import Processes, together
 from ..errors import InvalidValue, expect
 from ..nn.checkpoint import load_tensors
 from ..resources import import_extra
@@ -76,22 +76,26 @@ def inception_scores(
         progress: Show a bar in rank 0, of its share.
 
     Raises:
-        ValueError: A feature is not finite.
+        ValueError: A feature is not finite, or there are fewer images than processes.
+        ProcessLost: Another process has failed or ended.
     """
     metrics = import_extra("torchmetrics.image", "eval")
+    fits = min(counts) >= processes.size
+    expect(fits, "images", f"to be {processes.size} or more, one for each process", min(counts))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they keep features in memory
-        distance = metrics.FrechetInceptionDistance(_Features()).to(device)
-        kernel = metrics.KernelInceptionDistance(_Features(), subset_size=min(_SUBSET, *counts)).to(device)
-        score = metrics.InceptionScore(_Features()).to(device)
+        group = {"process_group": processes.control}  # its tensors are on the CPU
+        distance = metrics.FrechetInceptionDistance(_Features(), **group)
+        kernel = metrics.KernelInceptionDistance(_Features(), subset_size=min(_SUBSET, *counts), **group)
+        score = metrics.InceptionScore(_Features(), **group)
     cuda = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if device.type == "cuda" else nullcontext()
     # Contiguous shares: their features are gathered in the order of the images, whatever the number of processes.
     shares = [range(*(count * (processes.rank + i) // processes.size for i in (0, 1))) for count in counts]
     with cuda, progress_bar(sum(map(len, shares)), "inception", "image", shown=progress and processes.is_first) as bar:
         for read, share, real in zip((images, reference), shares, (False, True), strict=True):
-            found = list[tuple[Tensor, Tensor]]()
+            found = list[tuple[Tensor, ...]]()
             for part in (share[i : i + batch_size] for i in range(0, len(share), batch_size)):
-                found.append(network(read(part).expand(-1, 3, -1, -1).to(device)))
+                found.append(tuple(each.cpu() for each in network(read(part).expand(-1, 3, -1, -1).to(device))))
                 wanted = f"to give finite features of images {part.start} to {part.stop - 1}"
                 expect(all(each.isfinite().all() for each in found[-1]), "inception", wanted, "NaN or infinity")
                 bar.update(len(part))
@@ -101,7 +105,7 @@ def inception_scores(
             kernel.update(features.double(), real=real)
             if not real:
                 score.update(logits)
-    with torch.random.fork_rng([]):
+    with together(), torch.random.fork_rng([]):
         torch.manual_seed(0)  # which draws subsets and parts
         kernel_mean, kernel_std = kernel.compute()
         figures = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import listed
+from ..checks import first_few
 from ..dtypes import FLOATS
 from ..errors import InvalidValue, MissingPath, UnusablePath, expect
 from ..files.models import LEGACY_WEIGHTS, WEIGHTS, model_folder
@@ -30,7 +30,7 @@ _LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 _LEGACY_PATTERN = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(?=\.(?:weight|bias)$)")
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str, Tensor], Path]:
+def load_network(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str, Tensor], Path]:
     """Read a network's configuration and weights without running code from the files.
 
     Args:
@@ -45,8 +45,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str,
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or the configuration is not supported.
     """
-    folder = network_folder(model_folder("path", path, read_config))
-    return read_config(folder), *_read_weights(folder)
+    folder = network_folder(model_folder("path", path, read_unet_config))
+    return read_unet_config(folder), *_read_weights(folder)
 
 
 def network_folder(folder: Path) -> Path:
@@ -57,7 +57,7 @@ def network_folder(folder: Path) -> Path:
 def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: Mapping[str, Tensor]) -> None:
     """Write a network's folder atomically.
 
-    At any time `load_checkpoint` finds the old or the new network, never a mixture.
+    At any time `load_network` finds the old or the new network, never a mixture.
 
     Args:
         path: Folder to write, created if needed.
@@ -72,7 +72,7 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
     # Two files cannot be replaced at once: a configuration, once there, stays, and only the weights are replaced.
     new = not (folder / _CONFIG).exists()
     values = config.to_dict()
-    if not new and (present := read_config(folder).to_dict()) != values:
+    if not new and (present := read_unet_config(folder).to_dict()) != values:
         changed = ", ".join(key for key in {**values, **present} if present.get(key) != values.get(key))
         raise InvalidValue(
             "path",
@@ -157,7 +157,7 @@ def check_weights(
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            raise InvalidValue("", f"the weights in {os.fspath(path)!r} to fit {owner}", f"{kind} {listed(names)}")
+            raise InvalidValue("", f"the weights in {os.fspath(path)!r} to fit {owner}", f"{kind} {first_few(names)}")
     for name, tensor in expected.items():
         weight: Any = weights[name]
         if not isinstance(weight, Tensor) or weight.layout is not torch.strided or weight.is_meta:
@@ -179,10 +179,10 @@ def check_finite(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) ->
     finite = torch.stack([norm.isfinite() for norm in torch._foreach_norm(list(tensors.values()), math.inf)]).tolist()
     names = [f"{name} ({tensors[name].dtype})" for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
     if names:
-        raise InvalidValue("", f"the tensors in {os.fspath(path)!r} to be finite", f"NaN or infinity in {listed(names)}")
+        raise InvalidValue("", f"the tensors in {os.fspath(path)!r} to be finite", f"NaN or infinity in {first_few(names)}")
 
 
-def read_config(folder: Path) -> UNetConfig:
+def read_unet_config(folder: Path) -> UNetConfig:
     """Return the configuration in a network's folder or a pipeline's, or raise the error that says what is wrong with it."""
     file = network_folder(folder) / _CONFIG
     if not file.is_file():
@@ -204,7 +204,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
     elif (file := folder / LEGACY_WEIGHTS).is_file():
         weights = load_tensors(file)
         if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-            got = f"names such as {listed(weights)}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
+            got = f"names such as {first_few(weights)}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
             raise InvalidValue(repr(str(file)), "to hold a dict of tensors by name", got)
     else:
         raise MissingPath("", f"{WEIGHTS} or {LEGACY_WEIGHTS} in {os.fspath(folder)!r}", "neither")

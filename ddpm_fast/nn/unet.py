@@ -19,7 +19,7 @@ from ..interface import check_sides, side_multiple
 from ..ops.modes import runs_eagerly
 from ..options import checked
 from ..reference import STREAM_DROPOUT
-from .checkpoint import check_finite, check_weights, load_checkpoint, save_checkpoint
+from .checkpoint import check_finite, check_weights, load_network, save_checkpoint
 from .config import UNetConfig
 from .conv import Conv3x3
 from .layers import (
@@ -214,7 +214,7 @@ class UNet(nn.Module):
                 are not finite in `dtype`.
         """
         device = None if device is None else checked_device(device)
-        config, weights, file = load_checkpoint(path)
+        config, weights, file = load_network(path)
         model = unet_on_weights(file, "its config.json", config.to_dict(), weights, kind=cls)
         model.to(device, torch.float32 if dtype is None else dtype)
         check_finite(file, model.state_dict())

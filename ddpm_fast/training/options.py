@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal
 from ..data.options import DataOptions
 from ..errors import InvalidValue
 from ..forms import Numbers
-from ..options import Option, Options, PathLike, described, options_of
+from ..options import Option, Options, PathLike, documented, options_of
 from ..predictions import Prediction, Variance
 
 _model = partial(Option, "Network and noise schedule")
@@ -20,7 +20,7 @@ _records = partial(Option, "Records and checkpoints", changeable=True)
 _call = partial(Option, "This call", changeable=True, recorded=False)
 
 
-@described
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
     """The network and the noise schedule that `train` makes."""
@@ -72,7 +72,7 @@ class ModelOptions(Options):
             raise InvalidValue("channels", "to be at least one number", "none")
 
 
-@described
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(Options):
     """The training of `train` and `Trainer`: objective, optimization, machine, records, and what concerns one call."""

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..checks import listed
+from ..checks import first_few
 from ..data.condition import examples
 from ..files.images import in_bands, save_grid, shown_channels
 from ..plan import default_plan
@@ -156,7 +156,7 @@ class Report:
         if changed:
             text = "the network's forward changes %s: weights are not bit-identical for other numbers of processes, nor, "
             text += "if a buffer is not persistent, after a resume"
-            _log.warning(text, listed(changed))
+            _log.warning(text, first_few(changed))
 
     def _draw_grid(self) -> None:
         """Draw a grid with the averaged weights, with one column per class, or 8 columns."""

@@ -25,7 +25,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..checks import check_int, check_path, check_same, computing_device, listed
+from ..checks import check_int, check_path, check_same, computing_device, first_few
 from ..data.options import DataOptions
 from ..distributed import Processes
 from ..errors import MissingPath, expect, renaming
@@ -81,7 +81,7 @@ class RunFolder(ResultFolder):
             config = msgspec.convert(values, RunConfig)
             options, structs = config.options, STRUCTS if config.starter == "train" else (TrainOptions,)
             missing = {name for struct in structs for name in struct().recorded()} - options.keys()
-            expect(not missing, "options", "to have all options of a run", f"none named {listed(missing)}")
+            expect(not missing, "options", "to have all options of a run", f"none named {first_few(missing)}")
             with renaming({name: f"options.{name}" for name in options}):
                 for struct in structs:
                     struct.from_values(options)

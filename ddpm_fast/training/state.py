@@ -21,7 +21,7 @@ from ..files.models import model_folder
 from ..files.writing import remove_leftovers, write_json, write_tensors
 from ..interface import Condition, Labels
 from ..nn import UNet, UNetConfig
-from ..nn.checkpoint import check_finite, check_weights, load_safetensors, read_config
+from ..nn.checkpoint import check_finite, check_weights, load_safetensors, read_unet_config
 from .checkpoint import WEIGHTS, Checkpoints, read_state
 from .export import write_scheduler
 from .log import COLUMNS
@@ -204,7 +204,7 @@ def _read_networks(init: Path) -> tuple[UNet, UNet]:
         network = UNet.from_pretrained(folder)
         return network, network
 
-    init = model_folder("init", init, read_config)
+    init = model_folder("init", init, read_unet_config)
     checkpoints, found = Checkpoints(init), None
     with suppress(FileNotFoundError):
         found = checkpoints.read_newest("", read) if checkpoints.path.is_dir() else read(init)

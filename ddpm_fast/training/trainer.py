@@ -22,7 +22,7 @@ from ..schedule import NoiseSchedule, Objective
 from .log import Logger
 from .loop import TrainResult, run_steps
 from .options import ModelOptions, TrainOptions
-from .parts import built_from, fitted, objective_of
+from .preparation import built_from, prepared, run_objective
 from .run import RunFolder, open_run
 from .state import State
 from .task import Task
@@ -90,8 +90,8 @@ class Trainer:
             check_type("loggers", logger, Logger)
         self.model = model
         self._ema: nn.Module | None = None
-        self._folder, self._options, self._objective = RunFolder(run_dir), options, objective_of(schedule, options)
-        self._dataset, self._labels = fitted(model, self._objective, dataset, num_classes)
+        self._folder, self._options, self._objective = RunFolder(run_dir), options, run_objective(schedule, options)
+        self._dataset, self._labels = prepared(model, self._objective, dataset, num_classes)
         self._on_step, self._on_checkpoint, self._loggers = on_step, on_checkpoint, tuple(loggers)
 
     @property
@@ -196,12 +196,12 @@ def train_in(
     """
     if model.schedule is None:
         model = replace(model, schedule="flow" if options.prediction == "flow" else "linear")
-    objective = objective_of(getattr(NoiseSchedule, str(model.schedule))(model.num_timesteps), options)
+    objective = run_objective(getattr(NoiseSchedule, str(model.schedule))(model.num_timesteps), options)
     data, model = _with_absolute_paths(data), _with_absolute_paths(model)
     with joined() as processes:
         run = open_run(folder, options, objective, processes, data, model, stored)
         network, images = built_from(run, data, model)
-        dataset, labels = fitted(network, objective, images)
+        dataset, labels = prepared(network, objective, images)
         task = Task(run, model=network, dataset=dataset, labels=labels)
         return run_steps(task, State.initial(task))
 

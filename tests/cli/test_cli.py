@@ -577,7 +577,7 @@ def test_what_a_person_can_mend_is_one_line(options: list[str], error: Exception
         ("ddpm_fast.sampling.sampler.Sampler.__call__", "sample --model {small}", "--num or --batch-size"),
         ("ddpm_fast.vary", "edit vary digits:0 --model {small}", "--num or --batch-size"),
         (
-            "ddpm_fast.training.parts.UNet",
+            "ddpm_fast.training.preparation.UNet",
             "train run " + " ".join(TINY),
             "--batch-size or --micro-batch-size or --image-size or --channels or --data-memory",
         ),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from refusals import refused
 
-from ddpm_fast.cli.labels import described_labels, listed_labels
+from ddpm_fast.cli.labels import described_labels, labels_in_text
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.interface import Labels
 
@@ -115,8 +115,8 @@ def test_labels_are_stored_in_a_configuration(labels: Labels) -> None:
 )
 def test_a_text_lists_classes_in_turn(text: str | None, num: int, listed: Any, described: str) -> None:
     labels = Labels(4, 3, ("cat", "dog"))
-    assert listed_labels(labels, text, num) == listed
-    assert described_labels(labels, listed_labels(labels, text, num), num) == described
+    assert labels_in_text(labels, text, num) == listed
+    assert described_labels(labels, labels_in_text(labels, text, num), num) == described
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_text_lists_classes_in_turn(text: str | None, num: int, listed: Any, d
 )
 def test_texts_that_list_no_classes_are_refused(labels: Labels, text: str, expected: str, got: str) -> None:
     with refused(InvalidValue("class_labels", expected, got)):
-        listed_labels(labels, text, 1, each=True)
+        labels_in_text(labels, text, 1, each=True)
 
 
 def test_guidance_needs_a_class_and_a_label_for_none() -> None:

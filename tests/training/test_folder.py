@@ -273,7 +273,7 @@ def test_a_checkpoint_that_stays_is_read_once(run: RunFolder) -> None:
 def test_fewer_steps_than_are_done_are_refused_before_work(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run.record.read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm_fast.training.parts.load_dataset", lambda *_, **__: pytest.fail("the images were read"))
+        patch.setattr("ddpm_fast.training.preparation.load_dataset", lambda *_, **__: pytest.fail("the images were read"))
         with pytest.raises(ValueError, match=r"train: expected steps to be at least 4, the step of the run in .*, got 3"):
             train(run.path, **QUIET, steps=3, resume=True)
     assert run.record.read_text() == before

@@ -38,9 +38,9 @@ from torch.utils.data import ChainDataset, Dataset, Subset, TensorDataset
 
 import ddpm_fast
 from ddpm_fast import Logger, NoiseSchedule, Trainer, TrainOptions, UNet, load_folder
-from ddpm_fast.data.checked import Checked
 from ddpm_fast.data.items import to_unit_range
 from ddpm_fast.data.loader import batches
+from ddpm_fast.data.user_dataset import UserDataset
 from ddpm_fast.distributed import ProcessLost
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.interface import Labels
@@ -364,7 +364,7 @@ def test_a_step_without_memory_or_another_process_ends_the_run_with_a_checkpoint
 @pytest.mark.parametrize(("low", "warns"), [(0.0, True), (-1.0, False)])
 def test_floats_without_negative_values_are_a_warning(low: float, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
     """They are those of torchvision's ToTensor."""
-    Checked([torch.linspace(low, 1, 64).view(1, 8, 8)], 1, Labels())
+    UserDataset([torch.linspace(low, 1, 64).view(1, 8, 8)], 1, Labels())
     assert ("dataset[0] has no value below 0" in caplog.text) == warns
 
 
@@ -524,7 +524,7 @@ def test_wrong_items_are_named(change: Callable[[int, Tensor, int], Any], wanted
         trainer(tmp_path / "run", Digits(change))
     later = Digits(lambda i, image, label: change(i, image, label) if i == 7 else (image, label))
     with pytest.raises(ValueError, match=rf"^expected dataset\[7\] {wanted}"):
-        Checked(later, 1, TEN)[7]
+        UserDataset(later, 1, TEN)[7]
 
 
 @pytest.mark.parametrize(
@@ -554,7 +554,7 @@ def test_wrong_conditions_are_named(change: Any, channels: int, wanted: str, tmp
 def test_items_of_another_size_or_kind_than_the_first_are_named(change: Callable[[Tensor], Tensor], got: str) -> None:
     digits = Digits(lambda i, image, label: (change(image) if i == 7 else image, label))
     with pytest.raises(ValueError, match=rf"dataset\[7\] to be torch\.uint8 \[1, 8, 8\], as dataset\[0\], got {got}"):
-        Checked(digits, 1, TEN)[7]
+        UserDataset(digits, 1, TEN)[7]
 
 
 def test_a_wrong_item_of_the_fingerprint_ends_the_run_before_it_begins(tmp_path: Path) -> None:
@@ -579,7 +579,7 @@ def test_a_wrong_item_of_a_later_batch_ends_the_run_with_a_checkpoint(num_worker
 def test_a_worker_may_die_while_it_sends(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     read_or_fail = Mock(side_effect=[(torch.zeros(1), torch.zeros(1)), error])
     monkeypatch.setattr("ddpm_fast.data.loader.DataLoader", lambda *_, **__: iter(read_or_fail, None))
-    read = batches(Checked(Digits(), 1, TEN), [], num_workers=1)
+    read = batches(UserDataset(Digits(), 1, TEN), [], num_workers=1)
     next(read)
     with pytest.raises(
         ValueError, match=r"expected dataset to be read by its workers, got: (\[Errno 104\] Connection|EOFError)"
@@ -613,9 +613,9 @@ def test_a_worker_that_dies_ends_the_run_between_two_steps(end: Callable[[], obj
 
 
 def test_fingerprints_are_those_of_the_items() -> None:
-    before = Checked(Digits(), 1, TEN).fingerprint(exact=True)
+    before = UserDataset(Digits(), 1, TEN).fingerprint(exact=True)
     one = Digits(lambda i, image, label: (image.flip(-1) if i == 1 else image, label))  # it is not in the sample
-    after = Checked(one, 1, TEN).fingerprint(exact=True)
+    after = UserDataset(one, 1, TEN).fingerprint(exact=True)
     assert before["sample"] == after["sample"]
     assert before["exact"] != after["exact"]
 

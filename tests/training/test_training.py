@@ -56,12 +56,12 @@ from ddpm_fast.errors import InvalidValue, UnusablePath
 from ddpm_fast.nn.config import MAX_LAYERS
 from ddpm_fast.options import options_of
 from ddpm_fast.reference import STREAM_Q_SAMPLE
-from ddpm_fast.training import parts, report
+from ddpm_fast.training import preparation, report
 from ddpm_fast.training.checkpoint import Checkpoints, read_state
 from ddpm_fast.training.export import write_scheduler
 from ddpm_fast.training.log import CsvLog
 from ddpm_fast.training.options import STRUCTS
-from ddpm_fast.training.parts import _unet_config
+from ddpm_fast.training.preparation import _unet_config
 from ddpm_fast.training.rng import TrainingRng
 from ddpm_fast.training.run import RunFolder
 from ddpm_fast.training.step import lr_factor
@@ -346,7 +346,7 @@ def test_grids_are_drawn_with_noise_on_every_schedule(
 def test_folders_that_cannot_be_written_are_refused_before_the_images_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
+    monkeypatch.setattr(preparation, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
     (tmp_path / "file").touch()
     with pytest.raises(UnusablePath, match=r"run_dir to be in a folder, got .*, and '.*file' is a file"):
         train(tmp_path / "file" / "run", **QUIET)

@@ -21,7 +21,7 @@ _SAMPLED: Final = 64  # items in a fingerprint's sample
 _OUTSIDE: Final = 1e-3  # the range's ends are rounded
 
 
-class Checked(ItemDataset):
+class UserDataset(ItemDataset):
     """The items of a user's map-style data set, checked as they are read.
 
     An item must depend on its index alone. Otherwise a resumed run would train on other images than an uninterrupted one,

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..checks import check_int
-from ..data.checked import Checked
 from ..data.items import DatasetInfo, ItemDataset, size_of
 from ..data.load import load_dataset
 from ..data.options import DataOptions
 from ..data.published import DATASETS
+from ..data.user_dataset import UserDataset
 from ..errors import InvalidValue, expect, renaming
 from ..inference import interface_of
 from ..inference.model import device_and_dtype, evaluation_mode, predict
@@ -35,7 +35,7 @@ of what the time embedding adds to them, all is lost with one channel, and half 
 _log = logging.getLogger("ddpm_fast")
 
 
-def objective_of(schedule: NoiseSchedule | Objective, options: TrainOptions) -> Objective:
+def run_objective(schedule: NoiseSchedule | Objective, options: TrainOptions) -> Objective:
     """Return the objective of a run, which the schedule or the options have."""
     if isinstance(schedule, Objective):
         objective = schedule
@@ -66,7 +66,7 @@ def built_from(run: Run, data: DataOptions, model: ModelOptions) -> tuple[UNet, 
         return network, dataset
 
 
-def fitted(
+def prepared(
     model: nn.Module,
     objective: Objective,
     dataset: Dataset[Any],
@@ -83,7 +83,7 @@ def fitted(
     if isinstance(model, UNet):
         expect(num_classes is None, "num_classes", "to be None, as model has num_class_embeds", num_classes)
         num_classes = interface_of(model).labels.count
-    adapted = _adapted(dataset, model, objective, num_classes)
+    adapted = _as_items(dataset, model, objective, num_classes)
     info = adapted.info
     labels = Labels() if num_classes is None else info.labels
     _ = objective.loss_weights  # a ValueError if they are not determined
@@ -121,7 +121,7 @@ def _check_trainable(model: nn.Module) -> None:
     expect(trained, "model", "to have parameters that require gradients", "none")
 
 
-def _adapted(dataset: Any, model: nn.Module, objective: Objective, num_classes: int | None) -> ItemDataset:
+def _as_items(dataset: Any, model: nn.Module, objective: Objective, num_classes: int | None) -> ItemDataset:
     """Return a data set as training uses it. The network says which images and labels are wanted."""
     if isinstance(dataset, ItemDataset):
         return dataset
@@ -133,7 +133,7 @@ def _adapted(dataset: Any, model: nn.Module, objective: Objective, num_classes: 
     odd = objective.predicts_variance and (interface.predicted_channels or 0) % 2
     wanted = "to have an even number of out_channels, to predict the variance too"
     expect(not odd, "model", wanted, interface.predicted_channels)
-    return Checked(dataset, interface.channels, labels, interface.read_channels)
+    return UserDataset(dataset, interface.channels, labels, interface.read_channels)
 
 
 def _warn_of_small_groups(model: UNet) -> None:
