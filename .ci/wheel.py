@@ -34,7 +34,7 @@ print("OpenMP:", *runtimes)
 assert len(runtimes) == 1, "expected one OpenMP runtime"
 text = ddpm_fast.info.info()
 print(text)
-assert re.search("^  CUDA sm_.* compute_", text, re.MULTILINE), "expected CUDA kernels and PTX"
+assert re.search("^  CUDA: sm_.* compute_", text, re.MULTILINE), "expected CUDA kernels and PTX"
 assert torch.cuda.is_available() or re.search("^  cuda: ", text, re.MULTILINE), "expected a reason why no GPU can be used"
 """
 

@@ -30,7 +30,7 @@ def _rows(text: str) -> dict[str, list[str]]:
 
 def test_the_table_says_what_runs() -> None:
     text = info.info()
-    assert re.search(r"compiler (g\+\+|.*[Cc]lang) \d+\.", text)
+    assert re.search(r"compiler: (g\+\+|.*[Cc]lang) \d+\.", text)
     matrix_kernels = why_not_matrix_kernels(torch.device("cpu"), torch.float32) or "yes"
     # Native is built. The tests run Triton's interpreter if there is no GPU.
     triton = "CPU tensors need Triton's interpreter" if torch.cuda.is_available() else "yes"
@@ -74,8 +74,8 @@ def test_tiles_that_the_system_refuses_are_named(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("function", "reason", "text"),
     [
-        ("native_error", "no such file", "Native module\n  not loaded: no such file"),
-        ("why_not_best_isa", "they were compiled for another", "\n  they were compiled for another\n"),
+        ("native_error", "no such file", "Native\n  not loaded: no such file"),
+        ("why_not_best_isa", "they were compiled for another", "\n  slower than it could be: they were compiled for another\n"),
     ],
 )
 def test_modules_that_are_absent_or_slow_are_explained(
@@ -96,7 +96,7 @@ def test_gpus_without_compiled_kernels_are_explained(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(backend, "_CUDA_REASONS", reasons)
     monkeypatch.setitem(backend.KERNELS, "cuda", SimpleNamespace(versions=lambda: [13000, 13000]))
     text = info.info()
-    assert text.count("MIG 1g.10gb, compute capability 9.0, 10 GiB\n    a MIG instance: a process uses one. ") == 2
+    assert text.count("MIG 1g.10gb, compute capability 9.0, 10 GiB; a process uses one MIG instance: ") == 2
     first, second = text.partition("Ops on cuda:0\n")[2].split("Ops on cuda:1\n")
     assert "pip install" not in first
     assert ") no kernel image is available\n" in second
@@ -109,7 +109,7 @@ def test_command() -> None:
 
 def test_the_same_for_programs() -> None:
     facts = json.loads(run("info", "--json"))
-    assert torch.__version__.startswith(facts["packages"]["torch"])  # without +cpu, in some builds
-    assert (facts["native"].get("error") is None) == (backend.native_error() is None)
+    assert torch.__version__.startswith(facts["versions"]["torch"])  # without +cpu, in some builds
+    assert (facts["native"].get("not loaded") is None) == (backend.native_error() is None)
     assert set(facts["ops"]["cpu"]) == set(OPS)
     assert facts["ops"]["cpu"]["q_sample"] == {each: OPS["q_sample"].why_not(each, torch.device("cpu")) for each in BACKENDS}

@@ -174,7 +174,7 @@ def begin(task: Task, state: State) -> dict[str, Any]:
     if task.run.stored is None:
         folder.check_new()  # it was before the images were read
     else:
-        task.check_continues(task.run.stored, config, warn=checkpoint is not None)
+        config = task.continuing(task.run.stored, config, warn=checkpoint is not None)
     if checkpoint is not None:
         state.load(checkpoint)
     elif task.run.stored is not None:

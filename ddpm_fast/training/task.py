@@ -114,18 +114,19 @@ class Task:
             "versions": {"ddpm_fast": __version__, "torch": torch.__version__},
         }
 
-    def check_continues(self, stored: Mapping[str, Any], config: dict[str, Any], *, warn: bool) -> None:
-        """Raise if the run differs from the one that was started. Add what the fingerprint of its data lacks to `config`.
+    def continuing(self, stored: Mapping[str, Any], config: Mapping[str, Any], *, warn: bool) -> dict[str, Any]:
+        """Return the content of config.json for a run that goes on. Raise if it differs from the one that was started.
 
         Args:
             stored: The content of config.json.
-            config: Its content if the run were started now.
+            config: Its content if the run were started now, whose fingerprint may lack parts of the stored one.
             warn: Warn if gradients are summed in another order than before.
         """
         old, new, path = _kept(stored), _kept(config), self.run.folder.path
         check_same({**dict.fromkeys(old), **new}, old, repr(str(path)))
+        dataset = config["dataset"]
         if self.run.options.data_check != "off":
-            before, now = stored["dataset"]["fingerprint"], config["dataset"]["fingerprint"]
+            before, now = stored["dataset"]["fingerprint"], dataset["fingerprint"]
             same_number = stored["dataset"]["images"] == len(self.dataset)  # a sample of a data set may not show it
             expect(
                 same_number and all(before.get(kind, digest) == digest for kind, digest in now.items()),
@@ -133,13 +134,14 @@ class Task:
                 f"the images that the run in {path} was started with",
                 f'{len(self.dataset)} others; pass data_check="off" (--data-check off) to go on with them',
             )
-            config["dataset"]["fingerprint"] = before | now
+            dataset = dataset | {"fingerprint": before | now}
         size = "micro_batch_size"
         changes = {"threads": (stored["threads"], config["threads"]), size: (stored["options"][size], config["options"][size])}
         for name, (before, now) in changes.items():
             if warn and before not in (None, now):
                 text = "%s was trained with %s %s and goes on with %s: gradients are summed in another order, "
                 _log.warning(text + "so weights are equal up to rounding", path, name, before, now)
+        return {**config, "dataset": dataset}
 
 
 def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
