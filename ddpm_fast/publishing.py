@@ -105,8 +105,9 @@ def push_to_hub(
     hub = import_extra("huggingface_hub", "hub")
     quality = {} if evaluation is None else read_json(Path(evaluation), dict)
     loaded, source = load_folder(path, device), model_folder("path", path)
-    fits = evaluation is None or quality.get("weights") == loaded.digest()
-    expect(fits, "evaluation", f"to have figures of {str(path)!r}", f"those of {quality.get('model')!r}, with other weights")
+    fits, of = evaluation is None or quality.get("weights") == loaded.digest(), quality.get("model")
+    got = "those of images, not of a model" if of is None else f"those of {of!r}, with other weights"
+    expect(fits, "evaluation", f"to have figures of {str(path)!r}", got)
     wanted, got = "to be a repository that you may write to", f"{name!r}: "
     with hub_errors("name", wanted, got):
         hub.HfApi().create_repo(name, private=private, exist_ok=True)
@@ -167,6 +168,8 @@ def _quoted(value: object) -> str:
 def _figures(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the numbers of an evaluation by name, without those of each image, and no texts: they can be paths."""
     for key, value in values.items():
+        if key in ("seed", "batch_size"):
+            continue
         if isinstance(value, dict) and not key.startswith("per_"):
             yield from _figures(value, f"{prefix}{key} ")
         elif isinstance(value, int | float) and not isinstance(value, bool):

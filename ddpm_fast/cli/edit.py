@@ -225,7 +225,7 @@ def _opened(
         same = out.exists() and os.path.exists(path) and out.samefile(path)
         expect(not same, "out", "to be another file than those that are read", repr(path))
     ddpm_fast.sample_seeds(running.seed, 0)  # checks the seed
-    loaded = running.load()
+    loaded = running.load(running.torch_dtype)
     interface = loaded.interface
     shape = interface.shape
     if shape is None or shape[0] not in (1, 3, 4):

@@ -138,7 +138,7 @@ def _loaded(images: _Images, running: Running) -> Pretrained:
 
 def _evaluate(
     loaded: Pretrained,
-    compute: Callable[[Pretrained, ItemDataset, int, _Draw], tuple[str, list[str], dict[str, Any], str]],
+    compute: Callable[[Pretrained, ItemDataset, int, _Draw, torch.dtype | None], tuple[str, list[str], dict[str, Any], str]],
     given: _Images,
     running: Running,
     **read: Any,
@@ -158,7 +158,7 @@ def _evaluate(
         reads.check_images(labels, "--no-labels evaluates without")
     draw: _Draw = {**running.batches, "seed": running.seed, "class_labels": labels if labelled else None}
     began = time.perf_counter()
-    head, lines, result, failure = compute(loaded, dataset, num, draw)
+    head, lines, result, failure = compute(loaded, dataset, num, draw, running.torch_dtype)
     seconds = time.perf_counter() - began
     if not running.quiet:
         counted = "1 test image" if num == 1 else f"{num} test images"
@@ -170,17 +170,16 @@ def _evaluate(
 
 
 def _bounded(
-    loaded: Pretrained, dataset: ItemDataset, num: int, draw: _Draw, variance: Variance
+    loaded: Pretrained, dataset: ItemDataset, num: int, draw: _Draw, dtype: torch.dtype | None, variance: Variance
 ) -> tuple[str, list[str], dict[str, Any], str]:
     """Return the head, the lines and the figures of the variational bound, and what is wrong with them."""
     from ..data.items import read_batch, to_unit_range
-    from ..inference.model import device_and_dtype
 
     got = "numbers of another range"
     expect(dataset.info.data_range is None, "data", "to be pictures of 256 levels, for bits per dimension", got)
     images = to_unit_range(read_batch(dataset, range(num)).images)
     plan = ddpm_fast.ddpm_plan(loaded.objective, variance=variance, clip=loaded.clip)
-    sampler = loaded.sampler(plan, dtype=device_and_dtype(loaded.model)[1], shape=tuple(images.shape[1:]))
+    sampler = loaded.sampler(plan, dtype=dtype, shape=tuple(images.shape[1:]))
     bound = ddpm_fast.VariationalBound.of(sampler, images, **draw)
     bad = int((~bound.total.isfinite()).sum())
     last = loaded.objective.schedule.num_timesteps
@@ -205,14 +204,13 @@ def _bounded(
 
 
 def _restored(
-    loaded: Pretrained, dataset: ItemDataset, num: int, draw: _Draw, samples: int
+    loaded: Pretrained, dataset: ItemDataset, num: int, draw: _Draw, dtype: torch.dtype | None, samples: int
 ) -> tuple[str, list[str], dict[str, Any], str]:
     """Return the head, the lines and the figures of restored images, and what is wrong with them."""
     import torch
 
     from ..data.condition import examples
     from ..files.images import condition_as_image
-    from ..inference.model import device_and_dtype
     from ..resources import import_extra
 
     metrics = import_extra("torchmetrics.functional.image", "train")
@@ -220,13 +218,13 @@ def _restored(
     expect(smallest >= _SSIM, "data", f"to have images of at least {_SSIM} pixels per side, for SSIM", smallest)
     seed = draw["seed"]
     items = examples(dataset, range(num), seed)
-    plan, sampler = loaded.build_plan()
-    sampled = loaded.sampler(plan, dtype=device_and_dtype(loaded.model)[1])
+    plan, name = loaded.build_plan()
+    sampler = loaded.sampler(plan, dtype=dtype)
     seeds = ddpm_fast.sample_seeds(seed, num * samples).view(samples, num)
     drawn = torch.zeros_like(items.images, dtype=torch.float64)
     images: dict[str, Tensor] = {}
     for row in seeds:
-        one = sampled(num, **{**draw, "condition": items.condition, "seed": row}).cpu()
+        one = sampler(num, **{**draw, "condition": items.condition, "seed": row}).cpu()
         drawn += one
         images.setdefault("one sample", one)
     if samples > 1:
@@ -242,9 +240,9 @@ def _restored(
         alike = metrics.structural_similarity_index_measure(*pair, data_range=2.0, reduction="none").view(-1)
         per_image[name] = {"psnr": _finite(decibels), "ssim": _finite(alike)}
         lines.append(f"{name:<12} {float(decibels.mean()):6.2f} dB  {float(alike.mean()):.4f}")
-    result = {"condition": kind, "samples": samples, "sampler": sampler, "steps": plan.num_steps, "per_image": per_image}
+    result = {"condition": kind, "samples": samples, "sampler": name, "steps": plan.num_steps, "per_image": per_image}
     failure = f"{bad} of {num} images are not finite" if bad else ""
-    return f"{kind}, {plan.num_steps} steps of {sampler}: means of PSNR and SSIM", lines, result, failure
+    return f"{kind}, {plan.num_steps} steps of {name}: means of PSNR and SSIM", lines, result, failure
 
 
 def _finite(values: torch.Tensor) -> list[float | None]:

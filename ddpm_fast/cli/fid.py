@@ -61,7 +61,7 @@ def fid_command(
     from ..checks import computing_device
     from ..data.items import read_batch
     from ..distributed import joined, own_device
-    from ..evaluation.inception import FEATURES, inception_scores, load_inception
+    from ..evaluation.inception import FEATURES, STANDARD, inception_scores, load_inception
     from ..files.writing import write_json
 
     num = num_samples
@@ -71,7 +71,7 @@ def fid_command(
     given = _pictures("images", images, num) if running.model is None else None
     device, drawn = own_device(computing_device(running.device)), dict[str, Any]()
     with joined(_APART) as processes:
-        network = processes.machine_by_machine(lambda: load_inception(inception, device))
+        network, digest = processes.machine_by_machine(lambda: load_inception(inception, device))
         if running.model is not None:
             drawn = _draw(running, images, num, known)
         compared = given or _pictures("images", images, num)
@@ -89,7 +89,6 @@ def fid_command(
         )
         if not processes.is_first:
             return
-    weights = inception or "those of torch-fidelity"
     record = {
         "images": images,
         "num": len(compared),
@@ -97,18 +96,18 @@ def fid_command(
         "reference_num": len(known),
         "size": [*size],
         "resizing": "299x299 by torch-fidelity",
-        "inception": weights,
+        "inception": digest,
         **drawn,
     }
     if not running.quiet:
         enough = min(len(compared), len(known)) > FEATURES  # then the covariance can have full rank
         kinds = {
-            "FID" if inception is None and enough else "Frechet distance": ("frechet_distance", ".4f"),
+            "FID" if digest.startswith(STANDARD) and enough else "Frechet distance": ("frechet_distance", ".4f"),
             "KID": ("kernel_inception_distance_mean", ".6f"),
             "Inception Score": ("inception_score_mean", ".3f"),
         }
         numbers = ", ".join(f"{name} {found[key]:{digits}}" for name, (key, digits) in kinds.items() if key in found)
-        about = f"{size[1]}x{size[0]} resized to {record['resizing']}, weights {weights}"
+        about = f"{size[1]}x{size[0]} resized to {record['resizing']}, weights {digest[:8]}"
         said = f"; {drawn['drawn_by']}" if drawn else ""
         click.echo(f"{numbers}: {len(compared)} images of {images} and {len(known)} of {reference}; {about}{said}")
         if not enough:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,7 @@ def fit_command(
     from ..files.images import shown_channels
 
     expect(teacher_steps > steps, "teacher_steps", f"to be more than --steps, {steps}", teacher_steps)
-    loaded, model = replace(running, dtype=None).load(), Path(running.model or "")  # a plan belongs to weights in float32
+    loaded, model = running.load(), Path(running.model or "")  # a plan belongs to weights in float32
     loaded.interface.condition.expect_none("model", ": call fit_plan in Python with conditions")
     labels = loaded.interface.labels
     for path in (model / "plan.json", model / "fit" / "fitted.png"):

@@ -26,7 +26,8 @@ def labels_in_text(labels: Labels, text: str | None, num: int, *, each: bool = F
     known = {*(labels.classes or ()), *range(len(labels.names))}  # a label for no class may have a name
     expect(known, name, "to be none, as the model has no classes", repr(text))
     chosen: Any = labels.numbers([part.strip() for part in text.split(",")])
-    expect({*chosen} <= known, name, f"to be in {min(known)}..{max(known)}", max(chosen))
+    unknown = [each for each in chosen if each not in known]
+    expect(not unknown, name, f"to be in {min(known)}..{max(known)}", next(iter(unknown), None))
     wanted = "one class" if num == 1 else f"at most {num} classes"
     expect(not each or len(chosen) <= num, name, f"to be {wanted}, as there are no more images", repr(text))
     return [chosen[i % len(chosen)] for i in range(num)]

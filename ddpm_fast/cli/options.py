@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, cast, get_args
@@ -120,7 +120,7 @@ _run = partial(Option, "Running")
 
 
 class Batches(TypedDict):
-    """The arguments of every function that runs a network on many images."""
+    """The options of a command that say how a network runs on many images."""
 
     batch_size: int
     progress: bool
@@ -166,24 +166,25 @@ class Running:
         }
 
     def record(self, loaded: Pretrained) -> dict[str, Any]:
-        """Return the entries of a file of figures that say of which model they are, and how it ran."""
-        whole = loaded if self.dtype in (None, "float32") else replace(self, dtype=None).load()
-        return {"model": str(self.model or "built-in"), "weights": whole.digest()} | {
+        """Return the entries of a file of figures that say of which model they are, as `load` returned it, and how it ran."""
+        return {
+            "model": str(self.model or "built-in"),
+            "weights": loaded.digest(),
             "device": str(next(loaded.model.parameters()).device),
             "dtype": self.dtype,
             "seed": self.seed,
             "batch_size": self.batch_size,
         }
 
-    def load(self) -> Pretrained:
-        """Load the model, on the GPU of this process or the device that --device names."""
+    def load(self, dtype: torch.dtype | None = None) -> Pretrained:
+        """Load the model in a dtype, float32 by default, on the GPU of this process or the device that --device names."""
         from ..checks import computing_device
         from ..distributed import own_device
         from ..pretrained import BUILTIN, load_folder
 
         device = own_device(computing_device(self.device))
         with renaming({"path": "model"}):
-            return load_folder(self.model or BUILTIN, device, self.torch_dtype)
+            return load_folder(self.model or BUILTIN, device, dtype)
 
 
 def gathering(name: str, struct: Callable[..., Any], fields: Iterable[str]) -> Callable[[Function], Function]:

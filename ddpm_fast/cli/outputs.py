@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import UnusablePath, expect
+from ..errors import ArgumentError, UnusablePath, expect
 from ..files.writing import remove_leftovers
 from ..resources import check_writable, existing_folder
 
@@ -35,7 +35,7 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ArgumentError):
         raise
     except Exception as error:  # formats raise errors of many types
         raise OSError(f"{path} could not be written: {error}") from error

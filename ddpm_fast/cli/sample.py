@@ -93,7 +93,7 @@ def sample_command(
     failure = ""
     rank, size, _ = ranks(os.environ)
     writes_each = _check_places(out, gif, size)
-    loaded = running.load()
+    loaded = running.load(running.torch_dtype)
     steps, name = loaded.build_plan(guidance_scale=guidance_scale, **plan)
     restored = _conditions(loaded, condition, running.seed, num_samples, condition_range)
     num = num_samples or (16 if restored is None else len(restored))

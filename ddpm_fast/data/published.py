@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidValue, expect
+from ..errors import InvalidValue, UnusablePath, expect
 from ..files.writing import replacing
 from ..resources import import_extra
 from .arrays import read_rows
@@ -73,11 +73,9 @@ def _downloading(name: str, folder: Path, urls: Sequence[str], files: str, other
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"load_dataset: expected {name} in {str(folder)!r} or from {' or '.join(urls)}, got: "
-            f"{' '.join(str(error).split())}; to do without that connection, put {files} into a folder and pass it as "
-            f"data_dir (--data-dir){others}"
-        ) from error
+        remedy = f"to do without that connection, put {files} into a folder and pass it as data_dir (--data-dir){others}"
+        got = f"{' '.join(str(error).split())}; {remedy}"
+        raise UnusablePath("", f"{name} in {str(folder)!r} or from {' or '.join(urls)}", got) from error
 
 
 def read_fashion_mnist(root: Path | None, split: str, size: tuple[int, int] | None) -> Source:

@@ -48,7 +48,7 @@ class UserDataset(ItemDataset):
         first = self._item(0, channels, reads)
         self._kinds = _kinds(first)
         info = DatasetInfo(
-            type(source).__name__, tuple(first.image.shape), first.image.dtype, labels.names or ("",), knows_ranges=False
+            type(source).__name__, tuple(first.image.shape), first.image.dtype, **labels.in_data, knows_ranges=False
         )
         whole = source
         while isinstance(whole, Subset):

@@ -73,8 +73,8 @@ class VariationalBound:
 
         This takes one network evaluation per image and timestep. Each term is estimated from one independent
         draw of x_t. At t = 0 beta~ is 0, and its log variance is replaced by that of t = 1, as in the code of
-        Ho et al. This applies to "fixed_small", "fixed_large" and the lower end of "learned_range". Source:
-        derivation eq. 9-11 (Ho et al. 2020, eq. 5).
+        Ho et al. This applies to "fixed_small", "fixed_large" and the lower end of "learned_range". Everything
+        after the network is float64. Source: derivation eq. 9-11 (Ho et al. 2020, eq. 5).
 
         Args:
             sampler: A Sampler with the plan of `ddpm_plan` at all timesteps, whose prediction, variance and clip hold.
@@ -83,8 +83,6 @@ class VariationalBound:
             exact_cdf: Use the exact normal distribution function in L_0. False: its tanh approximation, on
                 which published figures are based.
             **options: See `SeededOptions`. The stream of timestep t is t. Without labels, images have no class.
-
-        Everything after the network is float64.
 
         Raises:
             ValueError: An argument is out of range or does not fit the model. UserDataset before any computation.
@@ -138,7 +136,7 @@ class VariationalBound:
 def _variance_of(plan: SamplingPlan) -> Variance:
     """Return the variance of the reverse steps. Raise a ValueError unless they are those of `ddpm_plan` at all timesteps."""
     builder = plan.builder
-    whole = plan.num_steps == plan.schedule.num_timesteps and plan.timesteps.flip(0).equal(torch.arange(plan.num_steps))
+    whole = plan.num_steps == plan.schedule.num_timesteps and plan.timesteps.flip(0).tolist() == [*range(plan.num_steps)]
     if builder is None or builder.func.__name__ != "ddpm_plan" or not whole:
         raise InvalidValue("sampler", "to have the plan of ddpm_plan at all timesteps", f"\n{plan}")
     given, schedule = builder.keywords.get("variance"), builder.keywords["schedule"]

@@ -6,18 +6,22 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed.processes import Processes, together
-from ..errors import InvalidValue, expect
+from ..errors import InvalidValue, UnusablePath, expect
+from ..files.writing import file_sha256
 from ..nn.checkpoint import load_tensors
 from ..resources import import_extra
 from ..sampling.progress import progress_bar
 
 FEATURES: Final = 2048
+STANDARD: Final = "6726825d"
+"""What the SHA-256 of the weights begins with by which FIDs are compared."""
 _SUBSET: Final = 1000  # images of a subset of KID
 
 
@@ -27,26 +31,42 @@ class _Features(nn.Identity):
     num_features = FEATURES
 
 
-def load_inception(weights: str | os.PathLike[str] | None, device: torch.device) -> nn.Module:
-    """Return torch-fidelity's network, from uint8 [N, 3, H, W] to features [N, 2048] and logits without their bias [N, 1008].
+def load_inception(weights: str | os.PathLike[str] | None, device: torch.device) -> tuple[nn.Module, str]:
+    """Return torch-fidelity's network and the SHA-256 of its weights. Nothing is unpickled.
+
+    It maps uint8 [N, 3, H, W] to features [N, 2048] and logits without their bias [N, 1008].
 
     Args:
         weights: File of the weights. None: the standard ones, in PyTorch's cache or downloaded into it.
         device: Where it runs.
 
     Raises:
+        OSError: The weights cannot be downloaded.
+        ValueError: The file is damaged or has other weights.
         ImportError: torch-fidelity is missing.
-        ValueError: The weights cannot be had, or do not fit.
     """
-    extractor = import_extra("torch_fidelity.feature_extractor_inceptionv3", "eval").FeatureExtractorInceptionV3
-    if weights is not None:
-        load_tensors(weights)  # refuses what torch-fidelity would unpickle
+    fidelity = import_extra("torch_fidelity.feature_extractor_inceptionv3", "eval")
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(fidelity.URL_INCEPTION_V3).name) if weights is None else Path(weights)
+    if weights is None and not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(fidelity.URL_INCEPTION_V3, str(file), STANDARD)
+        except Exception as error:  # those of the connection have many types
+            wanted, remedy = (
+                f"the weights of Inception from {fidelity.URL_INCEPTION_V3}",
+                f"put them at {file} or pass --inception",
+            )
+            raise UnusablePath("", wanted, f"{error}; {remedy}") from error
+    digest = file_sha256(file)
+    wanted = f"to have a SHA-256 that begins with {STANDARD}"
+    expect(weights is not None or digest.startswith(STANDARD), repr(str(file)), wanted, digest)
+    load_tensors(file)  # refuses what torch-fidelity would unpickle
     try:
-        network: nn.Module = extractor("inception", ["2048", "logits_unbiased"], None if weights is None else str(weights))
-    except Exception as error:  # those of the connection and of damaged files have many types
-        got = f"{weights}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise InvalidValue("inception", "to be weights of torch-fidelity's network, downloaded or in a file", got) from error
-    return network.to(device)
+        network = fidelity.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(file))
+    except (RuntimeError, TypeError, AttributeError) as error:  # load_state_dict's
+        reason = str(error).partition("\n")[0]
+        raise InvalidValue(repr(str(file)), "to hold torch-fidelity's weights of Inception", reason) from error
+    return network.to(device), digest
 
 
 @torch.inference_mode()
@@ -106,7 +126,7 @@ def inception_scores(
             if not real:
                 score.update(logits)
     with together(), torch.random.fork_rng([]):
-        torch.manual_seed(0)  # which draws subsets and parts
+        torch.default_generator.manual_seed(0)  # which draws subsets and parts
         kernel_mean, kernel_std = kernel.compute()
         figures = {
             "frechet_distance": distance.compute(),

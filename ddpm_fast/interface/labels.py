@@ -48,7 +48,7 @@ class Labels:
         number, names = count_of(config.get("num_class_embeds")), tuple(config.get("class_names") or ())
         if none is None:
             stored = count_of(config.get("no_label"))
-            none = stored if stored in range(number or 0) else None
+            none = stored if number is not None and stored in range(number) else None
             # Other libraries' networks may have no such label, so the last is one only if it is the only one without a name.
             none = len(names) if none is None and names and len(names) + 1 == number else none
         return cls(0 if number is None and config and none is None else number, none, names)
@@ -78,6 +78,10 @@ class Labels:
                 return cls.of_classes(names)
         return cls.of_classes([*map(str, range(count))])
 
+    def of_data(self, *names: object) -> Labels:
+        """Return the labels of a data set for a network that reads these, with the first names that fit."""
+        return Labels.of_number(self.count, *names)
+
     @classmethod
     def stated(cls, number: int | None, none: int | None, names: Sequence[str] | None) -> Labels:
         """Return the labels of a network's own configuration, in which a None is one of none.
@@ -100,6 +104,11 @@ class Labels:
     def stored(self) -> dict[str, Any]:
         """Entries of a network's configuration. Those of `KEYS` are None if they are not known."""
         return {"num_class_embeds": self.number or None, "class_names": [*self.names] or None, "no_label": self.none}
+
+    @property
+    def in_data(self) -> dict[str, Any]:
+        """Fields of a data set's description that say which labels it has: the names of the classes, or one without a name."""
+        return {"classes": self.names or ("",)}
 
     @property
     def reads(self) -> bool:
@@ -200,7 +209,7 @@ class Labels:
 
     def ends(self) -> Tensor | None:
         """Return the first and the last label, int64 [2], to try a network with. None: it reads none."""
-        return torch.tensor([0, self.number - 1]) if self.number else None
+        return torch.tensor([0, self.number - 1], device="cpu") if self.number else None
 
     def guides(self, guidance_scale: float | None, labels: Tensor | None) -> bool:
         """Return whether guidance of labels [N] takes a second prediction. Raise a ValueError if there can be none."""

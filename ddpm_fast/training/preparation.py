@@ -82,10 +82,10 @@ def prepared(
     _check_trainable(model)
     if isinstance(model, UNet):
         expect(num_classes is None, "num_classes", "to be None, as model has num_class_embeds", num_classes)
-        num_classes = interface_of(model).labels.count
-    adapted = _as_items(dataset, model, objective, num_classes)
+    reads = interface_of(model).labels if isinstance(model, UNet) else Labels.of_number(num_classes)
+    adapted = _as_items(dataset, model, objective, reads)
     info = adapted.info
-    labels = Labels() if num_classes is None else info.labels
+    labels = info.labels if reads.reads else Labels()
     _ = objective.loss_weights  # a ValueError if they are not determined
     if objective.predicts_variance:
         _ = objective.bound_columns  # a ValueError if x_0^ is not determined
@@ -96,7 +96,7 @@ def prepared(
         _warn_of_small_groups(model)
         _check_fit(model, info, objective)
         stored = labels.stored
-        describe_images(model, info.shape[1:], info.described | {key: stored[key] for key in Labels.KEYS})
+        describe_images(model, info.shape[1:], info.described | {key: stored[key] for key in labels.KEYS})
     else:
         number = len(info.classes)
         expect(num_classes in (None, number), "num_classes", f"to be {number}, the classes of dataset", num_classes)
@@ -121,14 +121,13 @@ def _check_trainable(model: nn.Module) -> None:
     expect(trained, "model", "to have parameters that require gradients", "none")
 
 
-def _as_items(dataset: Any, model: nn.Module, objective: Objective, num_classes: int | None) -> ItemDataset:
+def _as_items(dataset: Any, model: nn.Module, objective: Objective, reads: Labels) -> ItemDataset:
     """Return a data set as training uses it. The network says which images and labels are wanted."""
     if isinstance(dataset, ItemDataset):
         return dataset
     config = model.config if isinstance(model, UNet) else {}
     # The names are the network's, those that torchvision's data sets have, or numbers.
-    given = (config.get("class_names"), getattr(dataset, "classes", None))
-    labels = Labels.of_number(num_classes, *given)
+    labels = reads.of_data(config.get("class_names"), getattr(dataset, "classes", None))
     interface = Interface.from_config(config, predicts_variance=objective.predicts_variance)
     odd = objective.predicts_variance and (interface.predicted_channels or 0) % 2
     wanted = "to have an even number of out_channels, to predict the variance too"

@@ -188,7 +188,7 @@ class Report:
                     images = in_bands([shown.condition, images.cpu(), shown.images], columns)
                 channels = shown_channels(images.shape[1])
                 scale = max(1, 128 // max(images.shape[2:]))
-                titles = info.classes[:columns] if labels.reads and shown is None else ()
+                titles = labels.names[:columns] if shown is None else ()
                 save_grid(images, path, columns=columns, channels=channels, scale=scale, titles=titles)
             except (
                 OSError,

@@ -201,10 +201,9 @@ def _check_folder(
         check_same(fixed, stored["options"], repr(str(folder.path)))
         logged = folder.log.last_step()
         if logged and folder.checkpoints.are_lost():
-            raise FileNotFoundError(
-                f"train: expected {folder.checkpoints.path} to have the checkpoints of the run, whose log.csv has {logged} "
-                "steps, got none; mount its disk or bring them back, or remove log.csv to start again from step 0"
-            )
+            wanted = f"to have the checkpoints of the run, whose log.csv has {logged} steps"
+            got = "none; mount its disk or bring them back, or remove log.csv to start again from step 0"
+            raise MissingPath(str(folder.checkpoints.path), wanted, got)
         # Comparing checksums would read all files, which beginning the run does once more.
         done = folder.checkpoints.read_newest(None, lambda checkpoint: read_state(checkpoint).step) or 0
         expect(done <= options.steps, "steps", f"to be at least {done}, the step of the run in {folder.path}", options.steps)

@@ -163,8 +163,8 @@ def train(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An option differs from the one that the resumed run was started with.
-        OSError: A file cannot be written. The message names the last good checkpoint.
-        MemoryError: Memory has run out. The message names the last good checkpoint.
+        OSError: A file cannot be written. A note on it names the last good checkpoint, as on the next two.
+        MemoryError: Memory has run out. PyTorch raises a RuntimeError for that of a CPU.
         UnusablePath: `run_dir` is not empty and no run is resumed, or it cannot be written to, or `init` holds no model. It
             is an OSError.
         FileNotFoundError: There is no run to resume.

@@ -250,13 +250,13 @@ def test_missing_package_names_the_extra(
             "cifar10",
             "CIFAR10",
             "torchvision.datasets.utils.download_url",
-            r"from https://www\.cs\.toronto\.edu/.*, got: .*unreachable.*put cifar-10-binary\.tar\.gz into .*",
+            r"from https://www\.cs\.toronto\.edu/.*, got .*unreachable.*put cifar-10-binary\.tar\.gz into .*",
         ),
         (
             "fashion-mnist",
             "FashionMNIST",
             "torchvision.datasets.FashionMNIST.__init__",
-            r"from http.*, got: .*unreachable.*put train-images-idx3.* into .*",
+            r"from http.*, got .*unreachable.*put train-images-idx3.* into .*",
         ),
     ],
 )

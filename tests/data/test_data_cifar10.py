@@ -66,7 +66,7 @@ def test_a_missing_archive_is_downloaded_whole_or_not_at_all(tmp_path: Path, mon
 
     monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **_: url)
     monkeypatch.setattr(utils, "_urlretrieve", fetch)
-    with pytest.raises(OSError, match=r"load_dataset: expected CIFAR10 in '.*cache/ddpm_fast' or from .*, got: .*corrupted"):
+    with pytest.raises(OSError, match=r"load_dataset: expected CIFAR10 in '.*cache/ddpm_fast' or from .*, got .*corrupted"):
         read_data("cifar10")  # its checksum is not CIFAR-10's
     assert not list((tmp_path / "cache" / "ddpm_fast").iterdir())
     publish(source, monkeypatch)

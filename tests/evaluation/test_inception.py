@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ddpm_fast import NoiseSchedule, frechet_distance
 from ddpm_fast.distributed import Processes
 from ddpm_fast.evaluation import inception
-from ddpm_fast.evaluation.inception import inception_scores, load_inception
+from ddpm_fast.evaluation.inception import STANDARD, inception_scores, load_inception
 
 CPU = torch.device("cpu")
 
@@ -137,7 +137,7 @@ def test_features_are_those_of_torch_fidelity(weights: Path) -> None:
     theirs = extractor("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))
     images = pixels(4, size=32)
     with torch.no_grad():
-        for mine, wanted in zip(load_inception(weights, CPU)(images), theirs(images), strict=True):
+        for mine, wanted in zip(load_inception(weights, CPU)[0](images), theirs(images), strict=True):
             assert torch.equal(mine, wanted)
 
 
@@ -149,15 +149,18 @@ def test_weights_that_would_run_code_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_be_had_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch_fidelity")
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(
-        ValueError, match="expected inception to be weights of torch-fidelity's network, downloaded or in a file"
+        OSError, match=r"^expected the weights of Inception from https://github\.com/.*; put them at .*pth or pass"
     ):
         load_inception(None, CPU)
-    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"downloaded or in a file, got .*other.pth: RuntimeError: Error\(s\) in loading"):
-        load_inception(tmp_path / "other.pth", CPU)
+    cached = tmp_path / "checkpoints" / Path(fidelity.URL_INCEPTION_V3).name
+    torch.save({"weight": torch.ones(2)}, cached)
+    with pytest.raises(ValueError, match=r"^expected '.*pth' to have a SHA-256 that begins with 6726825d, got "):
+        load_inception(None, CPU)
+    with pytest.raises(ValueError, match=r"^expected '.*pth' to hold torch-fidelity's weights of Inception, got Error"):
+        load_inception(cached, CPU)
 
 
 # ------------------------------------------------------------------------------------------------------------ the command
@@ -166,7 +169,7 @@ def test_weights_that_cannot_be_had_are_named(tmp_path: Path, monkeypatch: pytes
 @pytest.fixture
 def place(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two sets of 300 images, and a network that is quick."""
-    monkeypatch.setattr(inception, "load_inception", lambda *_: small)
+    monkeypatch.setattr(inception, "load_inception", lambda file, _: (small, "f" * 64 if file else STANDARD + "f" * 56))
     monkeypatch.chdir(tmp_path)
     for name, seed in (("a", 0), ("b", 1)):
         np.savez(f"{name}.npz", pixels(300, seed=seed).permute(0, 2, 3, 1).numpy())
@@ -178,11 +181,11 @@ def test_images_are_compared_with_others(small: Small, place: Path) -> None:
     assert text == ""
     found = json.loads(Path("figures.json").read_text())
     assert found | scores(small, pixels(300), pixels(300, seed=1), 64) == found
-    assert found | {"num": 300, "reference_num": 300, "inception": "those of torch-fidelity", "size": [8, 8]} == found
+    assert found | {"num": 300, "reference_num": 300, "inception": STANDARD + "f" * 56, "size": [8, 8]} == found
     text = run("evaluate", "fid", "b.npz", "a.npz")
     figures = [found[name] for name in ("frechet_distance", "kernel_inception_distance_mean", "inception_score_mean")]
     assert "FID {:.4f}, KID {:.6f}, Inception Score {:.3f}: ".format(*figures) in text
-    assert "300 images of a.npz and 300 of b.npz; 8x8 resized to 299x299 by torch-fidelity, weights those of torch-fid" in text
+    assert "300 images of a.npz and 300 of b.npz; 8x8 resized to 299x299 by torch-fidelity, weights 6726825d" in text
 
 
 def test_few_images_have_a_distance_that_is_not_called_fid(place: Path) -> None:
@@ -196,7 +199,7 @@ def test_other_weights_give_a_distance_that_is_not_called_fid(place: Path) -> No
     text = run("evaluate", "fid", "b.npz", "a.npz", "--inception=mine.pth")
     assert "Frechet distance " in text
     assert "FID" not in text
-    assert "weights mine.pth" in text
+    assert "weights ffffffff" in text
 
 
 def test_a_models_images_are_drawn_first(place: Path) -> None:

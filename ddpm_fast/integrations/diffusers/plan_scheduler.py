@@ -34,7 +34,8 @@ class _Chain:
         base: The plan without options of `step`.
         options: The options of `step` that are not its defaults.
         plan: The plan with them.
-        rest: The plan from its first row on.
+        first: The number of its first row.
+        rest: The plan from there on.
         counts: Steps are counted. Otherwise their rows are looked up.
         timesteps: Those of the whole plan, int64 [S] on the device.
         row_of: The first row of each timestep in `rest`.
@@ -46,6 +47,7 @@ class _Chain:
     base: SamplingPlan
     options: Mapping[str, Any]
     plan: SamplingPlan
+    first: int
     rest: SamplingPlan
     counts: bool
     timesteps: Tensor
@@ -80,6 +82,7 @@ class _Chain:
             base=base,
             options=options or {},
             plan=plan,
+            first=first,
             rest=rest,
             counts=rest.needs_x_0_prev or len({*listed}) < len(listed),
             timesteps=plan.timesteps.to(device),
@@ -301,8 +304,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # they 
         is_ddim = builder is not None and builder.func.__name__ == "ddim_plan"
         wanted = "eta 0 and use_clipped_model_output false for any plan but those of ddim_plan"
         expect(is_ddim, "", wanted, ", ".join(f"{name}={value}" for name, value in options.items()))
-        # Its steps are looked up, so a chain may go on in the middle.
-        self._begin(_Chain.of(self._chain.base, self.timesteps.device, options), self.begin_index)
+        expect(self.step_index is None, "", "the same options in all steps of a chain that is counted", options or "others")
+        self._begin(_Chain.of(self._chain.base, self.timesteps.device, options, self._chain.first), self.begin_index)
 
     def _next(self, timestep: int | Tensor) -> int:
         """Return the row of the next step. The first one starts where its timestep says."""
