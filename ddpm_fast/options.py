@@ -115,7 +115,7 @@ class Declared(NamedTuple):
 
     @property
     def is_checked(self) -> bool:
-        """True if its range, choices or class are declared. Others are Python's to refuse, or checked where they are used."""
+        """True if its range, choices or class are declared. Python, or the code that uses them, checks all other options."""
         kinds = [kind for kind in self.kinds if kind is not NoneType]
         listed = bool(self.option.choices) or all(get_origin(kind) is Literal for kind in kinds)
         return listed or (len(kinds) == 1 and (kinds[0] in (int, float) or _is_class(kinds[0])))

@@ -218,7 +218,7 @@ for name, each in sets.items():
 # other digits:
 
 # %%
-ancestral = ddpm_fast.Sampler(model, ddpm_fast.ddpm_plan(schedule), dtype=torch.float32)
+ancestral = ddpm_fast.Sampler(model, ddpm_fast.ddpm_plan(schedule), shape=(1, 8, 8), dtype=torch.float32)
 for name, labels in {"right": y_test[:16], "wrong": (y_test[:16] + 1) % 10}.items():
     bound = ddpm_fast.VariationalBound.of(ancestral, x_test[:16], class_labels=labels)
     print(f"{name} labels: {bound.total.mean():.2f} bits, {bound.reconstruction.mean():.2f} of them for the last step (L_0)")

@@ -120,7 +120,7 @@ def fid_command(
 
 
 def _draw(running: Running, place: str, num: int | None, reference: ItemDataset) -> dict[str, Any]:
-    """Draw a model's images, and return how, for the file of figures. Raise before, unless they can be compared."""
+    """Draw a model's images, and return what drew them, for the JSON file. Raise first if they could not be compared."""
     loaded, num = running.load(), _USUAL if num is None else num
     interface = loaded.interface
     shape, ranges = interface.shape, loaded.model.config.get("data_range")

@@ -85,7 +85,7 @@ class VariationalBound:
             **options: See `SeededOptions`. The stream of timestep t is t. Without labels, images have no class.
 
         Raises:
-            ValueError: An argument is out of range or does not fit the model. UserDataset before any computation.
+            ValueError: An argument is out of range or does not fit the model, checked before any computation.
             TypeError: An argument has an unsupported type.
         """
         check_map("x_0", x_0)

@@ -48,8 +48,9 @@ def frozen_foreign(
 ) -> FrozenUNet:
     """Freeze a network of another library, if class, configuration and weights describe what it computes.
 
-    What they do not show is refused by name. Everything else is one comparison of outputs: a copy of the network with
-    random weights against a `UNet` with the same weights, at the smallest size.
+    If the network has parts that these do not show, such as hooks, the error names them. To find any other difference,
+    the outputs are compared once, at the smallest size: those of a copy of the network with random weights, and those of a
+    `UNet` with the same weights.
 
     Args:
         name: Name of the network for error messages.

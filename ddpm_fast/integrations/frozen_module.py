@@ -1,4 +1,4 @@
-"""`FrozenModule`: what stands for a network of another library after `freeze`."""
+"""`FrozenModule`: the module that `freeze` returns for another library's network."""
 
 from __future__ import annotations
 

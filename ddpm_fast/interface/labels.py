@@ -1,6 +1,6 @@
 """The labels that a network reads: which there are, what they are called, and which one stands for no class.
 
-The label of an image is a row of a tensor. Other rooms know neither its dtype nor its shape: they ask `Labels`.
+The label of an image is a row of a tensor. Other modules do not know its dtype or shape, so they ask `Labels`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Labels:
 
     @classmethod
     def stated(cls, number: int | None, none: int | None, names: Sequence[str] | None) -> Labels:
-        """Return the labels of a network's own configuration, in which a None is one of none.
+        """Return the labels of a network's own configuration, in which None means that the network has no such value.
 
         Raises:
             ValueError: The names or the label for no class do not fit the number of labels.

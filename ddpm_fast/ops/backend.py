@@ -95,7 +95,7 @@ _REINSTALL: Final = "pip install --force-reinstall --no-deps -e . (in the folder
 def why_not_best_isa() -> str | None:
     """Return that the CPU kernels were compiled for another processor, and the remedy, or None if this one's best set runs."""
     isa = BUILD.get("isa")
-    # A module that is older than the sources lacks the field. It has to be imported all the same, to be told so.
+    # A module that is older than the sources lacks the field. Do not fail here, so that a later check can report it.
     if os.environ.get("DDPM_FAST_ISA") or isa == BUILD.get("processor_isa", isa):
         return None
     return (

@@ -29,9 +29,9 @@ def repaint_plan(
 ) -> SamplingPlan:
     """Build a plan for `inpaint` that jumps back and resamples (Lugmayr et al. 2022, section 4.2 and appendix B).
 
-    Ancestral sampling with `num_steps` timesteps. After every `jump_length` steps it adds the noise of as many forward steps
-    and takes them again, `jump_num_sample` times in all. That harmonizes the painted region with the known one. A jump from
-    timestep s up to t joins the step before it, with a = sqrt(abar_t / abar_s):
+    The plan samples ancestrally with `num_steps` timesteps. After every `jump_length` steps, it adds the noise of as many
+    forward steps and takes the steps again, `jump_num_sample` times in all, so that the painted region fits the known one. A
+    jump from timestep s up to t is merged into the step before it, with a = sqrt(abar_t / abar_s):
 
         x_t = a (k0 x_0^ + k1 x + k2 m) + sqrt(a^2 sigma^2 + 1 - a^2) z
 

@@ -76,8 +76,8 @@ class SamplingPlan:
         schedule: The noise schedule to sample from.
         timesteps: The model's t for each step: int64 [S] on the CPU, in 0..T-1. Most samplers' descend. They ascend in
             `ddim_inversion_plan`, jump up in `repaint_plan`, and may repeat in `heun_plan` and with Karras's levels.
-        coefficients: float64 [S, 11] on the CPU. COLUMNS names the columns. An infinite `clip` disables the clip. It is a copy:
-            steps, `print` and `plot` read `table`, which a change of it does not reach.
+        coefficients: float64 [S, 11] on the CPU. COLUMNS names the columns. An infinite `clip` disables the clip. The
+            tensor is a copy. Changing it has no effect, because steps, `print` and `plot` read `table`.
         prediction: The meaning of m: a name of `Objective`'s, "custom" for columns of your own, or "previous_sample", the mean
             of x_{t-1}, for the previous timestep of this plan.
         variance: "fixed", "learned" or "learned_range". If "fixed", std is the column sigma. Otherwise m has variance

@@ -1,4 +1,4 @@
-"""UserDataset arguments of calls that draw or evaluate images."""
+"""Checked arguments of calls that draw or evaluate images."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def check_takes_labels(model: Model, name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """UserDataset arguments of a call that draws images.
+    """Checked arguments of a call that draws images.
 
     Attributes:
         num_samples: Number of images.

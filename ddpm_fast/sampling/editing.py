@@ -45,7 +45,7 @@ def vary(sampler: Sampler, images: Tensor, strength: _Strength = 0.5, **options:
         The variations, as a `Sampler` returns images.
 
     Raises:
-        ValueError: An argument is out of range or does not fit the sampler. UserDataset before any computation.
+        ValueError: An argument is out of range or does not fit the sampler, checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
     return _denoised(sampler, images, strength, _request(sampler, "images", images, options))
@@ -79,7 +79,7 @@ def interpolate(
         float32 (float64 for a float64 network) [N, num, C, H, W] on the device.
 
     Raises:
-        ValueError: An argument is out of range or does not fit the sampler. UserDataset before any computation.
+        ValueError: An argument is out of range or does not fit the sampler, checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
     pairs = _request(sampler, "a", a, options)
@@ -123,7 +123,7 @@ def invert(sampler: Sampler, images: Tensor, **options: Unpack[BatchOptions]) ->
         x_T, as a `Sampler` returns images.
 
     Raises:
-        ValueError: An argument is out of range or does not fit the sampler. UserDataset before any computation.
+        ValueError: An argument is out of range or does not fit the sampler, checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
     request = _request(sampler, "images", images, options, BatchOptions, denoises=False)
@@ -153,7 +153,7 @@ def inpaint(sampler: Sampler, images: Tensor, mask: Tensor, **options: Unpack[Ed
         The images, as a `Sampler` returns them. Pixels with mask 0 equal the given ones bit for bit.
 
     Raises:
-        ValueError: An argument is out of range or does not fit the sampler. UserDataset before any computation.
+        ValueError: An argument is out of range or does not fit the sampler, checked before any computation.
         TypeError: An argument has an unsupported type, or is unknown.
     """
     request = _request(sampler, "images", images, options, in_range=False)

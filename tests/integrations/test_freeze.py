@@ -287,7 +287,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda unet: unet.register_to_config(class_embed_type="timestep"),
         "expected class_embed_type",
     ),
-    "impossible config": (lambda unet: unet.register_to_config(norm_num_groups=3), "UNet: expected block_out_channels to be"),
+    "impossible config": (lambda unet: unet.register_to_config(norm_num_groups=3), "expected block_out_channels to be"),
 }
 WITHOUT_EFFECT = ("config against layers", "unsupported config", "impossible config")
 
@@ -547,7 +547,7 @@ ERRORS: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]
         part("unet", lambda pipe: make_unet(act_fn="gelu")),
         {},
         ValueError,
-        f"{CONFIG}UNet: expected act_fn to be",
+        f"{CONFIG}expected act_fn to be",
     ),
     (
         "layer",

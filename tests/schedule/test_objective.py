@@ -303,7 +303,7 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
         (
             lambda: Objective(NoiseSchedule.flow(9)).x_0_weights,
             by(
-                "Objective",
+                "Objective.x_0_weights",
                 InvalidValue(
                     "prediction",
                     "to determine x_0 at every timestep",
@@ -314,7 +314,7 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
         (
             lambda: Objective(SMALL, LOST).epsilon_weights,
             by(
-                "Objective",
+                "Objective.epsilon_weights",
                 InvalidValue(
                     "prediction",
                     "to determine epsilon at every timestep",
@@ -325,7 +325,7 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
         (
             lambda: Objective(SMALL, LOST, loss_weight="min_snr").loss_weights,
             by(
-                "Objective",
+                "Objective.loss_weights",
                 InvalidValue(
                     "prediction",
                     "to determine x_0 at every timestep",

@@ -117,7 +117,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # they 
             the noise of `ddpm_fast.sample`. `step` then does not use its generator. They are not part of the configuration.
 
     Raises:
-        TypeError: `plan` is none.
+        TypeError: `plan` is not a SamplingPlan.
     """
 
     config: Any
@@ -255,8 +255,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # they 
             timestep: An int, or an integer tensor with 1 element or, if steps are looked up, N. A tensor on a GPU is read
                 there, without synchronization or a check, so a CUDA graph of a step serves every step that is looked up.
             sample: x_t, [N, ...], floating.
-            eta: Scale of the noise of `ddim_plan`. 0, which many pipelines pass, is that of the plan.
-            use_clipped_model_output: True for that of `ddim_plan`. Else that of the plan.
+            eta: Scale of the noise of `ddim_plan`. Many pipelines pass 0, which keeps the plan's own.
+            use_clipped_model_output: Set that of `ddim_plan` to True. Any other value keeps the plan's own.
             generator: Draws the noise where the plan has any. With `seeds` it is not used.
             variance_noise: The noise itself, like sample, instead of a generator.
             return_dict: Return an object with prev_sample and pred_original_sample, else a tuple.

@@ -28,7 +28,7 @@ _KEYS: Final = {  # an argument of a plan's builder -> the key that it comes fro
     "final": "final_sigmas_type",
     "lambda_min": "lambda_min_clipped",
 }
-# Options of diffusers' solver whose levels no plan's builder has, or keys of other schedulers that it reads all the same.
+# Options of diffusers' solver whose levels no plan builder supports, and keys of other schedulers that it also reads.
 _OTHER_LEVELS: Final = (
     *("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"),
     *("sigma_min", "sigma_max"),
